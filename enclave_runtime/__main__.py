@@ -1,0 +1,18 @@
+"""Entry point: ``python -m enclave_runtime``. See `enclave_runtime.server`."""
+
+import resource
+import signal
+
+import jax
+
+from enclave_runtime.server import serve
+
+if __name__ == "__main__":
+    # A core dump would hold keys and plaintext.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Ctrl-C in a terminal reaches the whole process group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    jax.config.update("jax_platforms", "cpu")
+    # Programs fix every dtype; this only keeps 64-bit ones from being truncated.
+    jax.config.update("jax_enable_x64", True)
+    serve()

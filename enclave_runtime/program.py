@@ -1,0 +1,306 @@
+"""What a provisioned program is: its values, segments, key classes and crossings.
+
+The host's planner writes these descriptions, the client encrypts them to the enclave,
+and the enclave runs exactly what they say. They are plain data in JSON; the enclave
+checks every index and size when it decodes one, so that later code may rely on them.
+
+Words: a *value* is an array of the trusted part of the step, named by a number. A *key
+class* is a set of axes that share one blinding key. A *crossing* is a value that leaves
+or enters the enclave through shared memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 and the other narrow floats with NumPy)
+import numpy as np
+
+ALIGNMENT = 64  # bytes; XLA on the CPU reads aligned buffers without copying them
+MAX_RANK = 32
+MAX_VALUES = 1 << 24
+ENCLAVE, DEVICE, PUBLIC = "enclave", "device", "public"
+
+
+class ProgramError(Exception):
+    """A program description that contradicts itself."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ProgramError(message)
+
+
+def _natural(value: Any, limit: int, what: str) -> int:
+    _require(type(value) is int and 0 <= value < limit, f"{what} is out of range")
+    return value
+
+
+def _items(value: Any, what: str) -> list[Any]:
+    _require(isinstance(value, list), f"{what} is not a list")
+    return value
+
+
+def aligned(size: int) -> int:
+    """`size` rounded up to a multiple of `ALIGNMENT` bytes."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayType:
+    """Shape and dtype of an array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.size * np.dtype(self.dtype).itemsize
+
+    @classmethod
+    def decode(cls, fields: Any) -> ArrayType:
+        """Reads what `dataclasses.asdict` wrote."""
+        _require(isinstance(fields, dict), "an array type is not an object")
+        shape = _items(fields.get("shape"), "a shape")
+        _require(len(shape) <= MAX_RANK, "a rank is too large")
+        try:
+            dtype = np.dtype(fields.get("dtype"))
+        except TypeError as error:
+            raise ProgramError("an unknown dtype") from error
+        _require(dtype.kind in "biufcV" and not dtype.hasobject, "an unsupported dtype")
+        decoded = cls(tuple(_natural(n, 1 << 40, "a dimension") for n in shape), dtype.name)
+        _require(decoded.nbytes < 1 << 42, "an array is too large")
+        return decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyClass:
+    """A set of axes that share one key.
+
+    Attributes:
+      size: length of the axes.
+      signed: whether the key has signs; batch axes of a product carry none.
+    """
+
+    size: int
+    signed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a value is blinded.
+
+    Attributes:
+      classes: for each axis its key class, or None where the axis carries no key.
+      weights: for each axis how often the element's sign divides the value, modulo 2
+        (1 for a gradient, 0 for its square).
+    """
+
+    classes: tuple[int | None, ...]
+    weights: tuple[int, ...]
+
+    @property
+    def keyed(self) -> bool:
+        """Whether any axis carries a key."""
+        return any(c is not None for c in self.classes)
+
+    @classmethod
+    def decode(cls, fields: Any, array: ArrayType, classes: tuple[KeyClass, ...]) -> Layout:
+        """Reads a layout and checks it against its array and the program's classes."""
+        _require(isinstance(fields, dict), "a layout is not an object")
+        ids, weights = (_items(fields.get(name), name) for name in ("classes", "weights"))
+        _require(len(ids) == len(weights) == len(array.shape), "a layout has the wrong rank")
+        for number, size in zip(ids, array.shape, strict=True):
+            if number is not None:
+                found = classes[_natural(number, len(classes), "a key class")]
+                _require(found.size == size, "a key class has another size than its axis")
+        return cls(tuple(ids), tuple(_natural(w, 2, "a weight") for w in weights))
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossing:
+    """A value that passes between enclave and host at one place of a run's arena.
+
+    Attributes:
+      value: the value's number.
+      array: its shape and dtype.
+      layout: how it is blinded; without any keyed axis it passes in the clear (revealed
+        outputs, scalars of a device-side update).
+      offset: bytes from the start of the arena, a multiple of `ALIGNMENT`.
+    """
+
+    value: int
+    array: ArrayType
+    layout: Layout
+    offset: int
+
+    @classmethod
+    def decode(cls, fields: Any, classes: tuple[KeyClass, ...]) -> Crossing:
+        """Reads a crossing."""
+        _require(isinstance(fields, dict), "a crossing is not an object")
+        array = ArrayType.decode(fields.get("array"))
+        return cls(
+            _natural(fields.get("value"), MAX_VALUES, "a value"),
+            array,
+            Layout.decode(fields.get("layout"), array, classes),
+            _natural(fields.get("offset"), 1 << 48, "an offset"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A run of trusted equations that executes between two visits of the host.
+
+    Attributes:
+      executable: name (SHA-256 of its bytes, hex) of the serialized StableHLO.
+      inputs: numbers of the values it takes, in order.
+      outputs: numbers of the values it gives, in order.
+      uploads: values that come from the host before it runs.
+      downloads: values that go to the host after it ran.
+      dead: values no later segment reads.
+    """
+
+    executable: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    uploads: tuple[Crossing, ...]
+    downloads: tuple[Crossing, ...]
+    dead: tuple[int, ...]
+
+    @classmethod
+    def decode(cls, fields: Any, classes: tuple[KeyClass, ...]) -> Segment:
+        """Reads a segment."""
+        _require(isinstance(fields, dict), "a segment is not an object")
+        name = fields.get("executable")
+        _require(isinstance(name, str) and len(name) == 64, "an executable's name is not a hash")
+
+        def numbers(key: str) -> tuple[int, ...]:
+            return tuple(_natural(v, MAX_VALUES, key) for v in _items(fields.get(key), key))
+
+        def crossings(key: str) -> tuple[Crossing, ...]:
+            return tuple(Crossing.decode(c, classes) for c in _items(fields.get(key), key))
+
+        return cls(
+            name,
+            numbers("inputs"),
+            numbers("outputs"),
+            crossings("uploads"),
+            crossings("downloads"),
+            numbers("dead"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """An input or a sealed output of the program.
+
+    Attributes:
+      value: the value's number; meaningful for `ENCLAVE` and `PUBLIC` ports.
+      array: shape and dtype.
+      place: `ENCLAVE` (kept inside), `DEVICE` (blinded, on the devices), or `PUBLIC`
+        (an input the host knows).
+      layout: how a `DEVICE` port is blinded.
+    """
+
+    value: int
+    array: ArrayType
+    place: str
+    layout: Layout
+
+    @classmethod
+    def decode(cls, fields: Any, classes: tuple[KeyClass, ...]) -> Port:
+        """Reads a port."""
+        _require(isinstance(fields, dict), "a port is not an object")
+        array = ArrayType.decode(fields.get("array"))
+        place = fields.get("place")
+        _require(place in (ENCLAVE, DEVICE, PUBLIC), "a port is at an unknown place")
+        layout = Layout.decode(fields.get("layout"), array, classes)
+        return cls(_natural(fields.get("value"), MAX_VALUES, "a value"), array, place, layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One shielded function for one signature, as the enclave runs it.
+
+    Attributes:
+      scheme: name of the blinding scheme's module in `enclave_runtime.schemes`.
+      classes: the key classes.
+      constants: ports of the closed-over arrays, provisioned with the program.
+      inputs: one port for each flat argument.
+      outputs: one port for each sealed flat output.
+      segments: in order.
+      arena_bytes: shared memory that one run needs.
+    """
+
+    scheme: str
+    classes: tuple[KeyClass, ...]
+    constants: tuple[Port, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    segments: tuple[Segment, ...]
+    arena_bytes: int
+
+    def encode(self) -> dict[str, Any]:
+        """The program as JSON fields."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def decode(cls, fields: Any) -> Program:
+        """Reads and checks a program.
+
+        Raises:
+          ProgramError: an index, a size or a dependency does not fit.
+        """
+        _require(isinstance(fields, dict), "a program is not an object")
+        scheme = fields.get("scheme")
+        _require(isinstance(scheme, str), "a scheme is not a name")
+        classes = []
+        for item in _items(fields.get("classes"), "classes"):
+            _require(isinstance(item, dict), "a key class is not an object")
+            _require(type(item.get("signed")) is bool, "a key class's signs are not a flag")
+            classes.append(KeyClass(_natural(item.get("size"), 1 << 31, "size"), item["signed"]))
+        keyed = tuple(classes)
+
+        def ports(key: str) -> tuple[Port, ...]:
+            return tuple(Port.decode(p, keyed) for p in _items(fields.get(key), key))
+
+        program = cls(
+            scheme,
+            keyed,
+            ports("constants"),
+            ports("inputs"),
+            ports("outputs"),
+            tuple(Segment.decode(s, keyed) for s in _items(fields.get("segments"), "segments")),
+            _natural(fields.get("arena_bytes"), 1 << 48, "arena_bytes"),
+        )
+        program._check()
+        return program
+
+    def _check(self) -> None:
+        """Every value is there when it is read, and every crossing lies in the arena."""
+        live = {p.value for p in self.constants}
+        live |= {p.value for p in self.inputs if p.place != DEVICE}
+        _require(bool(self.segments), "a program has no segment")
+        for segment in self.segments:
+            for crossing in (*segment.uploads, *segment.downloads):
+                _require(crossing.offset % ALIGNMENT == 0, "a crossing is not aligned")
+                end = crossing.offset + crossing.array.nbytes
+                _require(end <= self.arena_bytes, "a crossing lies outside the arena")
+            live |= {c.value for c in segment.uploads}
+            _require(live.issuperset(segment.inputs), "a segment reads a value before it is made")
+            live |= set(segment.outputs)
+            _require(
+                live.issuperset(c.value for c in segment.downloads),
+                "a segment sends a value before it is made",
+            )
+            live -= set(segment.dead)
+        kept = {p.value for p in self.outputs if p.place == ENCLAVE}
+        _require(live.issuperset(kept), "an output is not made")

@@ -1,0 +1,292 @@
+"""What a session may ask of the enclave: map, compile, provision, run, open, free.
+
+A session lasts as long as the process. Programs and executables come encrypted by the
+client, so the enclave runs no code that the client did not provision; the host starts
+runs of those programs and carries the tensors. Errors leave as short texts that name
+shapes and numbers of the program, never values; the detail goes to the enclave's log.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from enclave_runtime import encryption
+from enclave_runtime.encryption import SessionKeys
+from enclave_runtime.executor import Executor
+from enclave_runtime.keys import KeySchedule
+from enclave_runtime.memory import Arena
+from enclave_runtime.program import DEVICE, PUBLIC, ArrayType, Program
+from enclave_runtime.run import Run, RunError
+from enclave_runtime.schemes import SCHEMES
+from enclave_runtime.store import Blinded, Resident, Store
+from enclave_runtime.wire import Frame, Kind
+
+
+class RequestError(Exception):
+    """A request that the session refuses; its text goes to the peer."""
+
+
+class Session:
+    """State shared by all connections of one session."""
+
+    def __init__(self, keys: SessionKeys, identity: str):
+        self._keys = keys
+        self._identity = identity
+        self._schedule = KeySchedule()
+        self._executor = Executor()
+        self._store = Store()
+        self._programs: list[tuple[Program, dict[int, jax.Array]]] = []
+        self._arenas: dict[str, Arena] = {}
+        self._runs: dict[int, Run] = {}
+        self._run_numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._busy_seconds = 0.0
+        self._handlers: dict[Kind, Callable[[dict[str, Any], bytes], dict[str, Any]]] = {
+            Kind.MAP: self._map,
+            Kind.UNMAP: self._unmap,
+            Kind.COMPILE: self._compile,
+            Kind.PROVISION: self._provision,
+            Kind.BEGIN: self._begin,
+            Kind.SETTLE: self._settle,
+            Kind.SEGMENT: self._segment,
+            Kind.COMMIT: self._commit,
+            Kind.ABORT: self._abort,
+            Kind.OPEN: self._open,
+            Kind.FREE: self._free,
+            Kind.STATISTICS: self._statistics,
+        }
+
+    def handle(self, frame: Frame) -> dict[str, Any]:
+        """Answers one request.
+
+        Raises:
+          Exception: the request was refused or failed; see `server` for what leaves.
+        """
+        handler = self._handlers.get(frame.kind)
+        if handler is None:
+            raise RequestError(f"a frame of kind {frame.kind.name} is not a request")
+        return handler(frame.fields, frame.attachment)
+
+    # Shared memory
+
+    def _map(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+        name, size = fields["name"], fields["size"]
+        if not isinstance(name, str) or type(size) is not int or not 0 < size < 1 << 48:
+            raise RequestError("a mapping needs a name and a size")
+        self._arenas[name] = Arena(name, size)
+        return {}
+
+    def _unmap(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+        self._arenas.pop(fields["name"], None)
+        return {}
+
+    def _arena(self, fields: dict[str, Any]) -> Arena:
+        arena = self._arenas.get(fields["arena"])
+        if arena is None:
+            raise RequestError("no such shared memory is mapped")
+        return arena
+
+    # Programs
+
+    def _decrypt(self, attachment: bytes, purpose: str) -> bytes:
+        context = f"{purpose}|{self._identity}".encode()
+        return encryption.decrypt_bytes(self._keys.to_enclave, attachment, context)
+
+    def _compile(self, _: dict[str, Any], attachment: bytes) -> dict[str, Any]:
+        return {"executable": self._executor.compile(self._decrypt(attachment, "compile"))}
+
+    def _provision(self, fields: dict[str, Any], attachment: bytes) -> dict[str, Any]:
+        program = Program.decode(json.loads(self._decrypt(attachment, "provision")))
+        if program.scheme not in SCHEMES:
+            raise RequestError(f"scheme {program.scheme!r} is not one of {', '.join(SCHEMES)}")
+        for segment in program.segments:
+            if not self._executor.has(segment.executable):
+                raise RequestError("a segment's executable was not provisioned")
+        constants = {}
+        if program.constants:
+            arena = self._arena(fields)
+            offsets = fields["offsets"]
+            for port, offset in zip(program.constants, offsets, strict=True):
+                constants[port.value] = self._decrypted(arena, port.array, offset)
+        scheme = SCHEMES[program.scheme]
+        crossings = [c for s in program.segments for c in (*s.uploads, *s.downloads)]
+        for c in crossings:
+            self._executor.warm_up(scheme, c.array, c.layout, program.classes)
+        for port in program.inputs:
+            if port.place == DEVICE:
+                self._executor.warm_up(scheme, port.array, port.layout, program.classes)
+        with self._lock:
+            self._programs.append((program, constants))
+            return {"program": len(self._programs) - 1}
+
+    def _decrypted(self, arena: Arena, array: ArrayType, offset: Any) -> jax.Array:
+        if type(offset) is not int:
+            raise RequestError("an offset is not a number")
+        size = array.nbytes + encryption.OVERHEAD_BYTES
+        # A private copy first: the host may change shared memory while it is being decrypted.
+        private = arena.view(ArrayType((size,), "uint8"), offset).copy()
+        plain = encryption.decrypt_array(
+            self._keys.to_enclave, private, self._identity, array.shape, np.dtype(array.dtype)
+        )
+        return jnp.array(plain)
+
+    # Runs
+
+    def _begin(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+        """Starts a run on its inputs.
+
+        Each entry of `inputs` says in which form an input comes: {"handle": h} or
+        {"offset": o}, an offset alone meaning ciphertext (or plaintext where the port is
+        public). The reply's `upload` lists inputs that have to be brought by `SETTLE` because
+        they lie on the devices but are wanted inside, or under other keys; `download` maps
+        inputs that now lie blinded at `blind_at[i]`.
+        """
+        try:
+            program, constants = self._programs[fields["program"]]
+        except (IndexError, TypeError, KeyError):
+            raise RequestError("no such program was provisioned") from None
+        workers = fields["workers"]
+        if type(workers) is not int or not 0 < workers <= 4096:
+            raise RequestError("a run needs between 1 and 4096 workers")
+        inputs, blind_at = fields["inputs"], fields["blind_at"]
+        if not len(inputs) == len(program.inputs) == len(blind_at):
+            raise RequestError(f"the program takes {len(program.inputs)} inputs")
+        self._executor.wait([s.executable for s in program.segments])
+        arena = self._arena(fields)
+        number = next(self._run_numbers)
+        run = Run(program, constants, arena, workers, number, self._schedule, self._executor)
+        upload, blind = [], []
+        for index, (port, given) in enumerate(zip(program.inputs, inputs, strict=True)):
+            if "handle" in given:
+                run.handles[index] = given["handle"]
+                entry = self._store.get(given["handle"])
+                if entry.array != port.array:
+                    raise RequestError(
+                        f"input {index} is {entry.array.dtype}{list(entry.array.shape)}, expected "
+                        f"{port.array.dtype}{list(port.array.shape)}"
+                    )
+                if isinstance(entry, Resident):
+                    value = entry.value
+                elif port.place == DEVICE and run.keys.adopt(port, entry):
+                    continue
+                else:
+                    upload.append(index)
+                    continue
+            elif port.place == PUBLIC:
+                value = jnp.array(arena.view(port.array, given["offset"]).copy())
+            else:
+                value = self._decrypted(arena, port.array, given["offset"])
+            if port.place == DEVICE:
+                blind.append((index, value))
+            else:
+                run.set(port, value)
+        # Blinded last: by now every key that another input carries over is known.
+        for index, value in blind:
+            port = program.inputs[index]
+            run.blind(value, port.array, port.layout, blind_at[index])
+        with self._lock:
+            self._runs[number] = run
+        return {"run": number, "upload": upload, "download": [index for index, _ in blind]}
+
+    def _run(self, fields: dict[str, Any]) -> Run:
+        run = self._runs.get(fields["run"])
+        if run is None:
+            raise RunError("no such run: it was committed, failed or was aborted")
+        return run
+
+    def _settle(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+        """Takes inputs that lie on the devices from the arena, blinding again where wanted."""
+        run = self._run(fields)
+        download = []
+        for key, offset in fields["offsets"].items():
+            index = int(key)
+            port, handle = run.program.inputs[index], run.handles[index]
+            entry = self._store.get(handle) if handle else None
+            if not isinstance(entry, Blinded):
+                raise RequestError(f"input {index} does not lie on the devices")
+            value = SCHEMES[entry.scheme].unblind(
+                run.arena.view(entry.array, offset), entry.layout, entry.keys
+            )
+            value.block_until_ready()
+            if port.place == DEVICE:
+                run.blind(value, port.array, port.layout, fields["blind_at"][key])
+                download.append(index)
+            else:
+                run.set(port, value)
+        return {"download": download}
+
+    def _segment(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+        run = self._run(fields)
+        start = time.perf_counter()
+        try:
+            run.segment(fields["segment"], fields["worker"])
+        except BaseException as error:
+            run.fail(error)
+            with self._lock:
+                self._runs.pop(fields["run"], None)
+            raise
+        self._busy_seconds += time.perf_counter() - start
+        return {}
+
+    def _commit(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+        run = self._run(fields)
+        handles = run.commit(self._store)
+        for index in fields["donate"]:
+            handle = run.handles[index]
+            if handle is not None:
+                self._store.free(handle)
+        with self._lock:
+            del self._runs[fields["run"]]
+        return {"handles": handles}
+
+    def _abort(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+        with self._lock:
+            run = self._runs.pop(fields["run"], None)
+        if run is not None:
+            run.fail(RunError("the host aborted the run"))
+        return {}
+
+    # Values
+
+    def _open(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+        """Encrypts a value to the client, at `offset`; a blinded one is read there first."""
+        entry = self._store.get(fields["handle"])
+        arena, offset = self._arena(fields), fields["offset"]
+        if isinstance(entry, Blinded):
+            blinded = arena.view(entry.array, offset)
+            value = SCHEMES[entry.scheme].unblind(blinded, entry.layout, entry.keys)
+        else:
+            value = entry.value
+        encrypted = encryption.encrypt_array(
+            self._keys.to_client, np.asarray(value), self._identity
+        )
+        np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), offset), encrypted)
+        return {}
+
+    def _free(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+        for handle in fields["handles"]:
+            self._store.free(handle)
+        return {}
+
+    def _statistics(self, _: dict[str, Any], __: bytes) -> dict[str, Any]:
+        return {
+            "handles": len(self._store),
+            "runs": len(self._runs),
+            "programs": len(self._programs),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "busy_seconds": self._busy_seconds,
+            "process": os.getpid(),
+        }
+
+

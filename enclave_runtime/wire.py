@@ -1,0 +1,179 @@
+"""Frames of the control connection, shared by the host and the enclave.
+
+A frame carries a small JSON object and, for compiled programs, one binary attachment;
+tensors never travel here but through shared memory. Everything a peer claims about a
+length is checked before memory is allocated for it. No pickle.
+
+The connection is authenticated when it opens (`prove`, `check_proof`): both ends
+show that they know the session's connection key, without sending it.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import socket
+import struct
+from typing import Any, NamedTuple
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, hmac
+
+VERSION = 1
+MAGIC = b"TMPO"
+HEADER = struct.Struct(">4sHHQI")  # 20 bytes
+JSON_LENGTH = struct.Struct(">I")
+MAX_BODY = 1 << 30  # bytes; the largest frame provisions one compiled segment
+MAX_JSON = 1 << 26  # bytes
+NONCE_BYTES = 32
+
+
+class WireError(Exception):
+    """A frame that does not follow the format, or a peer that failed to prove itself."""
+
+
+class Kind(enum.IntEnum):
+    """What a frame asks for; a reply is `REPLY` or `ERROR`."""
+
+    REPLY = 0
+    ERROR = 1
+    HELLO = 2
+    PROOF = 3
+    MAP = 4
+    UNMAP = 5
+    COMPILE = 6
+    PROVISION = 7
+    BEGIN = 8
+    SETTLE = 9
+    SEGMENT = 10
+    COMMIT = 11
+    ABORT = 12
+    OPEN = 13
+    FREE = 14
+    STATISTICS = 15
+    SHUTDOWN = 16
+
+
+class Frame(NamedTuple):
+    """One message; integers are big-endian.
+
+      bytes  0-3  magic b"TMPO"          bytes  8-15  request number, echoed in the reply
+      bytes  4-5  version, now 1         bytes 16-19  body length, at most `MAX_BODY`
+      bytes  6-7  kind, see `Kind`       bytes 20-    body
+
+    The body is a 4-byte length, that many bytes of JSON (one object), and the attachment.
+    """
+
+    kind: Kind
+    request: int
+    fields: dict[str, Any]
+    attachment: bytes = b""
+
+    def encode(self) -> bytes:
+        """The frame as bytes.
+
+        Raises:
+          WireError: the frame is longer than `MAX_BODY`.
+        """
+        text = json.dumps(self.fields, separators=(",", ":"), allow_nan=False).encode()
+        length = JSON_LENGTH.size + len(text) + len(self.attachment)
+        if length > MAX_BODY or len(text) > MAX_JSON:
+            raise WireError(f"a frame of {length} bytes exceeds the limit of {MAX_BODY} bytes")
+        header = HEADER.pack(MAGIC, VERSION, self.kind, self.request, length)
+        return b"".join((header, JSON_LENGTH.pack(len(text)), text, self.attachment))
+
+
+def decode_header(header: bytes) -> tuple[Kind, int, int]:
+    """Returns (kind, request number, body length in bytes) of a frame header.
+
+    Raises:
+      WireError: wrong length, magic, version or kind, or a body over `MAX_BODY`.
+    """
+    if len(header) != HEADER.size:
+        raise WireError(f"a frame header has {HEADER.size} bytes, got {len(header)}")
+    magic, version, kind, request, length = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise WireError("the peer does not speak tempo_jax's protocol (wrong magic)")
+    if version != VERSION:
+        raise WireError(f"protocol version {version}, expected {VERSION}: update both sides")
+    if kind not in Kind._value2member_map_:
+        raise WireError(f"unknown frame kind {kind}")
+    if not JSON_LENGTH.size <= length <= MAX_BODY:
+        raise WireError(f"a body of {length} bytes, expected {JSON_LENGTH.size} to {MAX_BODY}")
+    return Kind(kind), request, length
+
+
+def decode_body(kind: Kind, request: int, body: bytes) -> Frame:
+    """Returns the frame with this body.
+
+    Raises:
+      WireError: the body is truncated or its JSON is not one object.
+    """
+    if len(body) < JSON_LENGTH.size:
+        raise WireError("a frame body is shorter than its JSON length field")
+    (length,) = JSON_LENGTH.unpack_from(body)
+    end = JSON_LENGTH.size + length
+    if length > MAX_JSON or end > len(body):
+        raise WireError("a frame's JSON is longer than its body")
+    try:
+        fields = json.loads(body[JSON_LENGTH.size : end])
+    except (ValueError, RecursionError) as error:
+        raise WireError("a frame's JSON does not parse") from error
+    if not isinstance(fields, dict):
+        raise WireError("a frame's JSON is not an object")
+    return Frame(kind, request, fields, body[end:])
+
+
+def _receive_exactly(connection: socket.socket, count: int) -> bytes:
+    buffer = bytearray(count)
+    view = memoryview(buffer)
+    while count:
+        received = connection.recv_into(view, count)
+        if not received:
+            raise ConnectionError("the peer closed the connection")
+        view = view[received:]
+        count -= received
+    return bytes(buffer)
+
+
+def send(connection: socket.socket, frame: Frame) -> None:
+    """Sends one frame."""
+    connection.sendall(frame.encode())
+
+
+def receive(connection: socket.socket, max_body: int = MAX_BODY) -> Frame:
+    """Receives one frame.
+
+    Args:
+      connection: a connected stream socket.
+      max_body: largest body to accept, in bytes; small until the peer is authenticated.
+
+    Raises:
+      WireError: the frame breaks the format or exceeds `max_body`.
+      ConnectionError: the peer closed the connection.
+    """
+    kind, request, length = decode_header(_receive_exactly(connection, HEADER.size))
+    if length > max_body:
+        raise WireError(f"a body of {length} bytes, expected at most {max_body}")
+    return decode_body(kind, request, _receive_exactly(connection, length))
+
+
+def prove(key: bytes, role: str, challenge: bytes, own_nonce: bytes) -> bytes:
+    """HMAC-SHA256 over role, challenge and own nonce: shows knowledge of `key` (RFC 2104)."""
+    mac = hmac.HMAC(key, hashes.SHA256())
+    mac.update(role.encode() + b"|" + challenge + own_nonce)
+    return mac.finalize()
+
+
+def check_proof(key: bytes, role: str, challenge: bytes, nonce: bytes, proof: bytes) -> None:
+    """Checks what `prove` made, in constant time.
+
+    Raises:
+      WireError: the proof is not the one this key gives.
+    """
+    mac = hmac.HMAC(key, hashes.SHA256())
+    mac.update(role.encode() + b"|" + challenge + nonce)
+    try:
+        mac.verify(proof)
+    except InvalidSignature as error:
+        raise WireError("the peer does not know the session key") from error

@@ -1,0 +1,295 @@
+"""The enclave as the user meets it: launch, seal, open.
+
+In development client and host share this process, and with it the session's keys; the
+path of every byte is the same as it would be between machines. Untrusted, but for the two
+methods that encrypt and decrypt for the client. Called by users and by `_shield`.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from enclave_runtime import encryption
+from enclave_runtime.memory import Arena
+from enclave_runtime.program import ArrayType, Port, Program, aligned
+from enclave_runtime.wire import Kind
+from tempo_jax import _jaxpr
+from tempo_jax._connection import Connection
+from tempo_jax._plan import array_type, input_bytes
+from tempo_jax._sealed import BLINDED, ENCRYPTED, RESIDENT, SealedArray, is_sealed, owners
+from tempo_jax.errors import SealedValueError, UnsupportedError
+
+
+def handle_text(handle: Any) -> str:
+    """A handle, uint32[4], in the protocol's hexadecimal form."""
+    return np.asarray(handle).tobytes().hex()
+
+
+def handle_array(text: str) -> np.ndarray:
+    """Inverse of `handle_text`."""
+    return np.frombuffer(bytes.fromhex(text), np.uint32).copy()
+
+
+class Enclave:
+    """A running enclave process and the client's session with it.
+
+    A context manager: leaving it ends the process. Make one with `Enclave.launch`.
+    """
+
+    def __init__(self, connection: Connection):
+        """Wraps a connection; users call `launch`."""
+        self._connection = connection
+        self._owned: collections.Counter[str] = collections.Counter()
+        self._counted: set[int] = set()
+        self._dropped: collections.deque[str] = collections.deque()
+        self._lock = threading.RLock()
+        owners[connection.session] = self
+
+    @classmethod
+    def launch(cls) -> Enclave:
+        """Starts ``python -m enclave_runtime`` as a child and opens a session with it.
+
+        The child is trusted because this process started it and handed it the session's
+        secret through a pipe. It ends when this process does.
+
+        Returns:
+          The enclave, ready for use.
+
+        Raises:
+          EnclaveDiedError: the process did not come up.
+        """
+        return cls(Connection())
+
+    def __enter__(self) -> Enclave:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._connection.closed else f"process {self._connection.process.pid}"
+        return f"Enclave({state})"
+
+    def close(self) -> None:
+        """Ends the enclave; everything sealed in it is gone."""
+        self._connection.close()
+
+    @property
+    def session(self) -> str:
+        """Public name of the session, to which sealed values are bound."""
+        return self._connection.session
+
+    @property
+    def connection(self) -> Connection:
+        """The line to the process."""
+        return self._connection
+
+    def statistics(self) -> dict[str, Any]:
+        """What the enclave reports of itself.
+
+        Returns:
+          `handles`, `runs`, `programs` (counts), `peak_memory_bytes`, `busy_seconds` (inside
+          segments, since launch) and `process` (its id).
+        """
+        self.free_dropped()
+        return self._connection.request(Kind.STATISTICS, {})
+
+    # The client's side: plaintext in, plaintext out
+
+    def seal(self, tree: Any) -> Any:
+        """Encrypts every array of a pytree to the enclave.
+
+        Args:
+          tree: any pytree of arrays and Python numbers; sealed leaves stay as they are.
+
+        Returns:
+          The same pytree, its leaves `SealedArray`.
+
+        Raises:
+          UnsupportedError: a leaf is not an array or a number.
+        """
+        return jax.tree.map(self._seal_leaf, tree, is_leaf=is_sealed)
+
+    def _seal_leaf(self, leaf: Any) -> SealedArray:
+        if is_sealed(leaf):
+            return self.check_owned(leaf)
+        try:
+            aval = jax.typeof(leaf)
+            if isinstance(leaf, jax.core.Tracer):
+                raise UnsupportedError(
+                    "enclave.seal was called inside jit: the value is already the host's. Seal it "
+                    "before, outside jit."
+                )
+            plain = np.asarray(_jaxpr.to_physical(jnp.asarray(leaf)))
+        except TypeError as error:
+            raise UnsupportedError(
+                f"enclave.seal: a leaf of type {type(leaf).__name__} is not an array or a number. "
+                "Keep such objects out of the pytree, for example as static fields."
+            ) from error
+        encrypted = encryption.encrypt_array(self._connection.keys.to_enclave, plain, self.session)
+        return SealedArray(
+            (jnp.asarray(encrypted),), ENCRYPTED, aval.shape, aval.dtype, aval.weak_type, self.session
+        )
+
+    def open(self, tree: Any) -> Any:
+        """Decrypts every sealed leaf of a pytree for the client.
+
+        Args:
+          tree: any pytree; leaves that are not sealed stay as they are.
+
+        Returns:
+          The same pytree with a `jax.Array` in place of every `SealedArray`.
+
+        Raises:
+          SealedValueError: a leaf was donated, altered, or belongs to another enclave.
+        """
+        self.free_dropped()
+        return jax.tree.map(
+            lambda x: self._open_leaf(x) if is_sealed(x) else x, tree, is_leaf=is_sealed
+        )
+
+    def _open_leaf(self, sealed: SealedArray) -> jax.Array:
+        self.check_owned(sealed)
+        array = array_type(sealed)
+        keys = self._connection.keys
+        if sealed.form == ENCRYPTED:
+            plain = self._decrypt(keys.to_enclave, np.asarray(sealed.content), array)
+        else:
+            with self.arena(input_bytes(array)) as (name, arena):
+                if sealed.form == BLINDED:
+                    np.copyto(arena.view(array, 0), np.asarray(sealed.content))
+                self._connection.request(
+                    Kind.OPEN, {"handle": handle_text(sealed.handle), "arena": name, "offset": 0}
+                )
+                size = array.nbytes + encryption.OVERHEAD_BYTES
+                encrypted = arena.view(ArrayType((size,), "uint8"), 0).copy()
+            plain = self._decrypt(keys.to_client, encrypted, array)
+        return _jaxpr.from_physical(jnp.asarray(plain), sealed)
+
+    def _decrypt(self, key: bytes, encrypted: np.ndarray, array: ArrayType) -> np.ndarray:
+        try:
+            return encryption.decrypt_array(
+                key, encrypted, self.session, array.shape, np.dtype(array.dtype)
+            )
+        except encryption.DecryptionError as error:
+            raise SealedValueError(
+                f"a sealed {array.dtype}{list(array.shape)} failed its authentication: it was "
+                "altered, or its shape, dtype or session is not the one it was sealed with"
+            ) from error
+
+    def check_owned(self, sealed: SealedArray) -> SealedArray:
+        """Refuses values of other sessions and values already donated.
+
+        Raises:
+          SealedValueError: with the reason.
+        """
+        if sealed.session != self.session:
+            raise SealedValueError(
+                f"{sealed!r} belongs to another session or enclave; open it there and seal it here"
+            )
+        if any(isinstance(c, jax.Array) and c.is_deleted() for c in _concrete(sealed)):
+            raise SealedValueError(
+                f"{sealed!r} was donated to an earlier call, which replaced it by the new state it "
+                "returned. Use that one, or pass `donate=False` to `shield`."
+            )
+        return sealed
+
+    # Handles
+
+    def adopt(self, handle: Any) -> None:
+        """Counts an array that holds a handle; when the last one is dropped, frees the handle."""
+        key = id(handle)
+        with self._lock:
+            if key in self._counted:
+                return
+            text = handle_text(handle)
+            self._counted.add(key)
+            self._owned[text] += 1
+        weakref.finalize(handle, _release, weakref.ref(self), key, text)
+
+    def release(self, key: int, text: str) -> None:
+        """One array that held a handle is gone."""
+        with self._lock:
+            self._counted.discard(key)
+            self._owned[text] -= 1
+            if self._owned[text] <= 0:
+                del self._owned[text]
+                self._dropped.append(text)
+
+    def donate(self, sealed: SealedArray) -> None:
+        """Gives up a value that a committed run replaced."""
+        if sealed.form != ENCRYPTED:
+            self._dropped.append(handle_text(sealed.handle))
+        if sealed.form != RESIDENT and isinstance(sealed.content, jax.Array):
+            sealed.content.delete()
+
+    def free_dropped(self) -> None:
+        """Tells the enclave which handles nobody holds any more."""
+        dropped = []
+        with contextlib.suppress(IndexError):
+            while True:
+                dropped.append(self._dropped.popleft())
+        if dropped and not self._connection.closed:
+            self._connection.request(Kind.FREE, {"handles": dropped})
+
+    # Programs and runs, for `_shield`
+
+    @contextlib.contextmanager
+    def arena(self, size: int) -> Iterator[tuple[str, Arena]]:
+        """Shared memory for one request or run."""
+        reserved = self._connection.reserve(aligned(max(size, 1)))
+        try:
+            yield reserved
+        finally:
+            self._connection.give_back(reserved)
+
+    def _encrypted(self, content: bytes, purpose: str) -> bytes:
+        context = f"{purpose}|{self.session}".encode()
+        return encryption.encrypt_bytes(self._connection.keys.to_enclave, content, context)
+
+    def compile(self, blob: bytes) -> str:
+        """Provisions a segment's code and starts compiling it; returns its name."""
+        reply = self._connection.request(Kind.COMPILE, {}, self._encrypted(blob, "compile"))
+        return reply["executable"]
+
+    def provision(self, program: Program, constants: Sequence[Any]) -> int:
+        """Provisions a program and its closed-over arrays; returns its number."""
+        sizes = [input_bytes(port.array) for port in program.constants]
+        content = self._encrypted(json.dumps(program.encode()).encode(), "provision")
+        with self.arena(sum(sizes)) as (name, arena):
+            offsets = []
+            for port, size, value in zip(program.constants, sizes, constants, strict=True):
+                offsets.append(sum(sizes[: len(offsets)]))
+                plain = np.asarray(_jaxpr.to_physical(value))
+                self._write_encrypted(arena, port, offsets[-1], plain)
+                assert size
+            reply = self._connection.request(
+                Kind.PROVISION, {"arena": name, "offsets": offsets}, content
+            )
+        return reply["program"]
+
+    def _write_encrypted(self, arena: Arena, port: Port, offset: int, plain: np.ndarray) -> None:
+        encrypted = encryption.encrypt_array(self._connection.keys.to_enclave, plain, self.session)
+        assert (plain.shape, plain.dtype.name) == (port.array.shape, port.array.dtype)
+        np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), offset), encrypted)
+
+
+def _concrete(sealed: SealedArray) -> list[Any]:
+    children = (sealed.content, sealed.handle)
+    return [c for c in children if not isinstance(c, jax.core.Tracer)]
+
+
+def _release(owner: weakref.ref[Enclave], key: int, text: str) -> None:
+    enclave = owner()
+    if enclave is not None:
+        enclave.release(key, text)

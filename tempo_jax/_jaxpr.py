@@ -1,0 +1,322 @@
+"""All reliance on JAX's internals: tracing, inlining, and evaluating single equations.
+
+Untrusted and pure. Serves JAX 0.10 to 0.12. Everything else in the package sees jaxprs
+through this module and compares primitives as objects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src import source_info_util  # JAX 0.10-0.12: no public way to keep an equation's source.
+from jax.experimental import io_callback
+from jax.extend import core as jex_core
+from jax.extend.core import primitives as prims
+from jax.interpreters import ad, batching, mlir
+
+ClosedJaxpr = jex_core.ClosedJaxpr
+Jaxpr = jex_core.Jaxpr
+JaxprEqn = jex_core.JaxprEqn
+Literal = jex_core.Literal
+Var = jex_core.Var
+
+# Scans longer than this run inside the enclave whole rather than be unrolled.
+MAX_UNROLL = 64
+
+dot_general_p = prims.dot_general_p
+conv_p = prims.conv_general_dilated_p
+
+
+def _identity_primitive(name: str) -> jex_core.Primitive:
+    """A primitive that returns its argument under every transformation."""
+    primitive = jex_core.Primitive(name)
+    primitive.def_impl(lambda x: x)
+    primitive.def_abstract_eval(lambda aval: aval)
+    ad.deflinear2(primitive, lambda cotangent, _: [cotangent])
+    batching.defvectorized(primitive)
+    mlir.register_lowering(primitive, lambda _, operand: [operand])
+    return primitive
+
+
+# Marks an output that the function itself makes public; see `tempo_jax.reveal`.
+reveal_p = _identity_primitive("tempo_reveal")
+# Marks the operands of an update that may run on blinded values; see `cheap_update`.
+cheap_p = _identity_primitive("tempo_cheap_update")
+
+
+def _primitive_of(function: Callable[..., Any], *arguments: Any) -> jex_core.Primitive:
+    """The primitive to which a call traces, for those that JAX does not export."""
+    return jax.make_jaxpr(function)(*arguments).jaxpr.eqns[0].primitive
+
+
+_debug_callback_p = _primitive_of(lambda x: jax.debug.callback(lambda _: None, x), 0.0)
+_SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
+_CALLBACKS = {
+    _primitive_of(lambda x: jax.pure_callback(lambda y: y, _SCALAR, x), 0.0),
+    _primitive_of(lambda x: io_callback(lambda y: y, _SCALAR, x), 0.0),
+}
+optimization_barrier_p = _primitive_of(lax.optimization_barrier, 0.0)
+# Calls whose body is inlined, with the parameter that holds it.
+_INLINED = {
+    prims.jit_p: "jaxpr",
+    prims.closed_call_p: "call_jaxpr",
+    prims.call_p: "call_jaxpr",
+    prims.custom_jvp_call_p: "call_jaxpr",
+    prims.custom_vjp_call_p: "call_jaxpr",
+    prims.remat_p: "jaxpr",
+}
+# Placement hints for one array system; the enclave has one processor and no mesh.
+_PLACEMENT_HINTS = {prims.device_put_p, prims.sharding_constraint_p}
+
+
+def is_key_array(aval: Any) -> bool:
+    """Whether this is an array of typed `jax.random` keys."""
+    return jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flattening:
+    """Which control flow `flatten` dissolves.
+
+    Attributes:
+      worth: whether an equation is worth offloading; a scan that holds one is unrolled.
+      notes: collects what a reader of `explain` should know.
+    """
+
+    worth: Callable[[JaxprEqn], bool]
+    notes: list[str]
+
+
+def _closed(jaxpr: Any) -> ClosedJaxpr:
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+
+
+def subjaxprs(eqn: JaxprEqn) -> Iterator[Any]:
+    """The open jaxprs in an equation's parameters."""
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
+
+
+def equations(jaxpr: Any) -> Iterator[JaxprEqn]:
+    """All equations of a jaxpr at any depth."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in subjaxprs(eqn):
+            yield from equations(inner)
+
+
+def bind(eqn: JaxprEqn, arguments: Sequence[Any], **changes: Any) -> list[Any]:
+    """Evaluates one equation on `arguments`, with some parameters changed."""
+    params = eqn.primitive.get_bind_params({**eqn.params, **changes})
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with (
+        source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
+        eqn.ctx.manager,
+    ):
+        result = eqn.primitive.bind(*arguments, **params)
+    return list(result) if eqn.primitive.multiple_results else [result]
+
+
+def source(eqn: JaxprEqn) -> str:
+    """Where in the user's program an equation comes from, as `file:line (function)`."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def forward_only(eqns: Iterable[JaxprEqn], outputs: Sequence[Any]) -> list[JaxprEqn]:
+    """The equations that `outputs` depend on, in order."""
+    needed = {v for v in outputs if isinstance(v, Var)}
+    kept = []
+    for eqn in reversed(list(eqns)):
+        if any(v in needed for v in eqn.outvars):
+            kept.append(eqn)
+            needed |= {v for v in eqn.invars if isinstance(v, Var)}
+    return kept[::-1]
+
+
+class _Flattener:
+    """Evaluates a jaxpr on tracers, dissolving calls, so that a flat trace comes out.
+
+    Every value is carried as (tracer, cheap): `cheap` says that it descends from a value
+    marked by `cheap_p`. Control flow over such values is dissolved as well, since an
+    update that stays behind in a `cond` could not run on blinded values.
+    """
+
+    def __init__(self, options: Flattening):
+        self._options = options
+
+    def evaluate(
+        self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], cheap: Sequence[bool]
+    ) -> list[tuple[Any, bool]]:
+        env = {v: (c, False) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+        env.update(zip(jaxpr.invars, zip(arguments, cheap, strict=True), strict=True))
+
+        def read(v: Any) -> tuple[Any, bool]:
+            return (v.val, False) if isinstance(v, Literal) else env[v]
+
+        for eqn in forward_only(jaxpr.eqns, jaxpr.outvars):
+            operands = [read(v) for v in eqn.invars]
+            results = self._equation(eqn, [x for x, _ in operands], [c for _, c in operands])
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _equation(
+        self, eqn: JaxprEqn, arguments: list[Any], cheap: list[bool]
+    ) -> list[tuple[Any, bool]]:
+        primitive = eqn.primitive
+        if primitive in _INLINED:
+            body = _closed(eqn.params[_INLINED[primitive]])
+            return self.evaluate(body.jaxpr, body.consts, arguments, cheap)
+        if primitive in _PLACEMENT_HINTS:
+            return list(zip(arguments, cheap, strict=True))
+        if primitive is _debug_callback_p:
+            self._options.notes.append(
+                f"the debugging callback at {source(eqn)} is left out: it would show its operands"
+            )
+            return []
+        if primitive is prims.cond_p and (any(cheap[1:]) or self._marks(eqn)):
+            return self._select(eqn, arguments, cheap)
+        if primitive is prims.scan_p:
+            worth = any(self._options.worth(e) for e in equations(eqn.params["jaxpr"].jaxpr))
+            if worth or any(cheap) or self._marks(eqn):
+                if eqn.params["length"] <= MAX_UNROLL:
+                    return self._unroll(eqn, arguments, cheap)
+                self._options.notes.append(
+                    f"a scan of length {eqn.params['length']} at {source(eqn)} runs in the enclave "
+                    f"whole: scans of up to {MAX_UNROLL} steps are unrolled"
+                )
+        tainted = primitive is cheap_p or any(cheap)
+        return [(x, tainted) for x in bind(eqn, arguments)]
+
+    @staticmethod
+    def _marks(eqn: JaxprEqn) -> bool:
+        return any(e.primitive is cheap_p for j in subjaxprs(eqn) for e in equations(j))
+
+    def _select(
+        self, eqn: JaxprEqn, arguments: list[Any], cheap: list[bool]
+    ) -> list[tuple[Any, bool]]:
+        """Evaluates every branch of a `cond` and selects: branches are pure."""
+        index, *operands = arguments
+        branches = [
+            self.evaluate(b.jaxpr, b.consts, operands, cheap[1:]) for b in eqn.params["branches"]
+        ]
+        if len(branches) == 1:
+            return branches[0]
+        if len(branches) == 2:
+            which = index.astype(bool)
+        else:
+            which = lax.clamp(jnp.int32(0), index, jnp.int32(len(branches) - 1))
+        results = []
+        for cases in zip(*branches, strict=True):
+            values = [x for x, _ in cases]
+            same = all(x is values[0] for x in values)
+            chosen = values[0] if same else lax.select_n(which, *values)
+            results.append((chosen, any(c for _, c in cases)))
+        return results
+
+    def _unroll(
+        self, eqn: JaxprEqn, arguments: list[Any], cheap: list[bool]
+    ) -> list[tuple[Any, bool]]:
+        params = eqn.params
+        body, length = params["jaxpr"], params["length"]
+        constants, carried = params["num_consts"], params["num_carry"]
+        pairs = list(zip(arguments, cheap, strict=True))
+        fixed, carry = pairs[:constants], pairs[constants : constants + carried]
+        scanned = pairs[constants + carried :]
+        stacked: list[list[tuple[Any, bool]]] = []
+        steps = range(length)
+        for step in reversed(steps) if params["reverse"] else steps:
+            slices = [(lax.index_in_dim(x, step, keepdims=False), c) for x, c in scanned]
+            inputs = [*fixed, *carry, *slices]
+            results = self.evaluate(
+                body.jaxpr, body.consts, [x for x, _ in inputs], [c for _, c in inputs]
+            )
+            carry, out = results[:carried], results[carried:]
+            stacked.append(out)
+        if params["reverse"]:
+            stacked.reverse()
+        outputs = list(carry)
+        for index, variable in enumerate(eqn.outvars[carried:]):
+            if not length:
+                outputs.append((lax.full(variable.aval.shape, 0, variable.aval.dtype), False))
+                continue
+            parts = [out[index] for out in stacked]
+            joined = lax.concatenate([lax.expand_dims(x, [0]) for x, _ in parts], 0)
+            outputs.append((joined, any(c for _, c in parts)))
+        return outputs
+
+
+def flatten(closed: ClosedJaxpr, options: Flattening) -> ClosedJaxpr:
+    """Traces a program anew with calls inlined and worthwhile control flow dissolved.
+
+    Returns:
+      An equivalent jaxpr, without dead equations, whose remaining control flow runs whole.
+    """
+    flattener = _Flattener(options)
+
+    def run(*arguments: Any) -> list[Any]:
+        results = flattener.evaluate(
+            closed.jaxpr, closed.consts, arguments, [False] * len(arguments)
+        )
+        # A constant output becomes an equation's, so that every output is a variable.
+        return [
+            x if isinstance(x, jax.core.Tracer) else prims.copy_p.bind(jnp.asarray(x))
+            for x, _ in results
+        ]
+
+    avals = [
+        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type)
+        for v in closed.jaxpr.invars
+    ]
+    return jax.make_jaxpr(run)(*avals)
+
+
+def is_callback(eqn: JaxprEqn) -> bool:
+    """Whether an equation calls back into Python for a result."""
+    return eqn.primitive in _CALLBACKS
+
+
+def evaluate(
+    eqns: Iterable[JaxprEqn], env: dict[Any, Any], outputs: Sequence[Any]
+) -> list[Any]:
+    """Evaluates flat equations on the values in `env` and returns `outputs`."""
+    env = dict(env)
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, Literal) else env[v]
+
+    for eqn in eqns:
+        env.update(zip(eqn.outvars, bind(eqn, [read(v) for v in eqn.invars]), strict=True))
+    return [read(v) for v in outputs]
+
+
+def physical(aval: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the array that represents a value; differs for typed keys only."""
+    struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return jax.eval_shape(jax.random.key_data, struct) if is_key_array(aval) else struct
+
+
+def to_physical(x: Any) -> Any:
+    """Typed `jax.random` keys as their uint32 data; anything else as it is."""
+    return jax.random.key_data(x) if is_key_array(jax.typeof(x)) else x
+
+
+def from_physical(x: Any, aval: Any) -> Any:
+    """Inverse of `to_physical` for a value of this type."""
+    if not is_key_array(aval):
+        return x
+    # JAX 0.10-0.12: a key type's implementation has no public name.
+    return jax.random.wrap_key_data(x, impl=aval.dtype._impl.name)
+
+
+def under_trace() -> bool:
+    """Whether the caller is being traced by `jit`, `scan` or the like."""
+    return jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE()

@@ -1,0 +1,169 @@
+"""Key classes: which axes of which blinded values must share one key.
+
+Every axis of every blinded value is a node; a linear operation forces equalities between
+nodes, and union-find gives the classes. Two layers never come to share a class through a
+nonlinearity, because only equations that run on blinded values force anything, and
+activations run in the enclave.
+
+Beside its class an axis has a *weight*: how often the element's sign divides the value,
+modulo 2 (1 for a gradient, 0 for its square). Weights of the state's leaves are unknown at
+first, so a weight is a linear form over GF(2): an int whose bit 0 is the constant 1 and
+whose other bits stand for unknowns. Equations demand that forms vanish; `Keying.solve`
+finds the first demand that cannot be met.
+
+Untrusted and pure; used by `_placement`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ONE = 1  # the constant weight
+
+
+class Axis(NamedTuple):
+    """One axis of a value on the host.
+
+    Attributes:
+      node: its node, or None where the value is constant along the axis.
+      weight: a linear form over GF(2).
+    """
+
+    node: int | None
+    weight: int
+
+
+Axes = tuple[Axis, ...]
+
+
+class Demand(NamedTuple):
+    """A weight that must vanish, if the axis's class turns out to carry signs."""
+
+    weight: int
+    node: int
+    equation: int
+    reason: str
+
+
+@dataclasses.dataclass
+class _Class:
+    size: int
+    keyed: bool = True
+    signed: bool = True
+
+
+class Keying:
+    """Nodes, their classes, and demands on weights, for one placement."""
+
+    def __init__(self) -> None:
+        self._parent: list[int] = []
+        self._classes: dict[int, _Class] = {}
+        self._unknowns = 0
+        self._demands: list[Demand] = []
+
+    # Nodes
+
+    def node(self, size: int) -> int:
+        """A new node; axes of size 0 and 1 have nothing to permute and carry no key."""
+        number = len(self._parent)
+        self._parent.append(number)
+        self._classes[number] = _Class(size, keyed=size > 1)
+        return number
+
+    def fresh(self, shape: Sequence[int]) -> Axes:
+        """Axes of a value that the enclave blinds."""
+        return tuple(Axis(self.node(n), ONE) for n in shape)
+
+    def leaf(self, shape: Sequence[int]) -> Axes:
+        """Axes of a leaf of the state, whose weights are still unknown."""
+        axes = []
+        for n in shape:
+            self._unknowns += 1
+            axes.append(Axis(self.node(n), 1 << self._unknowns))
+        return tuple(axes)
+
+    def find(self, node: int) -> int:
+        """The representative of a node's class."""
+        while self._parent[node] != node:
+            self._parent[node] = self._parent[self._parent[node]]
+            node = self._parent[node]
+        return node
+
+    def join(self, a: int, b: int) -> None:
+        """Puts two nodes into one class."""
+        a, b = self.find(a), self.find(b)
+        if a == b:
+            return
+        low, high = min(a, b), max(a, b)
+        kept, gone = self._classes[low], self._classes.pop(high)
+        assert kept.size == gone.size, "axes of different sizes cannot share a key"
+        self._parent[high] = low
+        kept.keyed &= gone.keyed
+        kept.signed &= gone.signed
+
+    def strip_key(self, node: int) -> None:
+        """This class carries no key at all."""
+        self._classes[self.find(node)].keyed = False
+
+    def strip_signs(self, node: int) -> None:
+        """This class carries a permutation without signs."""
+        self._classes[self.find(node)].signed = False
+
+    def keyed(self, node: int | None) -> bool:
+        """Whether a node's class carries a key, as far as is known."""
+        return node is not None and self._classes[self.find(node)].keyed
+
+    def signed(self, node: int | None) -> bool:
+        """Whether a node's class carries signs, as far as is known."""
+        return self.keyed(node) and self._classes[self.find(node)].signed  # type: ignore[arg-type]
+
+    def same(self, a: int | None, b: int | None) -> bool:
+        """Whether two axes are blinded alike: one class, or neither carries a key."""
+        if a is None or b is None:
+            return not self.keyed(a) and not self.keyed(b)
+        return self.find(a) == self.find(b) or not (self.keyed(a) or self.keyed(b))
+
+    def size(self, node: int) -> int:
+        """Length of the axes of a node's class."""
+        return self._classes[self.find(node)].size
+
+    # Weights
+
+    def demand(self, weight: int, node: int | None, equation: int, reason: str) -> None:
+        """Demands that `weight` vanishes on this axis."""
+        if node is not None and weight:
+            self._demands.append(Demand(weight, node, equation, reason))
+
+    def solve(self) -> tuple[dict[int, int], Demand | None]:
+        """Solves the demands in order by elimination over GF(2).
+
+        Returns:
+          A row of the reduced system for each pivot bit, and the first demand that
+          contradicts those before it, if any.
+        """
+        pivots: dict[int, int] = {}
+        for demand in self._demands:
+            if not self.signed(demand.node):
+                continue
+            form = reduce_form(demand.weight, pivots)
+            if form == ONE:
+                return pivots, demand
+            if form:
+                pivots[form.bit_length() - 1] = form
+        return pivots, None
+
+
+def reduce_form(form: int, pivots: dict[int, int]) -> int:
+    """The form with every pivot's unknown eliminated."""
+    for bit in range(form.bit_length() - 1, 0, -1):
+        if form >> bit & 1 and bit in pivots:
+            form ^= pivots[bit]
+    return form
+
+
+def resolve_weight(form: int, pivots: dict[int, int]) -> int:
+    """The weight, 0 or 1; unknowns that nothing determines count as 1 (signs applied)."""
+    form = reduce_form(form, pivots)
+    return bin(form).count("1") % 2

@@ -1,0 +1,83 @@
+"""Records what reaches the host, for `tempo_jax.testing.host_view`.
+
+Untrusted by definition: it can record only what the host has anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """An offloaded equation as the host saw it.
+
+    Attributes:
+      step: number of the shielded call within the recording, from 0.
+      primitive: `dot_general_p` or `conv_general_dilated_p`.
+      params: the equation's parameters.
+      operands: the two blinded operands.
+      result: the blinded product.
+    """
+
+    step: int
+    primitive: Any
+    params: dict[str, Any]
+    operands: tuple[np.ndarray, np.ndarray]
+    result: np.ndarray
+
+
+@dataclasses.dataclass
+class HostView:
+    """Everything that reached the host during a recording, in order.
+
+    Attributes:
+      products: offloaded equations.
+      crossings: (step, array) of every tensor that passed between enclave and host.
+      revealed: (step, array) of every revealed output.
+      leaves: (step, array) of every blinded leaf that lay on the devices.
+      steps: number of shielded calls recorded.
+    """
+
+    products: list[Product] = dataclasses.field(default_factory=list)
+    crossings: list[tuple[int, np.ndarray]] = dataclasses.field(default_factory=list)
+    revealed: list[tuple[int, np.ndarray]] = dataclasses.field(default_factory=list)
+    leaves: list[tuple[int, np.ndarray]] = dataclasses.field(default_factory=list)
+    steps: int = 0
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """Every recorded array."""
+        for product in self.products:
+            yield from (*product.operands, product.result)
+        for _, array in (*self.crossings, *self.revealed, *self.leaves):
+            yield array
+
+
+_active: list[HostView] = []
+
+
+@contextlib.contextmanager
+def host_view() -> Iterator[HostView]:
+    """Records every array that reaches the host during shielded calls.
+
+    Covers calls outside `jax.jit`; a shielded call inside one raises while a recording runs.
+
+    Yields:
+      The recording, filled as calls are made.
+    """
+    view = HostView()
+    _active.append(view)
+    try:
+        yield view
+    finally:
+        _active.remove(view)
+
+
+def active_views() -> list[HostView]:
+    """The recordings that run now."""
+    return list(_active)

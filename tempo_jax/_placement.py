@@ -1,0 +1,452 @@
+"""Where each equation runs, which leaves live on the devices, and under which keys.
+
+Placement is a fixpoint. It starts optimistically (every candidate leaf on the devices, every
+worthwhile product offloaded), walks the program once, and demotes what did not work out:
+a leaf that a trusted equation needs, an equation that does not commute with the
+blinding. Then it walks again, until nothing is left to demote. Untrusted and pure: the
+enclave checks what it is asked to run, not why. Called by `_plan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from tempo_jax._cost import CostModel
+from tempo_jax._equivariance import (
+    PRODUCTS,
+    Context,
+    NotEquivariantError,
+    Operand,
+    commute,
+    is_zero,
+)
+from tempo_jax._jaxpr import Jaxpr, JaxprEqn, Literal, Var, cheap_p, reveal_p, source
+from tempo_jax._keying import Axes, Keying, resolve_weight
+from tempo_jax.schemes import KeyLifetime, Scheme
+
+
+class Side(enum.Enum):
+    """Who evaluates an equation."""
+
+    ANYONE = "anyone"  # it depends on literals only
+    ENCLAVE = "enclave"
+    HOST = "host"
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What placement is asked.
+
+    Attributes:
+      jaxpr: flat program.
+      carried: for each input that is a leaf of the carried state, its output's position.
+      on_devices: inputs that already lie blinded on the devices.
+      scheme: the blinding scheme.
+      costs: the cost model; None offloads every product that can be.
+      offload: whether products are offloaded at all.
+    """
+
+    jaxpr: Jaxpr
+    carried: Mapping[int, int]
+    on_devices: frozenset[int]
+    scheme: Scheme
+    costs: CostModel | None
+    offload: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where everything is.
+
+    Attributes:
+      sides: one for each equation.
+      axes: axes of every value that exists on the host, blinded or scalar.
+      host: values that the host computes or holds, as opposed to those it is sent.
+      keying: their classes.
+      pivots: the solved weights.
+      resident: input positions of device-resident leaves.
+      reasons: why a leaf that was a candidate lives in the enclave, by input position.
+      kept_inside: why a product stays in the enclave, by equation.
+      sent: offloaded products with an operand that the enclave blinds for them.
+    """
+
+    sides: tuple[Side, ...]
+    axes: Mapping[Var, Axes]
+    host: frozenset[Var]
+    keying: Keying
+    pivots: Mapping[int, int]
+    resident: frozenset[int]
+    reasons: Mapping[int, str]
+    kept_inside: Mapping[int, str]
+    sent: frozenset[int]
+
+    def classes(self, variable: Var) -> tuple[int | None, ...]:
+        """For each axis its key class's representative, or None without a key."""
+        keying = self.keying
+        return tuple(
+            keying.find(a.node) if a.node is not None and keying.keyed(a.node) else None
+            for a in self.axes[variable]
+        )
+
+    def weights(self, variable: Var) -> tuple[int, ...]:
+        """For each axis whether signs apply."""
+        pivots = dict(self.pivots)
+        return tuple(
+            resolve_weight(a.weight, pivots) if self.keying.signed(a.node) else 0
+            for a in self.axes[variable]
+        )
+
+
+def nbytes(variable: Var) -> int:
+    """Size of a value in bytes."""
+    return math.prod(variable.aval.shape) * np.dtype(variable.aval.dtype).itemsize
+
+
+def is_product(eqn: JaxprEqn) -> bool:
+    """Whether this is a product that could be offloaded: real floats in and out."""
+    return eqn.primitive in PRODUCTS and all(
+        jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (*eqn.invars, *eqn.outvars)
+    )
+
+
+def place(question: Question) -> Placement:
+    """Finds the greatest consistent placement; see the module."""
+    return _Placer(question).solve()
+
+
+class _Placer:
+    """State of the fixpoint: what was demoted so far, and facts that never change."""
+
+    def __init__(self, question: Question):
+        self.question = question
+        self.eqns = question.jaxpr.eqns
+        self.inputs = question.jaxpr.invars
+        self.outputs = question.jaxpr.outvars
+        self.cheap = self._cheap_values()
+        self.uses = self._product_uses()
+        self.to_update = self._feeds_update()
+        self.banned: dict[int, str] = {}
+        self.reasons: dict[int, str] = {}
+        self.resident = self._candidates()
+
+    def _cheap_values(self) -> set[Var]:
+        """Values that descend from a marked update."""
+        cheap: set[Var] = set()
+        for eqn in self.eqns:
+            if eqn.primitive is cheap_p or any(v in cheap for v in _variables(eqn)):
+                cheap |= set(eqn.outvars)
+        return cheap
+
+    def _product_uses(self) -> dict[Var, int]:
+        uses: dict[Var, int] = {}
+        for eqn in self.eqns:
+            if is_product(eqn):
+                for v in set(_variables(eqn)):
+                    uses[v] = uses.get(v, 0) + 1
+        return uses
+
+    def _feeds_update(self) -> set[Var]:
+        """Values that reach a marked update through unary equations alone."""
+        feeds: set[Var] = set()
+        for eqn in reversed(self.eqns):
+            if len(_variables(eqn)) == 1 and (
+                eqn.primitive is cheap_p or any(v in feeds for v in eqn.outvars)
+            ):
+                feeds.add(_variables(eqn)[0])
+        return feeds
+
+    def _candidates(self) -> set[int]:
+        question = self.question
+        if not question.offload or question.scheme.lifetime is not KeyLifetime.KEPT:
+            return set()
+        cheap = {
+            i
+            for i, o in question.carried.items()
+            if isinstance(self.outputs[o], Var) and self.outputs[o] in self.cheap
+        }
+        return {
+            i
+            for i in cheap | question.on_devices
+            if jnp.issubdtype(self.inputs[i].aval.dtype, jnp.floating)
+            and math.prod(self.inputs[i].aval.shape) > 1
+        }
+
+    def solve(self) -> Placement:
+        while True:
+            walk = _Walk(self)
+            demoted = walk.demotions()
+            if demoted:
+                self._demote(demoted)
+                continue
+            pivots, contradiction = walk.keying.solve()
+            if contradiction is not None:
+                if contradiction.equation < 0:
+                    self._demote({-1 - contradiction.equation: contradiction.reason})
+                else:
+                    self.banned[contradiction.equation] = contradiction.reason
+                continue
+            exposed = walk.exposed()
+            if exposed:
+                self.banned.update(exposed)
+                continue
+            bare = walk.bare_leaves()
+            if bare:
+                self._demote(bare)
+                continue
+            walk.pull_inside()
+            return Placement(
+                tuple(walk.sides),
+                walk.axes,
+                frozenset(walk.host),
+                walk.keying,
+                pivots,
+                frozenset(self.resident),
+                self.reasons,
+                walk.kept_inside,
+                frozenset(walk.sent),
+            )
+
+    def _demote(self, leaves: Mapping[int, str]) -> None:
+        self.resident -= set(leaves)
+        self.reasons.update(leaves)
+
+
+def _variables(eqn: JaxprEqn) -> list[Var]:
+    return [v for v in eqn.invars if isinstance(v, Var)]
+
+
+class _Walk:
+    """One walk through the program under the current demotions."""
+
+    def __init__(self, placer: _Placer):
+        self.placer = placer
+        self.question = placer.question
+        self.keying = Keying()
+        self.sides: list[Side] = []
+        self.axes: dict[Var, Axes] = {}
+        self.host: set[Var] = set()
+        self.anyone: dict[Var, Axes | None] = {}
+        self.zero: set[Var] = set()
+        self.leaves: dict[Var, frozenset[int]] = {}  # values made of resident leaves alone
+        self.kept_inside: dict[int, str] = {}
+        self.refused: dict[Var, str] = {}
+        self.sent: set[int] = set()  # products with an operand that the enclave blinds
+        for index in sorted(placer.resident):
+            variable = placer.inputs[index]
+            self.axes[variable] = self.keying.leaf(variable.aval.shape)
+            self.host.add(variable)
+            self.leaves[variable] = frozenset([index])
+        for number, eqn in enumerate(placer.eqns):
+            self.sides.append(self._side(number, eqn))
+
+    # One equation
+
+    def _side(self, number: int, eqn: JaxprEqn) -> Side:
+        variables = _variables(eqn)
+        if eqn.primitive is not reveal_p and all(v in self.anyone for v in variables):
+            self._known_to_anyone(number, eqn)
+            return Side.ANYONE
+        if eqn.primitive is reveal_p or number in self.placer.banned:
+            self._refuse(eqn, self.placer.banned.get(number, "it is revealed"))
+            if is_product(eqn):
+                self.kept_inside[number] = self.placer.banned[number]
+            return Side.ENCLAVE
+        on_host = [v for v in variables if v in self.host]
+        try:
+            if is_product(eqn) and len(on_host) < len(variables):
+                self._product(number, eqn)
+            elif on_host:
+                self._commuting(number, eqn)
+            else:
+                return Side.ENCLAVE
+        except NotEquivariantError as error:
+            self._refuse(eqn, str(error))
+            if is_product(eqn):
+                self.kept_inside[number] = str(error)
+            return Side.ENCLAVE
+        out = eqn.outvars[0]
+        self.host.add(out)
+        if all(v in self.leaves or v in self.anyone for v in variables):
+            sources = [self.leaves[v] for v in variables if v in self.leaves]
+            self.leaves[out] = frozenset().union(*sources)
+        return Side.HOST
+
+    def _refuse(self, eqn: JaxprEqn, reason: str) -> None:
+        if any(v in self.host for v in _variables(eqn)):
+            for out in eqn.outvars:
+                self.refused[out] = f"{reason}, at {source(eqn)}"
+
+    def _known_to_anyone(self, number: int, eqn: JaxprEqn) -> None:
+        axes: Axes | None = None
+        try:
+            operands = [self._operand(v) for v in eqn.invars]
+            axes = commute(Context(self.keying, number, True), eqn, operands)
+            if is_zero(eqn, operands):
+                self.zero |= set(eqn.outvars)
+        except NotEquivariantError:
+            pass
+        for v in eqn.outvars:
+            constant = axes is not None and all(a.node is None for a in axes)
+            self.anyone[v] = axes if constant else None
+
+    def _operand(self, v: Var | Literal, update: bool = False) -> Operand:
+        """An operand as the host has it.
+
+        Raises:
+          NotEquivariantError: the host does not have it in a usable form.
+        """
+        if isinstance(v, Literal):
+            return Operand((), zero=not np.any(v.val), blinded=False)
+        if v in self.host:
+            return Operand(self.axes[v])
+        if v in self.anyone:
+            axes = self.anyone[v]
+            if axes is None:
+                raise NotEquivariantError("it meets a constant that varies along keyed axes")
+            return Operand(axes, zero=v in self.zero, blinded=False)
+        if update and not v.aval.shape:
+            return Operand((), blinded=False)
+        raise NotEquivariantError("it meets a value inside the enclave")
+
+    def _product(self, number: int, eqn: JaxprEqn) -> None:
+        """A product with at least one operand that the enclave would have to blind."""
+        question, placer = self.question, self.placer
+        if not question.offload:
+            raise NotEquivariantError("placement is the enclave")
+        if question.costs is not None:
+            costs, scheme = question.costs, question.scheme
+            outside = costs.latency
+            for v in set(_variables(eqn)) - self.host:
+                outside += costs.crossing(v, scheme) / placer.uses[v]
+            out = eqn.outvars[0]
+            if out not in placer.to_update or not placer.resident:
+                outside += costs.crossing(out, scheme)
+            inside = costs.inside(eqn)
+            if inside < outside:
+                raise NotEquivariantError(
+                    f"computing it inside takes about {inside * 1e3:.2g} ms, blinding and moving "
+                    f"its operands {outside * 1e3:.2g} ms"
+                )
+        operands = []
+        for v in eqn.invars:
+            if isinstance(v, Literal):
+                raise NotEquivariantError("an operand is a literal")
+            if v not in self.axes:
+                self.axes[v] = self.keying.fresh(v.aval.shape)
+            operands.append(Operand(self.axes[v]))
+        self.sent.add(number)
+        rule = PRODUCTS[eqn.primitive]
+        self.axes[eqn.outvars[0]] = rule(Context(self.keying, number, False), eqn, operands)
+
+    def _commuting(self, number: int, eqn: JaxprEqn) -> None:
+        variables = _variables(eqn)
+        update = any(v in self.placer.cheap for v in eqn.outvars) or all(
+            v in self.leaves or v in self.anyone for v in variables
+        )
+        inside = [v for v in variables if v not in self.host and v not in self.anyone]
+        if inside and not eqn.outvars[0].aval.shape:
+            raise NotEquivariantError("a scalar is computed inside when any part of it is")
+        operands = [self._operand(v, update) for v in eqn.invars]
+        self.axes[eqn.outvars[0]] = commute(Context(self.keying, number, update), eqn, operands)
+        for v in inside:
+            self.axes[v] = ()
+
+    # What did not work out
+
+    def demotions(self) -> dict[int, str]:
+        """Leaves that cannot stay on the devices, with the reason."""
+        placer, out = self.placer, {}
+        for number, eqn in enumerate(placer.eqns):
+            if self.sides[number] is Side.ENCLAVE:
+                for v in _variables(eqn):
+                    if v.aval.shape:
+                        for leaf in self.leaves.get(v, ()):
+                            why = self.refused.get(eqn.outvars[0], eqn.primitive.name)
+                            out.setdefault(leaf, f"{eqn.primitive.name} needs it inside: {why}")
+        for index in sorted(placer.resident - set(out)):
+            position = self.question.carried.get(index)
+            if position is None:
+                continue
+            new = placer.outputs[position]
+            if not isinstance(new, Var) or new not in self.host:
+                out[index] = self._why_inside(new)
+                continue
+            old_axes, new_axes = self.axes[placer.inputs[index]], self.axes[new]
+            for old, updated in zip(old_axes, new_axes, strict=True):
+                assert old.node is not None
+                if updated.node is None:
+                    weight = old.weight
+                else:
+                    self.keying.join(old.node, updated.node)
+                    weight = old.weight ^ updated.weight
+                reason = "its new value carries other signs"
+                self.keying.demand(weight, old.node, -1 - index, reason)
+        return out
+
+    def _why_inside(self, output: Var | Literal) -> str:
+        """The equation that pulled a new value into the enclave."""
+        made_by = {v: eqn for eqn in self.placer.eqns for v in eqn.outvars}
+        pending, seen = [output], set()
+        while pending:
+            v = pending.pop()
+            if isinstance(v, Literal) or v in seen or v not in self.placer.cheap:
+                continue
+            seen.add(v)
+            eqn = made_by[v]
+            if v in self.refused:
+                return f"{eqn.primitive.name}: {self.refused[v]}"
+            pending.extend(eqn.invars)
+        return "its gradient is computed in the enclave"
+
+    def exposed(self) -> dict[int, str]:
+        """Products that would show the host a value without any key on it."""
+        out = {}
+        for number, eqn in enumerate(self.placer.eqns):
+            if self.sides[number] is not Side.HOST or number not in self.sent:
+                continue
+            for v in (*_variables(eqn), *eqn.outvars):
+                if not any(self.keying.keyed(a.node) for a in self.axes[v]):
+                    out[number] = "no axis of an operand or of the result can carry a key"
+        return out
+
+    def bare_leaves(self) -> dict[int, str]:
+        """Resident leaves none of whose axes carries a key."""
+        return {
+            index: "none of its axes can carry a key"
+            for index in self.placer.resident
+            if not any(self.keying.keyed(a.node) for a in self.axes[self.placer.inputs[index]])
+        }
+
+    def pull_inside(self) -> None:
+        """Moves layout equations into the enclave that would only make an upload larger."""
+        placer = self.placer
+        stays = {placer.outputs[o] for i, o in self.question.carried.items() if i in placer.resident}
+        on_host_uses: set[Var] = set()
+        uploaded: set[Var] = set()
+        for number in reversed(range(len(placer.eqns))):
+            eqn = placer.eqns[number]
+            variables = _variables(eqn)
+            if self.sides[number] is Side.HOST and not is_product(eqn):
+                out = eqn.outvars[0]
+                missing = sum(nbytes(v) for v in set(variables) & self.host - uploaded)
+                leaf = any(v in self.leaves for v in variables)
+                if (
+                    out not in on_host_uses
+                    and out not in stays
+                    and not leaf
+                    and nbytes(out) >= missing
+                ):
+                    self.sides[number] = Side.ENCLAVE
+                    self.host.discard(out)
+                    del self.axes[out]
+            if self.sides[number] is Side.HOST:
+                on_host_uses |= set(variables)
+            elif self.sides[number] is Side.ENCLAVE:
+                uploaded |= set(variables) & self.host
+

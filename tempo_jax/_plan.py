@@ -1,0 +1,341 @@
+"""A plan: everything that host and enclave need to run one shielded function.
+
+Made once for each signature: trace, flatten, place, solve keys, cut, describe. Untrusted
+and pure; the client encrypts its trusted part (`Plan.program` and the segments' code) to the
+enclave. Called by `_shield`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+
+from enclave_runtime.encryption import OVERHEAD_BYTES
+from enclave_runtime.program import (
+    DEVICE,
+    ENCLAVE,
+    PUBLIC,
+    ArrayType,
+    Crossing,
+    KeyClass,
+    Layout,
+    Port,
+    Program,
+    Segment,
+    aligned,
+)
+from tempo_jax import _jaxpr
+from tempo_jax._cost import CostModel
+from tempo_jax._equivariance import work
+from tempo_jax._jaxpr import ClosedJaxpr, Flattening, Jaxpr, JaxprEqn, Literal, Var
+from tempo_jax._mesh import choose_sharded
+from tempo_jax._placement import Placement, Question, Side, is_product, place
+from tempo_jax._segments import Cut, TrustedSegment, cut
+from tempo_jax.errors import UnsupportedError
+from tempo_jax.schemes import Scheme
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a plan is made for.
+
+    Attributes:
+      closed: the traced function on physical flat inputs (typed keys as their data).
+      carried: for each input that is a leaf of the carried state, its output's position.
+      public: inputs that the host may know.
+      on_devices: inputs that already lie blinded on the devices.
+      scheme: the blinding scheme.
+      costs: the cost model; None offloads every product that can be.
+      offload: whether anything is offloaded.
+      workers: devices of the mesh, 1 without one.
+    """
+
+    closed: ClosedJaxpr
+    carried: Mapping[int, int]
+    public: frozenset[int]
+    on_devices: frozenset[int]
+    scheme: Scheme
+    costs: CostModel | None
+    offload: bool
+    workers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A shielded function for one signature.
+
+    Attributes:
+      request: what it was made for.
+      flat: the flat program with its closed-over constants.
+      placement: where each equation runs.
+      cut: its segments and the host's equations.
+      program: what the enclave is told.
+      revealed: positions of outputs that go to the host in the clear, with their variables.
+      sealed: positions of the other outputs, in the order of `program.outputs`.
+      sharded: key classes (numbers of `program.classes`) that are split over the workers.
+      notes: what a reader of `explain` should know.
+    """
+
+    request: Request
+    flat: ClosedJaxpr
+    placement: Placement
+    cut: Cut
+    program: Program
+    revealed: tuple[int, ...]
+    sealed: tuple[int, ...]
+    sharded: frozenset[int]
+    notes: tuple[str, ...]
+    layouts: Mapping[Var, Layout]
+
+    @property
+    def jaxpr(self) -> Jaxpr:
+        """The flat program."""
+        return self.flat.jaxpr
+
+    def layout(self, variable: Var) -> Layout:
+        """How a value that crosses or stays on the host is blinded."""
+        return self.layouts[variable]
+
+
+def array_type(aval: Any) -> ArrayType:
+    """Shape and dtype of an abstract value in the protocol's terms."""
+    struct = _jaxpr.physical(aval)
+    return ArrayType(tuple(struct.shape), np.dtype(struct.dtype).name)
+
+
+def make_plan(request: Request) -> Plan:
+    """Flattens, places, keys and cuts a traced program.
+
+    Raises:
+      UnsupportedError: the program calls back into Python, which the enclave cannot run.
+    """
+    notes: list[str] = []
+    costs = request.costs
+
+    def worth(eqn: JaxprEqn) -> bool:
+        if not (request.offload and is_product(eqn)):
+            return False
+        return costs is None or costs.inside(eqn) > costs.latency
+
+    _refuse_callbacks(request.closed.jaxpr)
+    flat = _jaxpr.flatten(request.closed, Flattening(worth, notes))
+    jaxpr = flat.jaxpr
+    placement = place(
+        Question(
+            jaxpr, request.carried, request.on_devices, request.scheme, costs, request.offload
+        )
+    )
+    made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    outputs: list[Var] = [v for v in jaxpr.outvars if isinstance(v, Var)]
+    assert len(outputs) == len(jaxpr.outvars), "flattening leaves no literal output"
+    revealed = tuple(i for i, v in enumerate(outputs) if _is_revealed(v, made_by))
+    sealed = tuple(i for i in range(len(outputs)) if i not in set(revealed))
+    on_device = {outputs[i] for i in sealed if _stays_blinded(outputs[i], placement)}
+    parts = cut(
+        jaxpr,
+        placement,
+        [outputs[i] for i in revealed],
+        [outputs[i] for i in sealed if outputs[i] not in on_device],
+    )
+    layouts, classes = _layouts(placement)
+    program = _describe(request, jaxpr, placement, parts, sealed, on_device, layouts, classes)
+    resident = [layouts[jaxpr.invars[i]] for i in placement.resident]
+    values = [(layouts[v], array_type(v.aval).nbytes) for v in layouts]
+    sharded = choose_sharded(classes, values, resident, request.workers)
+    return Plan(
+        request, flat, placement, parts, program, revealed, sealed, sharded, tuple(notes), layouts
+    )
+
+
+def _refuse_callbacks(jaxpr: Jaxpr) -> None:
+    for eqn in _jaxpr.equations(jaxpr):
+        if _jaxpr.is_callback(eqn):
+            raise UnsupportedError(
+                f"shield: `{eqn.primitive.name}` at {_jaxpr.source(eqn)} calls back into Python, "
+                "and the enclave runs only compiled programs. Pass what the callback computes as "
+                "an argument, or return its operand through `tempo.reveal` and call it outside."
+            )
+
+
+def _is_revealed(v: Var, made_by: Mapping[Var, JaxprEqn]) -> bool:
+    return v in made_by and made_by[v].primitive is _jaxpr.reveal_p
+
+
+def _stays_blinded(v: Var, placement: Placement) -> bool:
+    """Whether an output is on the host under a key, so that it may stay there."""
+    return v in placement.host and any(c is not None for c in placement.classes(v))
+
+
+def _layouts(placement: Placement) -> tuple[dict[Var, Layout], tuple[KeyClass, ...]]:
+    """Layouts of all values that exist on the host, with classes numbered from 0."""
+    numbers: dict[int, int] = {}
+    classes: list[KeyClass] = []
+    layouts = {}
+    for v in placement.axes:
+        ids: list[int | None] = []
+        for root in placement.classes(v):
+            if root is not None and root not in numbers:
+                numbers[root] = len(classes)
+                signed = placement.keying.signed(root)
+                classes.append(KeyClass(placement.keying.size(root), signed))
+            ids.append(None if root is None else numbers[root])
+        layouts[v] = Layout(tuple(ids), placement.weights(v))
+    return layouts, tuple(classes)
+
+
+def _clear(rank: int) -> Layout:
+    return Layout((None,) * rank, (0,) * rank)
+
+
+def _describe(
+    request: Request,
+    jaxpr: Jaxpr,
+    placement: Placement,
+    parts: Cut,
+    sealed: Sequence[int],
+    on_device: set[Any],
+    layouts: Mapping[Var, Layout],
+    classes: tuple[KeyClass, ...],
+) -> Program:
+    """Writes the enclave's part down in the protocol's terms."""
+    numbers: dict[Any, int] = {}
+
+    def number(v: Any) -> int:
+        return numbers.setdefault(v, len(numbers))
+
+    def layout(v: Any) -> Layout:
+        array = array_type(v.aval)
+        return layouts.get(v, _clear(len(array.shape)))
+
+    def port(v: Any, place: str) -> Port:
+        array = array_type(v.aval)
+        where = layout(v) if place == DEVICE else _clear(len(array.shape))
+        return Port(number(v), array, place, where)
+
+    constants = tuple(port(v, ENCLAVE) for v in jaxpr.constvars)
+    inputs = []
+    for i, v in enumerate(jaxpr.invars):
+        public = PUBLIC if i in request.public else ENCLAVE
+        inputs.append(port(v, DEVICE if i in placement.resident else public))
+    outputs = tuple(
+        port(jaxpr.outvars[i], DEVICE if jaxpr.outvars[i] in on_device else ENCLAVE)
+        for i in sealed
+    )
+    kept = {number(jaxpr.outvars[i]) for i in sealed}
+    last_use: dict[int, int] = {}
+    for index, part in enumerate(parts.segments):
+        for v in (*part.inputs, *part.uploads, *part.outputs, *part.downloads):
+            last_use[number(v)] = index
+    segments, arena = [], 0
+    for index, part in enumerate(parts.segments):
+        offset = 0
+        crossings: list[list[Crossing]] = [[], []]
+        for side, values in zip(crossings, (part.uploads, part.downloads), strict=True):
+            for v in values:
+                array = array_type(v.aval)
+                side.append(Crossing(number(v), array, layout(v), offset))
+                offset += aligned(array.nbytes)
+        arena = max(arena, offset)
+        segments.append(
+            Segment(
+                executable="",
+                inputs=tuple(map(number, part.inputs)),
+                outputs=tuple(map(number, part.outputs)),
+                uploads=tuple(crossings[0]),
+                downloads=tuple(crossings[1]),
+                dead=tuple(v for v, use in last_use.items() if use == index and v not in kept),
+            )
+        )
+    # Inputs cross once, before segment 0: ciphertext, or a leaf on its way to the devices.
+    arena = max(arena, sum(input_bytes(p.array) for p in (*constants, *inputs)), 1)
+    return Program(
+        request.scheme.name,
+        classes,
+        constants,
+        tuple(inputs),
+        outputs,
+        tuple(segments),
+        aligned(arena),
+    )
+
+
+def input_bytes(array: ArrayType) -> int:
+    """Room for an input in the arena, in whatever form it comes."""
+    return aligned(array.nbytes + OVERHEAD_BYTES)
+
+
+# The segments' code
+
+
+def _function(segment: TrustedSegment) -> Callable[..., list[Any]]:
+    def run(*arguments: Any) -> list[Any]:
+        env = {
+            v: _jaxpr.from_physical(x, v.aval)
+            for v, x in zip(segment.inputs, arguments, strict=True)
+        }
+        outputs = _jaxpr.evaluate(segment.eqns, env, segment.outputs)
+        return [_jaxpr.to_physical(x) for x in outputs]
+
+    return run
+
+
+def _structure(segment: TrustedSegment) -> Any:
+    """Equal for segments that compute the same function; unequal ones may share none."""
+    names: dict[Any, int] = {v: i for i, v in enumerate(segment.inputs)}
+
+    def name(v: Any) -> Any:
+        if isinstance(v, Literal):
+            value = np.asarray(v.val)
+            return ("literal", value.dtype, value.shape, value.tobytes(), v.aval.weak_type)
+        return names.setdefault(v, len(names))
+
+    eqns = tuple(
+        (
+            eqn.primitive,
+            tuple(sorted(eqn.params.items())),
+            tuple(name(v) for v in eqn.invars),
+            tuple((name(v), v.aval.shape, v.aval.dtype) for v in eqn.outvars),
+        )
+        for eqn in segment.eqns
+    )
+    types = tuple((v.aval.shape, v.aval.dtype) for v in segment.inputs)
+    return types, eqns, tuple(name(v) for v in segment.outputs)
+
+
+def export_segments(parts: Cut) -> Iterator[bytes]:
+    """Serialized StableHLO of each segment, in order; equal segments are exported once."""
+    exported: dict[Any, bytes] = {}
+    for segment in parts.segments:
+        try:
+            key = _structure(segment)
+            hash(key)
+        except TypeError:
+            key = object()  # a parameter that cannot be compared: no other segment is equal
+        if key not in exported:
+            avals = [_jaxpr.physical(v.aval) for v in segment.inputs]
+            run = jax.jit(_function(segment), keep_unused=True)
+            module = jax.export.export(run, platforms=["cpu"])(*avals)
+            exported[key] = bytes(module.serialize())
+        yield exported[key]
+
+
+def offloaded(plan: Plan) -> list[tuple[int, JaxprEqn]]:
+    """The products that the host computes."""
+    return [
+        (number, eqn)
+        for number, (eqn, side) in enumerate(
+            zip(plan.jaxpr.eqns, plan.placement.sides, strict=True)
+        )
+        if side is Side.HOST and is_product(eqn)
+    ]
+
+
+def offloaded_work(plan: Plan) -> tuple[int, int]:
+    """Floating-point operations of the offloaded products, and of all products."""
+    outside = sum(work(eqn) for _, eqn in offloaded(plan))
+    return outside, sum(work(e) for e in plan.jaxpr.eqns if is_product(e))

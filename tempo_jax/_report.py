@@ -1,0 +1,124 @@
+"""What `explain` prints: what runs where, under which keys, and what crosses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from tempo_jax import _jaxpr
+from tempo_jax._plan import Plan, array_type, offloaded, offloaded_work
+from tempo_jax._placement import Side
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A plan, readable.
+
+    Attributes:
+      name: the shielded function's name.
+      plan: the plan.
+      arguments: a name for each flat argument.
+    """
+
+    name: str
+    plan: Plan
+    arguments: Sequence[str]
+
+    @property
+    def resident(self) -> dict[str, str]:
+        """Device-resident leaves and the key classes of their axes."""
+        positions = sorted(self.plan.placement.resident)
+        return {self.arguments[i]: self._keys(self.plan.jaxpr.invars[i]) for i in positions}
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Leaves whose update is marked cheap but runs in the enclave, with the reason."""
+        return {self.arguments[i]: why for i, why in sorted(self.plan.placement.reasons.items())}
+
+    @property
+    def round_trips(self) -> int:
+        """Visits to the enclave in one call."""
+        return len(self.plan.program.segments)
+
+    @property
+    def bytes_up(self) -> int:
+        """Tensor bytes from the host to the enclave in one call."""
+        return sum(c.array.nbytes for s in self.plan.program.segments for c in s.uploads)
+
+    @property
+    def bytes_down(self) -> int:
+        """Tensor bytes from the enclave to the host in one call."""
+        return sum(c.array.nbytes for s in self.plan.program.segments for c in s.downloads)
+
+    def _keys(self, v: Any) -> str:
+        """The type of a value with its axes' keys, as in `float32[128:k3±, 32, 16:k5]`."""
+        layout = self.plan.layouts[v]
+        axes = []
+        for n, c, w in zip(v.aval.shape, layout.classes, layout.weights, strict=True):
+            axes.append(str(n) if c is None else f"{n}:k{c}{'±' if w else ''}")
+        return f"{v.aval.dtype}[{', '.join(axes)}]"
+
+    def __str__(self) -> str:
+        """The report as text."""
+        plan = self.plan
+        lines = [f"{self.name} under {plan.request.scheme.name}"]
+        if plan.request.offload:
+            lines.append(f"  the host learns {plan.request.scheme.host_learns}")
+        lines += [*self._products(), *self._leaves(), *self._crossings()]
+        lines += [f"note: {note}" for note in plan.notes]
+        return "\n".join(lines)
+
+    def _products(self) -> list[str]:
+        plan = self.plan
+        products = offloaded(plan)
+        outside, total = offloaded_work(plan)
+        share = f", {outside / total:.0%} of the arithmetic of all products" if total else ""
+        lines = [
+            f"on the devices: {len(products)} products{share} "
+            "(kN names an axis's key class, ± that signs apply; axes without one carry no key)"
+        ]
+        for _, eqn in products:
+            operands = " × ".join(self._keys(v) for v in eqn.invars)
+            out = self._keys(eqn.outvars[0])
+            lines.append(f"  {eqn.primitive.name} {operands} → {out}, {_jaxpr.source(eqn)}")
+        inside = Counter(
+            e.primitive.name
+            for e, side in zip(plan.jaxpr.eqns, plan.placement.sides, strict=True)
+            if side is Side.ENCLAVE
+        )
+        most = ", ".join(f"{name} {n}" for name, n in inside.most_common(8))
+        lines.append(f"in the enclave: {sum(inside.values())} equations ({most})")
+        for number, why in sorted(plan.placement.kept_inside.items()):
+            eqn = plan.jaxpr.eqns[number]
+            types = " × ".join(v.aval.str_short() for v in eqn.invars)
+            lines.append(f"  {eqn.primitive.name} {types} stays inside: {why}")
+        return lines
+
+    def _leaves(self) -> list[str]:
+        lines = [f"device-resident leaves, updated where they lie: {len(self.resident)}"]
+        lines += [f"  {name}: {keys}" for name, keys in self.resident.items()]
+        if self.fallbacks:
+            lines.append("marked cheap, but updated in the enclave:")
+            lines += [f"  {name}: {why}" for name, why in self.fallbacks.items()]
+        return lines
+
+    def _crossings(self) -> list[str]:
+        plan = self.plan
+        revealed = {plan.jaxpr.outvars[i] for i in plan.revealed}
+        scalars = sum(
+            not array_type(v.aval).shape and v not in revealed
+            for s in plan.cut.segments
+            for v in s.downloads
+        )
+        lines = [
+            f"each call: {self.round_trips} round trips, {self.bytes_down / 1e6:.1f} MB down, "
+            f"{self.bytes_up / 1e6:.1f} MB up",
+            f"in the clear: {len(plan.revealed)} revealed outputs, {scalars} scalars of the "
+            "device-side update",
+        ]
+        if plan.request.workers > 1:
+            split = ", ".join(f"k{c}" for c in sorted(plan.sharded)) or "none"
+            lines.append(f"{plan.request.workers} workers; classes split over them: {split}")
+        return lines

@@ -226,12 +226,17 @@ class Enclave:
                 del self._owned[text]
                 self._dropped.append(text)
 
-    def donate(self, sealed: SealedArray) -> None:
-        """Gives up a value that a committed run replaced."""
-        if sealed.form != ENCRYPTED:
-            self._dropped.append(handle_text(sealed.handle))
-        if sealed.form != RESIDENT and isinstance(sealed.content, jax.Array):
-            sealed.content.delete()
+    def donate(self, leaves: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Gives up sealed values that a committed run replaced by `outputs`."""
+        kept = {id(x.content) for x in outputs if is_sealed(x)}
+        for leaf in leaves:
+            if not is_sealed(leaf):
+                continue
+            if leaf.form != ENCRYPTED:
+                self._dropped.append(handle_text(leaf.handle))
+            # A leaf that the step passes through may come back as the very same array.
+            if isinstance(leaf.content, jax.Array) and id(leaf.content) not in kept:
+                leaf.content.delete()
 
     def free_dropped(self) -> None:
         """Tells the enclave which handles nobody holds any more."""

@@ -54,7 +54,10 @@ def _primitive_of(function: Callable[..., Any], *arguments: Any) -> jex_core.Pri
     return jax.make_jaxpr(function)(*arguments).jaxpr.eqns[0].primitive
 
 
-_debug_callback_p = _primitive_of(lambda x: jax.debug.callback(lambda _: None, x), 0.0)
+_DEBUGGING = {
+    _primitive_of(lambda x: jax.debug.callback(lambda _: None, x), 0.0),
+    _primitive_of(lambda x: jax.debug.print("{}", x), 0.0),
+}
 _SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
 _CALLBACKS = {
     _primitive_of(lambda x: jax.pure_callback(lambda y: y, _SCALAR, x), 0.0),
@@ -177,11 +180,6 @@ class _Flattener:
             return self.evaluate(body.jaxpr, body.consts, arguments, cheap)
         if primitive in _PLACEMENT_HINTS:
             return list(zip(arguments, cheap, strict=True))
-        if primitive is _debug_callback_p:
-            self._options.notes.append(
-                f"the debugging callback at {source(eqn)} is left out: it would show its operands"
-            )
-            return []
         if primitive is prims.cond_p and (any(cheap[1:]) or self._marks(eqn)):
             return self._select(eqn, arguments, cheap)
         if primitive is prims.scan_p:
@@ -194,7 +192,8 @@ class _Flattener:
                     f"whole: scans of up to {MAX_UNROLL} steps are unrolled"
                 )
         tainted = primitive is cheap_p or any(cheap)
-        return [(x, tainted) for x in bind(eqn, arguments)]
+        params = {k: _without_debugging(v) for k, v in eqn.params.items()}
+        return [(x, tainted) for x in bind(eqn, arguments, **params)]
 
     @staticmethod
     def _marks(eqn: JaxprEqn) -> bool:
@@ -277,6 +276,30 @@ def flatten(closed: ClosedJaxpr, options: Flattening) -> ClosedJaxpr:
         for v in closed.jaxpr.invars
     ]
     return jax.make_jaxpr(run)(*avals)
+
+
+def debugging(jaxpr: Any) -> list[JaxprEqn]:
+    """The debugging callbacks of a jaxpr at any depth; `flatten` leaves them out."""
+    return [eqn for eqn in equations(jaxpr) if eqn.primitive in _DEBUGGING]
+
+
+def _without_debugging(param: Any) -> Any:
+    """An equation's parameter with the debugging callbacks of its jaxprs removed."""
+    if isinstance(param, (tuple, list)) and type(param) in (tuple, list):
+        return type(param)(_without_debugging(p) for p in param)
+    jaxpr = param.jaxpr if isinstance(param, ClosedJaxpr) else param
+    if not isinstance(jaxpr, Jaxpr) or not debugging(jaxpr):
+        return param
+    eqns = [
+        eqn.replace(
+            params={k: _without_debugging(v) for k, v in eqn.params.items()},
+            effects=frozenset(),
+        )
+        for eqn in jaxpr.eqns
+        if eqn.primitive not in _DEBUGGING
+    ]
+    bare = jaxpr.replace(eqns=eqns, effects=frozenset())
+    return ClosedJaxpr(bare, param.consts) if isinstance(param, ClosedJaxpr) else bare
 
 
 def is_callback(eqn: JaxprEqn) -> bool:

@@ -123,6 +123,10 @@ def make_plan(request: Request) -> Plan:
         return costs is None or costs.inside(eqn) > costs.latency
 
     _refuse_callbacks(request.closed.jaxpr)
+    for eqn in _jaxpr.debugging(request.closed.jaxpr):
+        notes.append(
+            f"the debugging callback at {_jaxpr.source(eqn)} is left out: it would show its operands"
+        )
     flat = _jaxpr.flatten(request.closed, Flattening(worth, notes))
     jaxpr = flat.jaxpr
     placement = place(
@@ -231,23 +235,28 @@ def _describe(
     for index, part in enumerate(parts.segments):
         for v in (*part.inputs, *part.uploads, *part.outputs, *part.downloads):
             last_use[number(v)] = index
-    segments, arena = [], 0
+    # Downloads and uploads lie apart: a worker of a mesh that is ahead may bring its uploads while
+    # another still copies its downloads of the segment before.
+    above = max((_room(part.downloads) for part in parts.segments), default=0)
+    arena = above + max((_room(part.uploads) for part in parts.segments), default=0)
+
+    def crossings(values: Sequence[Any], offset: int) -> tuple[Crossing, ...]:
+        out = []
+        for v in values:
+            array = array_type(v.aval)
+            out.append(Crossing(number(v), array, layout(v), offset))
+            offset += aligned(array.nbytes)
+        return tuple(out)
+
+    segments = []
     for index, part in enumerate(parts.segments):
-        offset = 0
-        crossings: list[list[Crossing]] = [[], []]
-        for side, values in zip(crossings, (part.uploads, part.downloads), strict=True):
-            for v in values:
-                array = array_type(v.aval)
-                side.append(Crossing(number(v), array, layout(v), offset))
-                offset += aligned(array.nbytes)
-        arena = max(arena, offset)
         segments.append(
             Segment(
                 executable="",
                 inputs=tuple(map(number, part.inputs)),
                 outputs=tuple(map(number, part.outputs)),
-                uploads=tuple(crossings[0]),
-                downloads=tuple(crossings[1]),
+                uploads=crossings(part.uploads, above),
+                downloads=crossings(part.downloads, 0),
                 dead=tuple(v for v, use in last_use.items() if use == index and v not in kept),
             )
         )
@@ -262,6 +271,10 @@ def _describe(
         tuple(segments),
         aligned(arena),
     )
+
+
+def _room(values: Sequence[Var]) -> int:
+    return sum(aligned(array_type(v.aval).nbytes) for v in values)
 
 
 def input_bytes(array: ArrayType) -> int:

@@ -327,9 +327,7 @@ class Shielded:
             outputs = runtime.trace(inputs, program.types, sorted(donated))
         else:
             outputs = runtime.call(inputs, program.types, active_views())
-            for i in donated:
-                if is_sealed(signature.leaves[i]):
-                    self._enclave.donate(signature.leaves[i])
+            self._enclave.donate([signature.leaves[i] for i in donated], outputs)
         return jax.tree.unflatten(program.out_structure, outputs)
 
     def explain(self, *args: Any, **kwargs: Any) -> Report:

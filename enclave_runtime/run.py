@@ -212,5 +212,3 @@ class Run:
             return Blinded(port.array, self.program.scheme, port.layout, keys)
         assert port.place == ENCLAVE
         return Resident(port.array, self._values[port.value])
-
-

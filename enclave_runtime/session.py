@@ -288,5 +288,3 @@ class Session:
             "busy_seconds": self._busy_seconds,
             "process": os.getpid(),
         }
-
-

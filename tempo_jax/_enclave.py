@@ -138,7 +138,12 @@ class Enclave:
             ) from error
         encrypted = encryption.encrypt_array(self._connection.keys.to_enclave, plain, self.session)
         return SealedArray(
-            (jnp.asarray(encrypted),), ENCRYPTED, aval.shape, aval.dtype, aval.weak_type, self.session
+            (jnp.asarray(encrypted),),
+            ENCRYPTED,
+            aval.shape,
+            aval.dtype,
+            aval.weak_type,
+            self.session,
         )
 
     def open(self, tree: Any) -> Any:

@@ -268,6 +268,9 @@ def _along_unkeyed(axis_numbers: Callable[[JaxprEqn], Sequence[int]]) -> Callabl
             out[number] = Axis(node, 0)
         for number in set(range(len(out))) - touched:
             axes = [o.axes[number] for o in operands if o.axes and not o.zero]
+            if not axes:
+                out[number] = Axis(None, 0)
+                continue
             matched = context.match(axes, eqn.primitive.name)
             for axis in axes:
                 reason = f"{eqn.primitive.name} joins values whose signs differ"
@@ -488,6 +491,9 @@ def is_zero(eqn: JaxprEqn, operands: Sequence[Operand]) -> bool:
     """Whether a result is zero because its operand is."""
     keeps = (
         prims.broadcast_in_dim_p,
+        prims.concatenate_p,
+        prims.slice_p,
+        prims.rev_p,
         prims.convert_element_type_p,
         prims.reshape_p,
         prims.transpose_p,
@@ -496,7 +502,7 @@ def is_zero(eqn: JaxprEqn, operands: Sequence[Operand]) -> bool:
         prims.copy_p,
         cheap_p,
     )
-    return eqn.primitive in keeps and operands[0].zero
+    return eqn.primitive in keeps and all(o.zero for o in operands)
 
 
 def work(eqn: JaxprEqn) -> int:

@@ -46,9 +46,7 @@ class HostResult:
     token: Any
 
 
-jax.tree_util.register_dataclass(
-    HostResult, ["revealed", "on_devices", "observed", "token"], []
-)
+jax.tree_util.register_dataclass(HostResult, ["revealed", "on_devices", "observed", "token"], [])
 
 
 def build_host_program(

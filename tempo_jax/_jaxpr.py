@@ -7,13 +7,14 @@ through this module and compares primitives as objects.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src import source_info_util  # JAX 0.10-0.12: no public way to keep an equation's source.
+from jax._src.state.discharge import discharge_state  # JAX 0.10-0.12: `jit` does the same.
 from jax.experimental import io_callback
 from jax.extend import core as jex_core
 from jax.extend.core import primitives as prims
@@ -64,6 +65,7 @@ _CALLBACKS = {
     _primitive_of(lambda x: io_callback(lambda y: y, _SCALAR, x), 0.0),
 }
 optimization_barrier_p = _primitive_of(lax.optimization_barrier, 0.0)
+_random_unwrap_p = _primitive_of(jax.random.key_data, jax.random.key(0))
 # Calls whose body is inlined, with the parameter that holds it.
 _INLINED = {
     prims.jit_p: "jaxpr",
@@ -260,6 +262,9 @@ def flatten(closed: ClosedJaxpr, options: Flattening) -> ClosedJaxpr:
       An equivalent jaxpr, without dead equations, whose remaining control flow runs whole.
     """
     flattener = _Flattener(options)
+    if any(eqn.effects for eqn in equations(closed.jaxpr)):
+        # Mutable references become values; what effects remain are the debugging callbacks'.
+        closed = discharge_state(closed)
 
     def run(*arguments: Any) -> list[Any]:
         results = flattener.evaluate(
@@ -307,9 +312,7 @@ def is_callback(eqn: JaxprEqn) -> bool:
     return eqn.primitive in _CALLBACKS
 
 
-def evaluate(
-    eqns: Iterable[JaxprEqn], env: dict[Any, Any], outputs: Sequence[Any]
-) -> list[Any]:
+def evaluate(eqns: Iterable[JaxprEqn], env: dict[Any, Any], outputs: Sequence[Any]) -> list[Any]:
     """Evaluates flat equations on the values in `env` and returns `outputs`."""
     env = dict(env)
 
@@ -338,6 +341,14 @@ def from_physical(x: Any, aval: Any) -> Any:
         return x
     # JAX 0.10-0.12: a key type's implementation has no public name.
     return jax.random.wrap_key_data(x, impl=aval.dtype._impl.name)
+
+
+def is_revealed(v: Any, made_by: Mapping[Any, JaxprEqn]) -> bool:
+    """Whether a value is the result of `reveal` itself (for typed keys, its data)."""
+    eqn = made_by.get(v)
+    if eqn is not None and eqn.primitive is _random_unwrap_p:
+        eqn = made_by.get(eqn.invars[0])
+    return eqn is not None and eqn.primitive is reveal_p
 
 
 def under_trace() -> bool:

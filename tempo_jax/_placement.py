@@ -26,7 +26,7 @@ from tempo_jax._equivariance import (
     commute,
     is_zero,
 )
-from tempo_jax._jaxpr import Jaxpr, JaxprEqn, Literal, Var, cheap_p, reveal_p, source
+from tempo_jax._jaxpr import Jaxpr, JaxprEqn, Literal, Var, cheap_p, physical, reveal_p, source
 from tempo_jax._keying import Axes, Keying, resolve_weight
 from tempo_jax.schemes import KeyLifetime, Scheme
 
@@ -105,7 +105,8 @@ class Placement:
 
 def nbytes(variable: Var) -> int:
     """Size of a value in bytes."""
-    return math.prod(variable.aval.shape) * np.dtype(variable.aval.dtype).itemsize
+    array = physical(variable.aval)
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
 
 
 def is_product(eqn: JaxprEqn) -> bool:
@@ -426,7 +427,9 @@ class _Walk:
     def pull_inside(self) -> None:
         """Moves layout equations into the enclave that would only make an upload larger."""
         placer = self.placer
-        stays = {placer.outputs[o] for i, o in self.question.carried.items() if i in placer.resident}
+        stays = {
+            placer.outputs[o] for i, o in self.question.carried.items() if i in placer.resident
+        }
         on_host_uses: set[Var] = set()
         uploaded: set[Var] = set()
         for number in reversed(range(len(placer.eqns))):
@@ -449,4 +452,3 @@ class _Walk:
                 on_host_uses |= set(variables)
             elif self.sides[number] is Side.ENCLAVE:
                 uploaded |= set(variables) & self.host
-

@@ -130,14 +130,12 @@ def make_plan(request: Request) -> Plan:
     flat = _jaxpr.flatten(request.closed, Flattening(worth, notes))
     jaxpr = flat.jaxpr
     placement = place(
-        Question(
-            jaxpr, request.carried, request.on_devices, request.scheme, costs, request.offload
-        )
+        Question(jaxpr, request.carried, request.on_devices, request.scheme, costs, request.offload)
     )
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     outputs: list[Var] = [v for v in jaxpr.outvars if isinstance(v, Var)]
     assert len(outputs) == len(jaxpr.outvars), "flattening leaves no literal output"
-    revealed = tuple(i for i, v in enumerate(outputs) if _is_revealed(v, made_by))
+    revealed = tuple(i for i, v in enumerate(outputs) if _jaxpr.is_revealed(v, made_by))
     sealed = tuple(i for i in range(len(outputs)) if i not in set(revealed))
     on_device = {outputs[i] for i in sealed if _stays_blinded(outputs[i], placement)}
     parts = cut(
@@ -164,10 +162,6 @@ def _refuse_callbacks(jaxpr: Jaxpr) -> None:
                 "and the enclave runs only compiled programs. Pass what the callback computes as "
                 "an argument, or return its operand through `tempo.reveal` and call it outside."
             )
-
-
-def _is_revealed(v: Var, made_by: Mapping[Var, JaxprEqn]) -> bool:
-    return v in made_by and made_by[v].primitive is _jaxpr.reveal_p
 
 
 def _stays_blinded(v: Var, placement: Placement) -> bool:
@@ -227,8 +221,7 @@ def _describe(
         public = PUBLIC if i in request.public else ENCLAVE
         inputs.append(port(v, DEVICE if i in placement.resident else public))
     outputs = tuple(
-        port(jaxpr.outvars[i], DEVICE if jaxpr.outvars[i] in on_device else ENCLAVE)
-        for i in sealed
+        port(jaxpr.outvars[i], DEVICE if jaxpr.outvars[i] in on_device else ENCLAVE) for i in sealed
     )
     kept = {number(jaxpr.outvars[i]) for i in sealed}
     last_use: dict[int, int] = {}
@@ -333,6 +326,12 @@ def export_segments(parts: Cut) -> Iterator[bytes]:
             avals = [_jaxpr.physical(v.aval) for v in segment.inputs]
             run = jax.jit(_function(segment), keep_unused=True)
             module = jax.export.export(run, platforms=["cpu"])(*avals)
+            if module.nr_devices != 1:
+                raise UnsupportedError(
+                    f"shield: the function spreads trusted work over {module.nr_devices} devices "
+                    "(`shard_map`), but the enclave is one processor. Shield a function for one "
+                    "device, and pass `mesh=` to `shield` to spread the blinded products."
+                )
             exported[key] = bytes(module.serialize())
         yield exported[key]
 

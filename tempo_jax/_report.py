@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tempo_jax import _jaxpr
@@ -60,6 +60,15 @@ class Report:
             axes.append(str(n) if c is None else f"{n}:k{c}{'±' if w else ''}")
         return f"{v.aval.dtype}[{', '.join(axes)}]"
 
+    def _product(self, eqn: Any) -> str:
+        operands = " × ".join(self._keys(v) for v in eqn.invars)
+        return f"{eqn.primitive.name} {operands} → {self._keys(eqn.outvars[0])}"
+
+    @staticmethod
+    def _pattern(eqn: Any) -> str:
+        """A product without its keys; the layers of a deep model mostly repeat a few."""
+        return f"{eqn.primitive.name} " + " × ".join(v.aval.str_short() for v in eqn.invars)
+
     def __str__(self) -> str:
         """The report as text."""
         plan = self.plan
@@ -79,10 +88,10 @@ class Report:
             f"on the devices: {len(products)} products{share} "
             "(kN names an axis's key class, ± that signs apply; axes without one carry no key)"
         ]
-        for _, eqn in products:
-            operands = " × ".join(self._keys(v) for v in eqn.invars)
-            out = self._keys(eqn.outvars[0])
-            lines.append(f"  {eqn.primitive.name} {operands} → {out}, {_jaxpr.source(eqn)}")
+        lines += _grouped(
+            (self._pattern(eqn), f"{self._product(eqn)}, {_jaxpr.source(eqn)}")
+            for _, eqn in products
+        )
         inside = Counter(
             e.primitive.name
             for e, side in zip(plan.jaxpr.eqns, plan.placement.sides, strict=True)
@@ -90,10 +99,11 @@ class Report:
         )
         most = ", ".join(f"{name} {n}" for name, n in inside.most_common(8))
         lines.append(f"in the enclave: {sum(inside.values())} equations ({most})")
+        kept = []
         for number, why in sorted(plan.placement.kept_inside.items()):
             eqn = plan.jaxpr.eqns[number]
-            types = " × ".join(v.aval.str_short() for v in eqn.invars)
-            lines.append(f"  {eqn.primitive.name} {types} stays inside: {why}")
+            kept.append((self._pattern(eqn), f"{self._pattern(eqn)} stays inside: {why}"))
+        lines += _grouped(kept)
         return lines
 
     def _leaves(self) -> list[str]:
@@ -101,7 +111,7 @@ class Report:
         lines += [f"  {name}: {keys}" for name, keys in self.resident.items()]
         if self.fallbacks:
             lines.append("marked cheap, but updated in the enclave:")
-            lines += [f"  {name}: {why}" for name, why in self.fallbacks.items()]
+            lines += _grouped((why, f"{name}: {why}") for name, why in self.fallbacks.items())
         return lines
 
     def _crossings(self) -> list[str]:
@@ -122,3 +132,14 @@ class Report:
             split = ", ".join(f"k{c}" for c in sorted(plan.sharded)) or "none"
             lines.append(f"{plan.request.workers} workers; classes split over them: {split}")
         return lines
+
+
+def _grouped(lines: Iterable[tuple[str, str]]) -> list[str]:
+    """The first line of each group, and how many more are like it."""
+    groups: dict[str, list[str]] = {}
+    for group, line in lines:
+        groups.setdefault(group, []).append(line)
+    return [
+        f"  {first}" + (f" (and {len(more)} more like it)" if more else "")
+        for first, *more in groups.values()
+    ]

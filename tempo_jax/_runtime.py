@@ -402,5 +402,3 @@ def _default_device() -> Any:
 def public_array(x: Any) -> Any:
     """A public argument as the array that represents it."""
     return _jaxpr.to_physical(jnp.asarray(x))
-
-

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from tempo_jax import _jaxpr
@@ -267,7 +268,7 @@ class Shielded:
             carry = result[0] if type(result) is tuple and result else result
             structures.append((structure, jax.tree.structure(carry)))
             structures.append([jax.typeof(x) for x in out])
-            return [_jaxpr.to_physical(jnp.asarray(x)) for x in out]
+            return [_physical_output(x) for x in out]
 
         closed = jax.make_jaxpr(flat_function)(*map(_physical, signature.avals))
         (out_structure, carry_structure), types = structures
@@ -328,6 +329,9 @@ class Shielded:
         else:
             outputs = runtime.call(inputs, program.types, active_views())
             self._enclave.donate([signature.leaves[i] for i in donated], outputs)
+        for i, aval in enumerate(program.types):
+            if aval.dtype == jax.dtypes.float0:
+                outputs[i] = np.zeros(aval.shape, jax.dtypes.float0)
         return jax.tree.unflatten(program.out_structure, outputs)
 
     def explain(self, *args: Any, **kwargs: Any) -> Report:
@@ -363,6 +367,13 @@ def _physical(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(struct.shape, struct.dtype, weak_type=aval.weak_type)
 
 
+def _physical_output(x: Any) -> Any:
+    if jax.typeof(x).dtype == jax.dtypes.float0:
+        # The gradient of an integer: there is nothing in it but its shape.
+        return jnp.zeros(())
+    return _jaxpr.to_physical(jnp.asarray(x))
+
+
 @contextlib.contextmanager
 def _tracing_inside() -> Iterator[None]:
     """While a shielded function is traced, shielded functions it calls become part of it."""
@@ -390,5 +401,3 @@ def _argument_names(
 def _paths(argument: Any) -> list[str]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(argument, is_leaf=is_sealed)
     return [jax.tree_util.keystr(path) for path, _ in leaves]
-
-

@@ -83,6 +83,8 @@ def encrypt_array(key: bytes, plain: np.ndarray, session: str) -> np.ndarray:
     Returns:
       uint8[nbytes + 28].
     """
+    # The context names the dtype without its byte order, so there is only the native one.
+    plain = plain.astype(plain.dtype.newbyteorder("="), copy=False)
     context = array_context(session, plain.shape, plain.dtype)
     content = np.ascontiguousarray(plain).reshape(-1).view(np.uint8)
     return np.frombuffer(encrypt_bytes(key, content.data, context), np.uint8)

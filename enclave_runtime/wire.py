@@ -103,6 +103,11 @@ def decode_header(header: bytes) -> tuple[Kind, int, int]:
     return Kind(kind), request, length
 
 
+def _refuse_constant(text: str) -> None:
+    # Python's reader takes NaN and infinities, which are not JSON (RFC 8259, 6).
+    raise ValueError(f"{text} is not JSON")
+
+
 def decode_body(kind: Kind, request: int, body: bytes) -> Frame:
     """Returns the frame with this body.
 
@@ -116,7 +121,8 @@ def decode_body(kind: Kind, request: int, body: bytes) -> Frame:
     if length > MAX_JSON or end > len(body):
         raise WireError("a frame's JSON is longer than its body")
     try:
-        fields = json.loads(body[JSON_LENGTH.size : end])
+        text = str(body[JSON_LENGTH.size : end], "utf-8")
+        fields = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise WireError("a frame's JSON does not parse") from error
     if not isinstance(fields, dict):
@@ -158,11 +164,21 @@ def receive(connection: socket.socket, max_body: int = MAX_BODY) -> Frame:
     return decode_body(kind, request, _receive_exactly(connection, length))
 
 
-def prove(key: bytes, role: str, challenge: bytes, own_nonce: bytes) -> bytes:
-    """HMAC-SHA256 over role, challenge and own nonce: shows knowledge of `key` (RFC 2104)."""
+def _mac(key: bytes, role: str, challenge: bytes, nonce: bytes) -> hmac.HMAC:
+    if not len(challenge) == len(nonce) == NONCE_BYTES:
+        raise WireError(f"a challenge or nonce does not have {NONCE_BYTES} bytes")
     mac = hmac.HMAC(key, hashes.SHA256())
-    mac.update(role.encode() + b"|" + challenge + own_nonce)
-    return mac.finalize()
+    mac.update(role.encode() + b"|" + challenge + nonce)
+    return mac
+
+
+def prove(key: bytes, role: str, challenge: bytes, own_nonce: bytes) -> bytes:
+    """HMAC-SHA256 over role, challenge and own nonce: shows knowledge of `key` (RFC 2104).
+
+    Raises:
+      WireError: challenge or nonce is not `NONCE_BYTES` long.
+    """
+    return _mac(key, role, challenge, own_nonce).finalize()
 
 
 def check_proof(key: bytes, role: str, challenge: bytes, nonce: bytes, proof: bytes) -> None:
@@ -171,9 +187,7 @@ def check_proof(key: bytes, role: str, challenge: bytes, nonce: bytes, proof: by
     Raises:
       WireError: the proof is not the one this key gives.
     """
-    mac = hmac.HMAC(key, hashes.SHA256())
-    mac.update(role.encode() + b"|" + challenge + nonce)
     try:
-        mac.verify(proof)
+        _mac(key, role, challenge, nonce).verify(proof)
     except InvalidSignature as error:
         raise WireError("the peer does not know the session key") from error

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from enclave_runtime import encryption
 from enclave_runtime.memory import Arena
@@ -26,7 +27,7 @@ from enclave_runtime.wire import Kind
 from tempo_jax import _jaxpr
 from tempo_jax._connection import Connection
 from tempo_jax._plan import array_type, input_bytes
-from tempo_jax._sealed import BLINDED, ENCRYPTED, RESIDENT, SealedArray, is_sealed, owners
+from tempo_jax._sealed import BLINDED, ENCRYPTED, SealedArray, is_sealed, owners
 from tempo_jax.errors import SealedValueError, UnsupportedError
 
 
@@ -125,7 +126,7 @@ class Enclave:
             return self.check_owned(leaf)
         try:
             aval = jax.typeof(leaf)
-            if isinstance(leaf, jax.core.Tracer):
+            if isinstance(leaf, Tracer):
                 raise UnsupportedError(
                     "enclave.seal was called inside jit: the value is already the host's. Seal it "
                     "before, outside jit."
@@ -296,7 +297,7 @@ class Enclave:
 
 def _concrete(sealed: SealedArray) -> list[Any]:
     children = (sealed.content, sealed.handle)
-    return [c for c in children if not isinstance(c, jax.core.Tracer)]
+    return [c for c in children if not isinstance(c, Tracer)]
 
 
 def _release(owner: weakref.ref[Enclave], key: int, text: str) -> None:

@@ -8,23 +8,72 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src import source_info_util  # JAX 0.10-0.12: no public way to keep an equation's source.
 from jax._src.state.discharge import discharge_state  # JAX 0.10-0.12: `jit` does the same.
+from jax.core import Tracer
 from jax.experimental import io_callback
 from jax.extend import core as jex_core
 from jax.extend.core import primitives as prims
 from jax.interpreters import ad, batching, mlir
 
-ClosedJaxpr = jex_core.ClosedJaxpr
-Jaxpr = jex_core.Jaxpr
-JaxprEqn = jex_core.JaxprEqn
-Literal = jex_core.Literal
-Var = jex_core.Var
+if TYPE_CHECKING:
+    # JAX declares `aval` as an abstract class without shape and dtype.
+    class Var:
+        """A variable of a jaxpr."""
+
+        aval: Any
+
+    class Literal:
+        """A constant operand."""
+
+        aval: Any
+        val: Any
+
+    class JaxprEqn:
+        """An equation."""
+
+        primitive: Any
+        params: dict[str, Any]
+        invars: list[Any]
+        outvars: list[Any]
+        source_info: Any
+        ctx: Any
+        effects: Any
+
+        def replace(self, **changes: Any) -> JaxprEqn:
+            """A changed copy."""
+            ...
+
+    class Jaxpr:
+        """A program without the values of its constants."""
+
+        constvars: list[Var]
+        invars: list[Var]
+        outvars: list[Any]
+        eqns: list[JaxprEqn]
+
+        def replace(self, **changes: Any) -> Jaxpr:
+            """A changed copy."""
+            ...
+
+    class ClosedJaxpr:
+        """A program with the values of its constants."""
+
+        jaxpr: Jaxpr
+        consts: Sequence[Any]
+
+        def __init__(self, jaxpr: Jaxpr, consts: Sequence[Any]): ...
+else:
+    ClosedJaxpr = jex_core.ClosedJaxpr
+    Jaxpr = jex_core.Jaxpr
+    JaxprEqn = jex_core.JaxprEqn
+    Literal = jex_core.Literal
+    Var = jex_core.Var
 
 # Scans longer than this run inside the enclave whole rather than be unrolled.
 MAX_UNROLL = 64
@@ -255,6 +304,11 @@ class _Flattener:
         return outputs
 
 
+def trace(function: Callable[..., Any], avals: Sequence[Any]) -> ClosedJaxpr:
+    """Traces a function of flat arguments."""
+    return cast(ClosedJaxpr, jax.make_jaxpr(function)(*avals))
+
+
 def flatten(closed: ClosedJaxpr, options: Flattening) -> ClosedJaxpr:
     """Traces a program anew with calls inlined and worthwhile control flow dissolved.
 
@@ -264,7 +318,7 @@ def flatten(closed: ClosedJaxpr, options: Flattening) -> ClosedJaxpr:
     flattener = _Flattener(options)
     if any(eqn.effects for eqn in equations(closed.jaxpr)):
         # Mutable references become values; what effects remain are the debugging callbacks'.
-        closed = discharge_state(closed)
+        closed = cast(ClosedJaxpr, discharge_state(cast(Any, closed)))
 
     def run(*arguments: Any) -> list[Any]:
         results = flattener.evaluate(
@@ -272,15 +326,14 @@ def flatten(closed: ClosedJaxpr, options: Flattening) -> ClosedJaxpr:
         )
         # A constant output becomes an equation's, so that every output is a variable.
         return [
-            x if isinstance(x, jax.core.Tracer) else prims.copy_p.bind(jnp.asarray(x))
-            for x, _ in results
+            x if isinstance(x, Tracer) else prims.copy_p.bind(jnp.asarray(x)) for x, _ in results
         ]
 
     avals = [
         jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type)
         for v in closed.jaxpr.invars
     ]
-    return jax.make_jaxpr(run)(*avals)
+    return trace(run, avals)
 
 
 def debugging(jaxpr: Any) -> list[JaxprEqn]:
@@ -353,4 +406,4 @@ def is_revealed(v: Any, made_by: Mapping[Any, JaxprEqn]) -> bool:
 
 def under_trace() -> bool:
     """Whether the caller is being traced by `jit`, `scan` or the like."""
-    return jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE()
+    return jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE()  # pyright: ignore[reportPrivateImportUsage]

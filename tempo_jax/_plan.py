@@ -125,7 +125,7 @@ def make_plan(request: Request) -> Plan:
     _refuse_callbacks(request.closed.jaxpr)
     for eqn in _jaxpr.debugging(request.closed.jaxpr):
         notes.append(
-            f"the debugging callback at {_jaxpr.source(eqn)} is left out: it would show its operands"
+            f"the debugging callback at {_jaxpr.source(eqn)} is left out: it would show values"
         )
     flat = _jaxpr.flatten(request.closed, Flattening(worth, notes))
     jaxpr = flat.jaxpr

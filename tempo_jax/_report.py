@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tempo_jax import _jaxpr
-from tempo_jax._plan import Plan, array_type, offloaded, offloaded_work
 from tempo_jax._placement import Side
+from tempo_jax._plan import Plan, array_type, offloaded, offloaded_work
 
 
 @dataclasses.dataclass(frozen=True)

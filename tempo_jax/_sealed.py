@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from tempo_jax.errors import SealedValueError
 
@@ -62,7 +63,7 @@ class SealedArray:
         self.session = session
         if form != ENCRYPTED and isinstance(self.handle, (np.ndarray, jax.Array)):
             owner = owners.get(session)
-            if owner is not None and not isinstance(self.handle, jax.core.Tracer):
+            if owner is not None and not isinstance(self.handle, Tracer):
                 owner.adopt(self.handle)
 
     @property

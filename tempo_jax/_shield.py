@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from tempo_jax import _jaxpr
@@ -100,7 +101,7 @@ class _Signature:
     @property
     def key(self) -> Any:
         types = tuple((a.shape, a.dtype, a.weak_type) for a in self.avals)
-        return self.structure, types, self.public, jax.config.jax_enable_x64
+        return self.structure, types, self.public, jax.config.read("jax_enable_x64")
 
     @property
     def on_devices(self) -> frozenset[int]:
@@ -116,8 +117,8 @@ def _aval(x: Any) -> Any:
         aval = jax.typeof(x)
     except TypeError as error:
         raise UnsupportedError(
-            f"shield: an argument of type {type(x).__name__} is neither an array nor a number. Keep "
-            "such objects out of the arguments, for example as static fields or in a closure."
+            f"shield: an argument of type {type(x).__name__} is neither an array nor a number. "
+            "Keep such objects out of the arguments, for example as static fields or in a closure."
         ) from error
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
@@ -216,18 +217,18 @@ class Shielded:
                 inputs.append(self._enclave.check_owned(x))
             elif i in signature.public:
                 inputs.append(_jaxpr.to_physical(jnp.asarray(x)))
-            elif isinstance(x, jax.core.Tracer):
+            elif isinstance(x, Tracer):
                 raise SecrecyError(
-                    f"shield: argument {i} of `{self._name}` is a plain {x.aval.str_short()} inside "
-                    "jit, scan or another transformation, where a secret is expected: its value is "
-                    "already the host's. Seal it with `enclave.seal` outside and pass the sealed "
-                    "value in, or name the argument in `public=`."
+                    f"shield: argument {i} of `{self._name}` is a plain {x.aval.str_short()} "
+                    "inside jit, scan or another transformation, where a secret is expected: its "
+                    "value is already the host's. Seal it with `enclave.seal` outside and pass the "
+                    "sealed value in, or name the argument in `public=`."
                 )
             elif tracing:
                 raise SecrecyError(
-                    f"shield: argument {i} of `{self._name}` is a plain array that a surrounding jit "
-                    "or scan would keep in its program. Seal it with `enclave.seal` outside and "
-                    "pass the sealed value in, or name the argument in `public=`."
+                    f"shield: argument {i} of `{self._name}` is a plain array that a surrounding "
+                    "jit or scan would keep in its program. Seal it with `enclave.seal` outside "
+                    "and pass the sealed value in, or name the argument in `public=`."
                 )
             else:
                 inputs.append(self._enclave.seal(x))
@@ -270,7 +271,7 @@ class Shielded:
             structures.append([jax.typeof(x) for x in out])
             return [_physical_output(x) for x in out]
 
-        closed = jax.make_jaxpr(flat_function)(*map(_physical, signature.avals))
+        closed = _jaxpr.trace(flat_function, [_physical(a) for a in signature.avals])
         (out_structure, carry_structure), types = structures
         request = Request(
             closed=closed,
@@ -314,7 +315,7 @@ class Shielded:
             return self._function(*args, **kwargs)
         signature = self._signature(args, kwargs)
         tracing = _jaxpr.under_trace() or any(
-            isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(signature.leaves)
+            isinstance(x, Tracer) for x in jax.tree.leaves(signature.leaves)
         )
         inputs = self._inputs(signature, tracing)
         program = self._program(signature)

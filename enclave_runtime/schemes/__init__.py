@@ -27,15 +27,21 @@ class Scheme(Protocol):
 
     def draw(self, key_class: KeyClass, stream: KeyStream) -> Any:
         """Draws the key of one class from a cryptographic stream."""
+        ...
 
-    def blind(self, plain: jax.Array, layout: Layout, keys: dict[int, Any]) -> jax.Array:
+    def blind(
+        self, plain: jax.Array | np.ndarray, layout: Layout, keys: dict[int, Any]
+    ) -> jax.Array:
         """Blinds a value; `keys` maps each class of the layout to its key."""
+        ...
 
     def unblind(self, blinded: np.ndarray, layout: Layout, keys: dict[int, Any]) -> jax.Array:
         """Inverse of `blind`; reads each element of shared memory once."""
+        ...
 
     def warm_up(self, array: ArrayType, layout: Layout, classes: tuple[KeyClass, ...]) -> None:
         """Compiles what `blind` and `unblind` need for such values."""
+        ...
 
 
 SCHEMES: dict[str, Scheme] = {"signed_permutation": signed_permutation}

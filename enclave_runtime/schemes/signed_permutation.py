@@ -9,6 +9,7 @@ key away. It hides the names of rows and columns, no more.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -39,13 +40,11 @@ def draw(key_class: KeyClass, stream: KeyStream) -> SignedPermutationKey:
     return SignedPermutationKey(permutation, inverse, signs)
 
 
-def _axes(layout: Layout, keys: dict[int, SignedPermutationKey]) -> tuple[tuple[int, bool], ...]:
-    """For each keyed axis its number and whether signs apply to it."""
-    return tuple(
-        (axis, keys[number].signs is not None and bool(weight))
-        for axis, (number, weight) in enumerate(zip(layout.classes, layout.weights, strict=True))
-        if number is not None
-    )
+def _keyed_axes(layout: Layout) -> Iterator[tuple[int, int, int]]:
+    """Each keyed axis, its class, and its weight."""
+    for axis, (number, weight) in enumerate(zip(layout.classes, layout.weights, strict=True)):
+        if number is not None:
+            yield axis, number, weight
 
 
 def _broadcast_signs(signs: jax.Array, axis: int, rank: int, dtype: np.dtype) -> jax.Array:
@@ -62,23 +61,30 @@ def _permute(x, axes, permutations, signs):
     return x
 
 
-def _apply(x, layout: Layout, keys: dict[int, SignedPermutationKey], inverse: bool) -> jax.Array:
-    axes = _axes(layout, keys)
-    if not axes:
-        return jnp.array(x)
-    permutations, signs = [], []
-    for axis, signed in axes:
-        key = keys[layout.classes[axis]]
+def _apply(
+    x: jax.Array | np.ndarray,
+    layout: Layout,
+    keys: dict[int, SignedPermutationKey],
+    inverse: bool,
+) -> jax.Array:
+    axes, permutations, signs = [], [], []
+    for axis, number, weight in _keyed_axes(layout):
+        key = keys[number]
         permutations.append(key.inverse if inverse else key.permutation)
-        if not signed:
+        if key.signs is None or not weight:
             signs.append(None)
         else:
             # The key's signs are indexed by the blinded position.
             signs.append(key.signs[key.inverse] if inverse else key.signs)
-    return _permute(x, axes, tuple(permutations), tuple(signs))
+        axes.append((axis, signs[-1] is not None))
+    if not axes:
+        return jnp.array(x)
+    return _permute(x, tuple(axes), tuple(permutations), tuple(signs))
 
 
-def blind(plain: jax.Array, layout: Layout, keys: dict[int, SignedPermutationKey]) -> jax.Array:
+def blind(
+    plain: jax.Array | np.ndarray, layout: Layout, keys: dict[int, SignedPermutationKey]
+) -> jax.Array:
     """Blinds a float array of any shape; see the module's formula."""
     return _apply(plain, layout, keys, inverse=False)
 

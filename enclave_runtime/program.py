@@ -28,7 +28,8 @@ _DTYPES = frozenset(
         *(np.bool_, np.int8, np.int16, np.int32, np.int64),
         *(np.uint8, np.uint16, np.uint32, np.uint64),
         *(np.float16, np.float32, np.float64, np.complex64, np.complex128),
-        *(vars(ml_dtypes)[name] for name in ml_dtypes.__all__ if name not in ("finfo", "iinfo")),
+        *(ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
+        *(ml_dtypes.int4, ml_dtypes.uint4),
     )
 )
 ENCLAVE, DEVICE, PUBLIC = "enclave", "device", "public"

@@ -10,6 +10,7 @@ keys anew.
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import jax
@@ -90,6 +91,7 @@ class Run:
         self.arena = arena
         self.keys = ClassKeys(program, schedule, number)
         self.handles: list[str | None] = [None] * len(program.inputs)
+        self.busy_seconds = 0.0
         self._values = dict(constants)
         self._workers = workers
         self._executor = executor
@@ -170,6 +172,7 @@ class Run:
             self.blind(self._values[c.value], c.array, c.layout, c.offset)
 
     def _execute(self, index: int) -> None:
+        start = time.perf_counter()
         segment = self.program.segments[index]
         for value in self._doomed:
             del self._values[value]
@@ -184,6 +187,7 @@ class Run:
         # The host may now overwrite the arena, so nothing may still be reading from it.
         jax.block_until_ready(self._last_uploads)
         self._doomed = [v for v in segment.dead if v in self._values]
+        self.busy_seconds += time.perf_counter() - start
 
     def _repeat(self, index: int) -> None:
         for old, new in zip(self._last_uploads, self._uploads(index), strict=True):

@@ -87,8 +87,6 @@ def _serve_connection(connection: socket.socket, key: bytes, session: Session) -
                 return
             except OSError:
                 return
-            if frame.kind is Kind.SHUTDOWN:
-                os._exit(0)
             try:
                 wire.send(connection, _answer(session, frame))
             except OSError:
@@ -102,7 +100,7 @@ def _end_with_parent(pipe: BinaryIO) -> None:
 
 
 def serve() -> None:
-    """Runs the enclave until its parent asks it to stop or is gone."""
+    """Runs the enclave until its parent closes the pipe or is gone."""
     logging.basicConfig(format="enclave: %(message)s", level=logging.WARNING, stream=sys.stderr)
     pipe = sys.stdin.buffer
     secret = bytes.fromhex(pipe.readline().decode("ascii").strip())

@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -228,7 +227,6 @@ class Session:
 
     def _segment(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         run = self._run(fields)
-        start = time.perf_counter()
         try:
             run.segment(fields["segment"], fields["worker"])
         except BaseException as error:
@@ -236,7 +234,6 @@ class Session:
             with self._lock:
                 self._runs.pop(fields["run"], None)
             raise
-        self._busy_seconds += time.perf_counter() - start
         return {}
 
     def _commit(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
@@ -248,6 +245,7 @@ class Session:
                 self._store.free(handle)
         with self._lock:
             del self._runs[fields["run"]]
+            self._busy_seconds += run.busy_seconds
         return {"handles": handles}
 
     def _abort(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:

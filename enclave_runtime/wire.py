@@ -51,7 +51,6 @@ class Kind(enum.IntEnum):
     OPEN = 13
     FREE = 14
     STATISTICS = 15
-    SHUTDOWN = 16
 
 
 class Frame(NamedTuple):

@@ -88,8 +88,10 @@ class Connection:
         )
         self._finalizer = weakref.finalize(self, _stop, self.process)
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(secret.hex().encode() + b"\n")
-        self.process.stdin.flush()
+        # A child that ended already breaks the pipe; its missing greeting tells below.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(secret.hex().encode() + b"\n")
+            self.process.stdin.flush()
         timer = threading.Timer(START_SECONDS, self.process.kill)
         timer.start()
         greeting = self.process.stdout.readline().split()

@@ -132,6 +132,7 @@ def make_plan(request: Request) -> Plan:
     placement = place(
         Question(jaxpr, request.carried, request.on_devices, request.scheme, costs, request.offload)
     )
+    notes += _notes(jaxpr)
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     outputs: list[Var] = [v for v in jaxpr.outvars if isinstance(v, Var)]
     assert len(outputs) == len(jaxpr.outvars), "flattening leaves no literal output"
@@ -152,6 +153,20 @@ def make_plan(request: Request) -> Plan:
     return Plan(
         request, flat, placement, parts, program, revealed, sealed, sharded, tuple(notes), layouts
     )
+
+
+def _notes(jaxpr: Jaxpr) -> list[str]:
+    """What control flow that runs in the enclave whole takes with it."""
+    notes = []
+    for eqn in jaxpr.eqns:
+        inside = [e for body in _jaxpr.subjaxprs(eqn) for e in _jaxpr.equations(body)]
+        where = f"`{eqn.primitive.name}` at {_jaxpr.source(eqn)}"
+        products = sum(map(is_product, inside))
+        if products:
+            notes.append(f"{where} runs in the enclave whole, with {products} products in its body")
+        if any(e.primitive is _jaxpr.reveal_p for e in inside):
+            notes.append(f"`reveal` inside {where} has no effect: reveal the result outside")
+    return notes
 
 
 def _refuse_callbacks(jaxpr: Jaxpr) -> None:

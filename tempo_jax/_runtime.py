@@ -121,7 +121,11 @@ class Runtime:
                 raise run.failure
             return self._visit(run, worker, index, uploads)
         except BaseException as error:
-            if run is None or run.raises:
+            if run is None:
+                raise
+            if run.raises:
+                self._abort(run)
+                self._finish(run)
                 raise
             run.failure = run.failure or error
             return [_poison(self._local(c.array, c.layout)) for c in segment.downloads]

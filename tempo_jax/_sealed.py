@@ -90,11 +90,13 @@ class SealedArray:
         shape = ",".join(map(str, self.shape))
         return f"SealedArray({self.dtype.name}[{shape}], {self.form})"
 
-    def __array__(self, *_: Any, **__: Any) -> Any:
+    def _no_value(self, *_: Any, **__: Any) -> Any:
         raise SealedValueError(
             f"{self!r} is secret and has no value on the host. Compute with it inside a shielded "
             "function, or get its plaintext with `enclave.open`."
         )
+
+    __array__ = __bool__ = __float__ = __int__ = __index__ = _no_value
 
     def __reduce__(self) -> Any:
         raise SealedValueError(

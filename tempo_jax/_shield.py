@@ -162,6 +162,12 @@ class Shielded:
                 f"shield: scheme is a {type(scheme).__name__}, expected an object such as "
                 "`tempo_jax.schemes.SignedPermutation()`"
             )
+        if scheme.polarities != 1 or scheme.decoy_rows or not scheme.shares_classes:
+            raise UnsupportedError(
+                f"shield: scheme {scheme.name} needs polarities, decoy rows or keys for each product, "
+                "which the planner does not solve for; expected an orthogonal scheme with shared "
+                "classes, such as `tempo_jax.schemes.SignedPermutation()`"
+            )
         _check_option("placement", placement, ("auto", "enclave"))
         _check_option("offload", offload, ("auto", "all"))
         if mesh is not None and len(mesh.axis_names) != 1:

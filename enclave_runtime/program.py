@@ -311,6 +311,11 @@ class Program:
             )
             live -= set(segment.dead)
         kept = {p.value for p in self.outputs if p.place == ENCLAVE}
-        _require(all(p.place != PUBLIC for p in self.outputs), "a sealed output is public")
-        _require(all(p.place == ENCLAVE for p in self.constants), "a constant is not inside")
+        _require(
+            all(p.place != PUBLIC for p in self.outputs), "a sealed output is at a public place"
+        )
+        _require(
+            all(p.place == ENCLAVE for p in self.constants),
+            "a constant is at a place outside the enclave",
+        )
         _require(live.issuperset(kept), "an output is not made")

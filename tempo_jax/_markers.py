@@ -63,7 +63,7 @@ def cheap_update(inner: optax.GradientTransformation) -> optax.GradientTransform
     wrapped = optax.with_extra_args_support(inner)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        return wrapped.update(_mark(updates), state, _mark(params), **extra)
+        return wrapped.update(_mark(updates), _mark(state), _mark(params), **extra)
 
     return optax.GradientTransformationExtraArgs(wrapped.init, update)
 

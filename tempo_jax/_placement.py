@@ -129,6 +129,7 @@ class _Placer:
         self.eqns = question.jaxpr.eqns
         self.inputs = question.jaxpr.invars
         self.outputs = question.jaxpr.outvars
+        self.order = {v: n for n, eqn in enumerate(self.eqns) for v in eqn.outvars}
         self.cheap = self._cheap_values()
         self.uses = self._product_uses()
         self.to_update = self._feeds_update()
@@ -313,7 +314,7 @@ class _Walk:
             return Operand(axes, zero=v in self.zero, blinded=False)
         if update and not v.aval.shape:
             return Operand((), blinded=False)
-        raise NotEquivariantError("it meets a value inside the enclave")
+        raise NotEquivariantError("another operand is inside the enclave")
 
     def _product(self, number: int, eqn: JaxprEqn) -> None:
         """A product with at least one operand that the enclave would have to blind."""
@@ -368,8 +369,8 @@ class _Walk:
                 for v in _variables(eqn):
                     if v.aval.shape:
                         for leaf in self.leaves.get(v, ()):
-                            why = self.refused.get(eqn.outvars[0], eqn.primitive.name)
-                            out.setdefault(leaf, f"{eqn.primitive.name} needs it inside: {why}")
+                            why = self._cause(eqn)
+                            out.setdefault(leaf, why)
         for index in sorted(placer.resident - set(out)):
             position = self.question.carried.get(index)
             if position is None:
@@ -390,20 +391,29 @@ class _Walk:
                 self.keying.demand(weight, old.node, -1 - index, reason)
         return out
 
-    def _why_inside(self, output: Var | Literal) -> str:
-        """The equation that pulled a new value into the enclave."""
-        made_by = {v: eqn for eqn in self.placer.eqns for v in eqn.outvars}
-        pending, seen = [output], set()
+    def _cause(self, eqn: JaxprEqn) -> str:
+        """The first equation that the host was refused among those that led to this one."""
+        refused: dict[int, str] = {}
+        pending, seen = [eqn], set()
         while pending:
-            v = pending.pop()
-            if isinstance(v, Literal) or v in seen or v not in self.placer.cheap:
+            current = pending.pop()
+            out = current.outvars[0]
+            if out in seen:
                 continue
-            seen.add(v)
-            eqn = made_by[v]
-            if v in self.refused:
-                return f"{eqn.primitive.name}: {self.refused[v]}"
-            pending.extend(eqn.invars)
-        return "its gradient is computed in the enclave"
+            seen.add(out)
+            if out in self.refused:
+                number = self.placer.order[out]
+                refused[number] = f"{current.primitive.name}: {self.refused[out]}"
+            cheap = [v for v in _variables(current) if v in self.placer.cheap]
+            pending += [self.placer.eqns[self.placer.order[v]] for v in cheap]
+        return refused[min(refused)] if refused else "its gradient is computed in the enclave"
+
+    def _why_inside(self, output: Var | Literal) -> str:
+        """Why a leaf's new value is not on the host."""
+        number = self.placer.order.get(output) if isinstance(output, Var) else None
+        if number is None:
+            return "its new value is an input that is inside the enclave"
+        return self._cause(self.placer.eqns[number])
 
     def exposed(self) -> dict[int, str]:
         """Products that would show the host a value without any key on it."""

@@ -164,8 +164,8 @@ class Shielded:
             )
         if scheme.polarities != 1 or scheme.decoy_rows or not scheme.shares_classes:
             raise UnsupportedError(
-                f"shield: scheme {scheme.name} needs polarities, decoy rows or keys for each product, "
-                "which the planner does not solve for; expected an orthogonal scheme with shared "
+                f"shield: scheme {scheme.name} needs polarities, decoy rows or keys for each "
+                "product, which the planner does not solve for; expected an orthogonal scheme with shared "
                 "classes, such as `tempo_jax.schemes.SignedPermutation()`"
             )
         _check_option("placement", placement, ("auto", "enclave"))

@@ -24,7 +24,13 @@ from enclave_runtime import wire
 from enclave_runtime.encryption import SECRET_BYTES, SessionKeys, session_keys
 from enclave_runtime.memory import Arena, ArenaError
 from enclave_runtime.wire import Frame, Kind, WireError
-from tempo_jax.errors import EnclaveDiedError, EnclaveError, SealedValueError, SharedMemoryError
+from tempo_jax.errors import (
+    EnclaveDiedError,
+    EnclaveError,
+    SealedValueError,
+    SharedMemoryError,
+    TempoError,
+)
 
 START_SECONDS = 120.0
 STOP_SECONDS = 5.0
@@ -207,6 +213,11 @@ class Connection:
         """Keeps shared memory for a later run."""
         with self._lock:
             self._arenas.append(reserved)
+
+    def discard(self, reserved: tuple[str, Arena]) -> None:
+        """Forgets shared memory that a failed run may still be using."""
+        with contextlib.suppress(TempoError):
+            self.request(Kind.UNMAP, {"name": reserved[0]})
 
     def close(self) -> None:
         """Ends the enclave."""

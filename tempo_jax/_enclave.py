@@ -261,8 +261,10 @@ class Enclave:
         reserved = self._connection.reserve(aligned(max(size, 1)))
         try:
             yield reserved
-        finally:
-            self._connection.give_back(reserved)
+        except BaseException:
+            self._connection.discard(reserved)
+            raise
+        self._connection.give_back(reserved)
 
     def _encrypted(self, content: bytes, purpose: str) -> bytes:
         context = f"{purpose}|{self.session}".encode()

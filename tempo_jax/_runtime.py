@@ -125,7 +125,7 @@ class Runtime:
                 raise
             if run.raises:
                 self._abort(run)
-                self._finish(run)
+                self._drop(run.reserved)
                 raise
             run.failure = run.failure or error
             return [_poison(self._local(c.array, c.layout)) for c in segment.downloads]
@@ -352,10 +352,15 @@ class Runtime:
             concrete = jax.tree.unflatten(structure, [np.asarray(x) for x in flat])
             self._enclave.free_dropped()
             reserved = self._enclave.connection.reserve(self._program.arena_bytes)
-            run, blinded = self._begin(*reserved, concrete, raises=True)
+            try:
+                run, blinded = self._begin(*reserved, concrete, raises=True)
+            except BaseException:
+                self._drop(reserved)
+                raise
             run.reserved = reserved
             if set(blinded) != set(arriving):
-                self._finish(run)
+                self._abort(run)
+                self._drop(reserved)
                 raise EnclaveError(
                     "a device-resident leaf lies under keys that do not fit this function's other "
                     "leaves. Call the function once outside jit, which blinds it again."
@@ -377,7 +382,8 @@ class Runtime:
             if run is None:
                 raise EnclaveError("the run is over; JAX repeated one of its callbacks too late")
             handles = self._commit(run, donated)
-            self._finish(run)
+            assert run.reserved is not None
+            self._enclave.connection.give_back(run.reserved)
             return np.stack([handle_array(h) for h in handles] or [np.zeros(4, np.uint32)])
 
         count = max(1, len(self._program.outputs))
@@ -386,11 +392,10 @@ class Runtime:
         )
         return self._outputs(result, list(handles[: len(self._program.outputs)]), types)
 
-    def _finish(self, run: _Run) -> None:
-        self._runs.pop(run.number, None)
-        if run.reserved is not None:
-            self._enclave.connection.give_back(run.reserved)
-            run.reserved = None
+    def _drop(self, reserved: tuple[str, Arena] | None) -> None:
+        """Forgets a failed run's shared memory: a late worker may still write to it."""
+        if reserved is not None:
+            self._enclave.connection.discard(reserved)
 
 
 def _poison(array: ArrayType) -> np.ndarray:

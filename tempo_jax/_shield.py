@@ -165,8 +165,8 @@ class Shielded:
         if scheme.polarities != 1 or scheme.decoy_rows or not scheme.shares_classes:
             raise UnsupportedError(
                 f"shield: scheme {scheme.name} needs polarities, decoy rows or keys for each "
-                "product, which the planner does not solve for; expected an orthogonal scheme with shared "
-                "classes, such as `tempo_jax.schemes.SignedPermutation()`"
+                "product, which the planner does not solve for; expected an orthogonal scheme with "
+                "shared classes, such as `tempo_jax.schemes.SignedPermutation()`"
             )
         _check_option("placement", placement, ("auto", "enclave"))
         _check_option("offload", offload, ("auto", "all"))
@@ -313,6 +313,13 @@ class Shielded:
                 program.runtime = Runtime(program.plan, self._enclave, self._mesh)
             return program.runtime
 
+    def _donated(self, plan: Plan) -> list[int]:
+        """Inputs that a call consumes; what is revealed replaces no state."""
+        carried = plan.request.carried
+        if not self._donate or not set(carried.values()).isdisjoint(plan.revealed):
+            return []
+        return sorted(carried)
+
     # Public
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -326,13 +333,13 @@ class Shielded:
         inputs = self._inputs(signature, tracing)
         program = self._program(signature)
         runtime = self._runtime(program)
-        donated = program.plan.request.carried if self._donate else {}
+        donated = self._donated(program.plan)
         if tracing:
             if active_views():
                 raise UnsupportedError(
                     "host_view records calls outside jit only; call the shielded function directly"
                 )
-            outputs = runtime.trace(inputs, program.types, sorted(donated))
+            outputs = runtime.trace(inputs, program.types, donated)
         else:
             outputs = runtime.call(inputs, program.types, active_views())
             self._enclave.donate([signature.leaves[i] for i in donated], outputs)

@@ -125,7 +125,9 @@ class Runtime:
                 raise
             if run.raises:
                 self._abort(run)
-                self._drop(run.reserved)
+                if run.reserved is not None:
+                    # Not given back: another worker may still write to it.
+                    self._enclave.connection.discard(run.reserved)
                 raise
             run.failure = run.failure or error
             return [_poison(self._local(c.array, c.layout)) for c in segment.downloads]
@@ -355,12 +357,12 @@ class Runtime:
             try:
                 run, blinded = self._begin(*reserved, concrete, raises=True)
             except BaseException:
-                self._drop(reserved)
+                self._enclave.connection.give_back(reserved)
                 raise
             run.reserved = reserved
             if set(blinded) != set(arriving):
                 self._abort(run)
-                self._drop(reserved)
+                self._enclave.connection.give_back(reserved)
                 raise EnclaveError(
                     "a device-resident leaf lies under keys that do not fit this function's other "
                     "leaves. Call the function once outside jit, which blinds it again."
@@ -391,11 +393,6 @@ class Runtime:
             commit, jax.ShapeDtypeStruct((count, 4), np.uint32), number, result.token
         )
         return self._outputs(result, list(handles[: len(self._program.outputs)]), types)
-
-    def _drop(self, reserved: tuple[str, Arena] | None) -> None:
-        """Forgets a failed run's shared memory: a late worker may still write to it."""
-        if reserved is not None:
-            self._enclave.connection.discard(reserved)
 
 
 def _poison(array: ArrayType) -> np.ndarray:

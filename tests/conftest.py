@@ -1,0 +1,29 @@
+"""What all tests share: eight CPU devices, float64, one enclave, one hypothesis profile."""
+
+import os
+
+# JAX reads this when it starts, so it stands before the imports.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+from collections.abc import Iterator  # noqa: E402
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+import tempo_jax as tempo  # noqa: E402
+
+# Tests compare sums taken in different orders; in float64 these differ by rounding alone.
+jax.config.update("jax_enable_x64", True)
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def enclave() -> Iterator[tempo.Enclave]:
+    """One enclave process for the whole session: starting one takes seconds."""
+    with tempo.Enclave.launch() as running:
+        yield running

@@ -11,8 +11,8 @@ import math
 
 import numpy as np
 
-from tempo_jax._equivariance import work
 from tempo_jax._jaxpr import JaxprEqn, Var, dot_general_p
+from tempo_jax._products import work
 from tempo_jax.schemes import Scheme
 
 

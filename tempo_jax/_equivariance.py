@@ -17,69 +17,16 @@ correctness or secrecy. Untrusted and pure; used by `_placement`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax.extend.core import primitives as prims
 
-from tempo_jax._jaxpr import JaxprEqn, cheap_p, conv_p, dot_general_p, optimization_barrier_p
-from tempo_jax._keying import Axes, Axis, Keying
-
-
-class NotEquivariantError(Exception):
-    """An equation does not commute with the blinding; the text says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """An operand of an equation on the host.
-
-    Attributes:
-      axes: its axes; all without a node for values that are constant along them.
-      zero: whether it is known to be zero, which fits any weight and any class.
-      blinded: whether it is a blinded value, as opposed to a scalar or a constant.
-    """
-
-    axes: Axes
-    zero: bool = False
-    blinded: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What a rule may use: the keying, the equation's number, and its strictness."""
-
-    keying: Keying
-    equation: int
-    update: bool
-
-    def need_update(self, what: str) -> None:
-        """Refuses a nonlinear rule outside an update."""
-        if not self.update:
-            raise NotEquivariantError(f"{what} is not linear")
-
-    def need_weight(self, axis: Axis, weight: int, reason: str) -> None:
-        """Demands that an axis has this weight."""
-        self.keying.demand(axis.weight ^ weight, axis.node, self.equation, reason)
-
-    def match(self, axes: Sequence[Axis], reason: str) -> Axis:
-        """One axis for values that are combined element by element."""
-        nodes = [a for a in axes if a.node is not None]
-        if not nodes:
-            return axes[0]
-        first = nodes[0]
-        for other in nodes[1:]:
-            assert first.node is not None and other.node is not None
-            if self.keying.same(first.node, other.node):
-                # Unkeyed now is unkeyed for good, so joining loses nothing.
-                self.keying.join(first.node, other.node)
-            elif self.update:
-                self.keying.join(first.node, other.node)
-            else:
-                raise NotEquivariantError(f"{reason} combines values under different keys")
-        return first
+from tempo_jax._jaxpr import JaxprEqn, cheap_p, optimization_barrier_p
+from tempo_jax._keying import Axes, Axis
+from tempo_jax._operands import Context, NotEquivariantError, Operand
+from tempo_jax._products import PRODUCTS
 
 
 def _require_rank(operands: Sequence[Operand], rank: int) -> list[Operand]:
@@ -318,85 +265,6 @@ def _reduce_order(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) 
     return tuple(a for i, a in enumerate(operands[0].axes) if i not in gone)
 
 
-def dot_general(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
-    """``Ŷ = X̂ Ŵ``: contracted axes share a class and cancel, the others carry over."""
-    lhs, rhs = (o.axes for o in operands)
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-    keying = context.keying
-    for i, j in zip(lhs_contract, rhs_contract, strict=True):
-        reason = "dot_general contracts a signed axis with an unsigned one"
-        _pair(context, lhs[i], rhs[j], lhs[i].weight ^ rhs[j].weight, reason)
-    out = []
-    for i, j in zip(lhs_batch, rhs_batch, strict=True):
-        axis = _pair(context, lhs[i], rhs[j], 0, "")
-        if axis.node is not None:
-            # Both operands would bring the sign, and the product would lose it.
-            keying.strip_signs(axis.node)
-        out.append(Axis(axis.node, 0))
-    out += [a for i, a in enumerate(lhs) if i not in {*lhs_contract, *lhs_batch}]
-    out += [a for j, a in enumerate(rhs) if j not in {*rhs_contract, *rhs_batch}]
-    return tuple(out)
-
-
-def _pair(context: Context, a: Axis, b: Axis, weight: int, reason: str) -> Axis:
-    """Joins two axes that a product brings together."""
-    if a.node is None and b.node is None:
-        return a
-    if a.node is None or b.node is None:
-        # One operand is constant along the axis: any permutation of the other is undone.
-        known = a if b.node is None else b
-        context.keying.demand(weight, known.node, context.equation, reason)
-        return known
-    context.keying.join(a.node, b.node)
-    context.keying.demand(weight, a.node, context.equation, reason)
-    return a
-
-
-def conv_general_dilated(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
-    """Keys on batch, in-feature and out-feature; spatial and grouped axes carry none."""
-    lhs, rhs = (o.axes for o in operands)
-    numbers = eqn.params["dimension_numbers"]
-    lhs_batch, lhs_feature, *lhs_space = numbers.lhs_spec
-    rhs_out, rhs_in, *rhs_space = numbers.rhs_spec
-    keying = context.keying
-    for axes, spatial in ((lhs, lhs_space), (rhs, rhs_space)):
-        for i in spatial:
-            _strip(keying, axes[i])
-    if eqn.params["feature_group_count"] > 1:
-        for axis in (lhs[lhs_feature], rhs[rhs_in], rhs[rhs_out]):
-            _strip(keying, axis)
-    else:
-        reason = "conv_general_dilated contracts a signed axis with an unsigned one"
-        a, b = lhs[lhs_feature], rhs[rhs_in]
-        _pair(context, a, b, a.weight ^ b.weight, reason)
-    if eqn.params["batch_group_count"] > 1:
-        for axis in (lhs[lhs_batch], rhs[rhs_out]):
-            _strip(keying, axis)
-    shape = eqn.outvars[0].aval.shape
-    out: list[Axis] = [Axis(None, 0)] * len(shape)
-    out_batch, out_feature, *out_space = numbers.out_spec
-    for i in out_space:
-        node = keying.node(shape[i])
-        keying.strip_key(node)
-        out[i] = Axis(node, 0)
-    out[out_batch], out[out_feature] = lhs[lhs_batch], rhs[rhs_out]
-    if eqn.params["batch_group_count"] > 1:
-        node = keying.node(shape[out_batch])
-        keying.strip_key(node)
-        out[out_batch] = Axis(node, 0)
-    return tuple(out)
-
-
-def _strip(keying: Keying, axis: Axis) -> None:
-    if axis.node is not None:
-        keying.strip_key(axis.node)
-
-
-PRODUCTS: dict[Any, Callable[[Context, JaxprEqn, Sequence[Operand]], Axes]] = {
-    dot_general_p: dot_general,
-    conv_p: conv_general_dilated,
-}
-
 _RULES: dict[Any, Callable[[Context, JaxprEqn, Sequence[Operand]], Axes]] = {
     **PRODUCTS,
     **dict.fromkeys(
@@ -503,24 +371,3 @@ def is_zero(eqn: JaxprEqn, operands: Sequence[Operand]) -> bool:
         cheap_p,
     )
     return eqn.primitive in keeps and all(o.zero for o in operands)
-
-
-def work(eqn: JaxprEqn) -> int:
-    """Floating-point operations of a product (a multiply-add counts as two)."""
-    lhs, rhs = (v.aval.shape for v in eqn.invars)
-    out = math.prod(eqn.outvars[0].aval.shape)
-    if eqn.primitive is dot_general_p:
-        (contract, _), _ = eqn.params["dimension_numbers"]
-        return 2 * out * math.prod(lhs[i] for i in contract)
-    _, in_feature, *space = eqn.params["dimension_numbers"].rhs_spec
-    return 2 * out * math.prod(rhs[i] for i in (in_feature, *space))
-
-
-def contracted_axes(eqn: JaxprEqn) -> tuple[int, ...]:
-    """Axes of a product's left operand that it sums over and that may carry a key."""
-    if eqn.primitive is dot_general_p:
-        (contract, _), _ = eqn.params["dimension_numbers"]
-        return tuple(contract)
-    if eqn.primitive is conv_p:
-        return (eqn.params["dimension_numbers"].lhs_spec[1],)
-    return ()

@@ -20,10 +20,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from enclave_runtime.program import ArrayType, Layout
 from tempo_jax import _jaxpr
-from tempo_jax._equivariance import contracted_axes
 from tempo_jax._jaxpr import JaxprEqn, Literal, Var
 from tempo_jax._mesh import local_shape, sharded_axis
 from tempo_jax._plan import Plan, array_type, offloaded
+from tempo_jax._products import contracted_axes
 
 # exchange(run, worker, segment, uploads) -> downloads, all as NumPy arrays
 Exchange = Callable[[int, int, int, Sequence[np.ndarray]], Sequence[np.ndarray]]

@@ -18,16 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tempo_jax._cost import CostModel
-from tempo_jax._equivariance import (
-    PRODUCTS,
-    Context,
-    NotEquivariantError,
-    Operand,
-    commute,
-    is_zero,
-)
+from tempo_jax._equivariance import commute, is_zero
 from tempo_jax._jaxpr import Jaxpr, JaxprEqn, Literal, Var, cheap_p, physical, reveal_p, source
 from tempo_jax._keying import Axes, Keying, resolve_weight
+from tempo_jax._operands import Context, NotEquivariantError, Operand
+from tempo_jax._products import PRODUCTS
 from tempo_jax.schemes import KeyLifetime, Scheme
 
 

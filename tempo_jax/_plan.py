@@ -31,10 +31,10 @@ from enclave_runtime.program import (
 )
 from tempo_jax import _jaxpr
 from tempo_jax._cost import CostModel
-from tempo_jax._equivariance import work
 from tempo_jax._jaxpr import ClosedJaxpr, Flattening, Jaxpr, JaxprEqn, Literal, Var
 from tempo_jax._mesh import choose_sharded
 from tempo_jax._placement import Placement, Question, Side, is_product, place
+from tempo_jax._products import work
 from tempo_jax._segments import Cut, TrustedSegment, cut
 from tempo_jax.errors import UnsupportedError
 from tempo_jax.schemes import Scheme

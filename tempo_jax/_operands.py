@@ -1,0 +1,65 @@
+"""What rules about blinded operands work with: operands, their context, and refusal.
+
+Untrusted and pure; used by `_products` and `_equivariance`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from tempo_jax._keying import Axes, Axis, Keying
+
+
+class NotEquivariantError(Exception):
+    """An equation does not commute with the blinding; the text says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An operand of an equation on the host.
+
+    Attributes:
+      axes: its axes; all without a node for values that are constant along them.
+      zero: whether it is known to be zero, which fits any weight and any class.
+      blinded: whether it is a blinded value, as opposed to a scalar or a constant.
+    """
+
+    axes: Axes
+    zero: bool = False
+    blinded: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a rule may use: the keying, the equation's number, and its strictness."""
+
+    keying: Keying
+    equation: int
+    update: bool
+
+    def need_update(self, what: str) -> None:
+        """Refuses a nonlinear rule outside an update."""
+        if not self.update:
+            raise NotEquivariantError(f"{what} is not linear")
+
+    def need_weight(self, axis: Axis, weight: int, reason: str) -> None:
+        """Demands that an axis has this weight."""
+        self.keying.demand(axis.weight ^ weight, axis.node, self.equation, reason)
+
+    def match(self, axes: Sequence[Axis], reason: str) -> Axis:
+        """One axis for values that are combined element by element."""
+        nodes = [a for a in axes if a.node is not None]
+        if not nodes:
+            return axes[0]
+        first = nodes[0]
+        for other in nodes[1:]:
+            assert first.node is not None and other.node is not None
+            if self.keying.same(first.node, other.node):
+                # Unkeyed now is unkeyed for good, so joining loses nothing.
+                self.keying.join(first.node, other.node)
+            elif self.update:
+                self.keying.join(first.node, other.node)
+            else:
+                raise NotEquivariantError(f"{reason} combines values under different keys")
+        return first

@@ -1,0 +1,133 @@
+"""Step builders and comparisons that several test modules share."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import tempo_jax as tempo
+from tempo_jax._plan import offloaded
+
+# Sums of a few hundred terms near 1 in float64, taken in another order.
+TOLERANCE = 1e-10
+
+# loss(parameters, rest, batch) -> (loss, (rest, outputs)); `rest` is whatever else is carried.
+Loss = Callable[[Any, Any, Any], tuple[jax.Array, tuple[Any, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A training step with what it starts from.
+
+    Attributes:
+      step: maps state and batch to the next state and what it reveals.
+      state: carried by the step.
+      batches: one for each step.
+    """
+
+    step: Callable[[Any, Any], tuple[Any, Any]]
+    state: Any
+    batches: Sequence[Any]
+
+
+def uniform(seed: int, *shape: int, dtype: Any = jnp.float64) -> jax.Array:
+    """Values in [-1, 1)."""
+    values = np.random.default_rng(seed).uniform(-1, 1, shape)
+    return jnp.asarray(values, dtype)
+
+
+def uniform_like(tree: Any, seed: int = 0) -> Any:
+    """A tree of the same structure, its matrices drawn anew and scaled by their fan-in.
+
+    Biases and scales are drawn as well, so that no rounding hides behind a zero.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    drawn = []
+    for number, leaf in enumerate(leaves):
+        fan_in = leaf.size // leaf.shape[-1] if leaf.ndim > 1 else 4
+        values = uniform(seed + number, *leaf.shape, dtype=leaf.dtype)
+        drawn.append(values * jnp.sqrt(3 / fan_in).astype(leaf.dtype))
+    return jax.tree.unflatten(structure, drawn)
+
+
+def training(
+    loss: Loss,
+    parameters: Any,
+    batches: Sequence[Any],
+    tx: optax.GradientTransformation,
+    rest: Any = None,
+) -> Training:
+    """A step of gradient descent over a dict of parameters, optimizer state and the rest."""
+    tx = tempo.cheap_update(tx)
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (value, (rest, outputs)), grads = gradient(state["params"], state["rest"], batch)
+        updates, optimizer = tx.update(grads, state["opt"], state["params"])
+        new = {
+            "params": optax.apply_updates(state["params"], updates),
+            "opt": optimizer,
+            "rest": rest,
+        }
+        return new, {"loss": tempo.reveal(value), "largest": tempo.reveal(outputs.max())}
+
+    state = {"params": parameters, "opt": tx.init(parameters), "rest": rest}
+    return Training(step, state, batches)
+
+
+def comparable(tree: Any) -> Any:
+    """The same tree of NumPy arrays, with typed keys as their data."""
+
+    def convert(x: Any) -> np.ndarray:
+        x = jnp.asarray(x)
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x)
+
+    return jax.tree.map(convert, tree)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
+    """Structures, shapes and dtypes are equal, and values within an absolute tolerance."""
+    chex.assert_trees_all_equal_structs(actual, expected)
+    actual, expected = comparable(actual), comparable(expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_trains_alike(
+    shielded: Any,
+    enclave: tempo.Enclave,
+    case: Training,
+    tolerance: float = TOLERANCE,
+    steps: int = 3,
+) -> None:
+    """A shielded step reveals the plain step's outputs and ends in its state."""
+    plain = jax.jit(case.step)
+    expected_state = state = case.state
+    for batch in itertools.islice(itertools.cycle(case.batches), steps):
+        expected_state, expected = plain(expected_state, batch)
+        state, revealed = shielded(state, batch)
+        assert_close(revealed, expected, tolerance)
+    assert_close(enclave.open(state), expected_state, tolerance)
+
+
+def leaf_names(root: str, tree: Any, keep: Callable[[jax.Array], bool]) -> set[str]:
+    """Names, as `explain` writes them, of the leaves that `keep` accepts."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {root + jax.tree_util.keystr(path) for path, leaf in leaves if keep(leaf)}
+
+
+def is_matrix(leaf: jax.Array) -> bool:
+    """Whether a leaf is a kernel, or an optimizer's moment of one."""
+    return jnp.ndim(leaf) > 1 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def offloaded_products(shielded: Any, *arguments: Any) -> int:
+    """How many products a shielded function computes outside the enclave."""
+    return len(offloaded(shielded.explain(*arguments).plan))

@@ -91,6 +91,7 @@ class Run:
         self.arena = arena
         self.keys = ClassKeys(program, schedule, number)
         self.handles: list[str | None] = [None] * len(program.inputs)
+        self.awaiting: set[int] = set()  # inputs that the host still has to bring
         self.busy_seconds = 0.0
         self._values = dict(constants)
         self._workers = workers
@@ -119,6 +120,17 @@ class Run:
         """Gives the run one of its inputs."""
         self._values[port.value] = value
 
+    def settle(self, index: int) -> None:
+        """Notes that the host brings an input now.
+
+        Raises:
+          RunError: it was not asked for, or was brought before: blinding other bytes under the
+            same keys would give the host chosen plaintexts.
+        """
+        if index not in self.awaiting:
+            raise RunError(f"input {index} is not awaited")
+        self.awaiting.remove(index)
+
     # The state machine
 
     def fail(self, failure: BaseException) -> None:
@@ -135,6 +147,8 @@ class Run:
         """
         with self._condition:
             self._raise_failure()
+            if self.awaiting:
+                raise RunError(f"the run still awaits {len(self.awaiting)} of its inputs")
             if not 0 <= worker < self._workers:
                 raise RunError(f"worker {worker} of a run with {self._workers}")
             if index == self._next - 1:

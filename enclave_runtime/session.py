@@ -151,10 +151,10 @@ class Session:
         they lie on the devices but are wanted inside, or under other keys; `download` maps
         inputs that now lie blinded at `blind_at[i]`.
         """
-        try:
-            program, constants = self._programs[fields["program"]]
-        except (IndexError, TypeError, KeyError):
-            raise RequestError("no such program was provisioned") from None
+        wanted = fields["program"]
+        if not _is_index(wanted, len(self._programs)):
+            raise RequestError("no such program was provisioned")
+        program, constants = self._programs[wanted]
         workers = fields["workers"]
         if type(workers) is not int or not 0 < workers <= 4096:
             raise RequestError("a run needs between 1 and 4096 workers")
@@ -194,6 +194,7 @@ class Session:
         for index, value in blind:
             port = program.inputs[index]
             run.blind(value, port.array, port.layout, blind_at[index])
+        run.awaiting = set(upload)
         with self._lock:
             self._runs[number] = run
         return {"run": number, "upload": upload, "download": [index for index, _ in blind]}
@@ -210,6 +211,7 @@ class Session:
         download = []
         for key, offset in fields["offsets"].items():
             index = int(key)
+            run.settle(index)
             port, handle = run.program.inputs[index], run.handles[index]
             entry = self._store.get(handle) if handle else None
             if not isinstance(entry, Blinded):
@@ -238,8 +240,11 @@ class Session:
 
     def _commit(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         run = self._run(fields)
+        donate = fields["donate"]
+        if not isinstance(donate, list) or not all(_is_index(i, len(run.handles)) for i in donate):
+            raise RequestError("a commit donates inputs by their positions")
         handles = run.commit(self._store)
-        for index in fields["donate"]:
+        for index in donate:
             handle = run.handles[index]
             if handle is not None:
                 self._store.free(handle)
@@ -286,3 +291,7 @@ class Session:
             "busy_seconds": self._busy_seconds,
             "process": os.getpid(),
         }
+
+
+def _is_index(value: Any, count: int) -> bool:
+    return type(value) is int and 0 <= value < count

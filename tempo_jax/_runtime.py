@@ -278,7 +278,10 @@ class Runtime:
         except BaseException:
             # Wakes the program, which may be waiting for the enclave, and lets it run out.
             self._abort(run)
-            concurrent.futures.wait([future])
+            while not future.done():
+                # A second Ctrl-C must not leave it running on memory that is given away.
+                with contextlib.suppress(KeyboardInterrupt):
+                    concurrent.futures.wait([future])
             raise
         if run.failure is not None:
             raise run.failure
@@ -383,9 +386,15 @@ class Runtime:
             run = self._runs.get(int(number))
             if run is None:
                 raise EnclaveError("the run is over; JAX repeated one of its callbacks too late")
-            handles = self._commit(run, donated)
             assert run.reserved is not None
-            self._enclave.connection.give_back(run.reserved)
+            try:
+                handles = self._commit(run, donated)
+            except BaseException:
+                self._abort(run)
+                raise
+            finally:
+                # No worker is under way any more.
+                self._enclave.connection.give_back(run.reserved)
             return np.stack([handle_array(h) for h in handles] or [np.zeros(4, np.uint32)])
 
         count = max(1, len(self._program.outputs))

@@ -196,6 +196,14 @@ def forward_only(eqns: Iterable[JaxprEqn], outputs: Sequence[Any]) -> list[Jaxpr
     return kept[::-1]
 
 
+def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants and how many are carried."""
+    if "num_consts" in params:  # JAX 0.10
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = map(len, params["ft_in"].unpack())  # JAX 0.11-0.12
+    return constants, carried
+
+
 class _Flattener:
     """Evaluates a jaxpr on tracers, dissolving calls, so that a flat trace comes out.
 
@@ -277,7 +285,7 @@ class _Flattener:
     ) -> list[tuple[Any, bool]]:
         params = eqn.params
         body, length = params["jaxpr"], params["length"]
-        constants, carried = params["num_consts"], params["num_carry"]
+        constants, carried = _scan_counts(params)
         pairs = list(zip(arguments, cheap, strict=True))
         fixed, carry = pairs[:constants], pairs[constants : constants + carried]
         scanned = pairs[constants + carried :]

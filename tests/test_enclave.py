@@ -9,8 +9,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -453,6 +455,29 @@ def test_handles_do_not_pile_up_in_training(enclave):
     gc.collect()
     assert enclave.statistics()["handles"] == before
     np.testing.assert_array_equal(enclave.open(state), np.full(3, 6.0))
+
+
+def test_dropping_a_handle_waits_for_nothing(enclave):
+    # A finalizer runs wherever the collector happens to run: also in a callback of the very
+    # program whose result, a new handle, another thread is waiting for.
+    class Handle:
+        def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+            asked.set()
+            ready.wait(SECONDS)
+            return np.zeros(4, np.uint32)
+
+    asked, ready, coming = threading.Event(), threading.Event(), Handle()
+    kept = tempo.shield(lambda x: x + 1, enclave=enclave)(jnp.ones(3))
+    with ThreadPoolExecutor() as pool:
+        adopted = pool.submit(enclave.adopt, coming)
+        assert asked.wait(SECONDS)
+        start = time.monotonic()
+        del kept
+        gc.collect()
+        waited = time.monotonic() - start
+        ready.set()
+        adopted.result()
+    assert waited < SECONDS / 2
 
 
 # Who may import what

@@ -47,17 +47,15 @@ def _keyed_axes(layout: Layout) -> Iterator[tuple[int, int, int]]:
             yield axis, number, weight
 
 
-def _broadcast_signs(signs: jax.Array, axis: int, rank: int, dtype: np.dtype) -> jax.Array:
-    return signs.astype(dtype).reshape([-1 if a == axis else 1 for a in range(rank)])
-
-
 @functools.partial(jax.jit, static_argnames="axes")
 def _permute(x, axes, permutations, signs):
-    """Gathers along each axis of `axes`, then multiplies the signs, all indexed by the result."""
+    """Gathers along each axis of `axes`, then applies the signs, all indexed by the result."""
     for (axis, signed), permutation, sign in zip(axes, permutations, signs, strict=True):
         x = jnp.take(x, permutation, axis=axis, mode="clip", unique_indices=True)
         if signed:
-            x = x * _broadcast_signs(sign, axis, x.ndim, x.dtype)
+            negative = (sign < 0).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+            # Not a product, which flushes subnormal numbers to zero on the CPU.
+            x = jnp.where(negative, -x, x)
     return x
 
 

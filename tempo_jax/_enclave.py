@@ -51,8 +51,9 @@ class Enclave:
         """Wraps a connection; users call `launch`."""
         self._connection = connection
         self._owned: collections.Counter[str] = collections.Counter()
-        self._counted: set[int] = set()
-        self._dropped: collections.deque[str] = collections.deque()
+        self._counted: dict[int, weakref.finalize[..., Any]] = {}
+        self._released: collections.deque[tuple[int, str]] = collections.deque()
+        self._dropped: list[str] = []
         self._lock = threading.RLock()
         owners[connection.session] = self
 
@@ -215,18 +216,30 @@ class Enclave:
     def adopt(self, handle: Any) -> None:
         """Counts an array that holds a handle; when the last one is dropped, frees the handle."""
         key = id(handle)
+        if self._is_counted(key):
+            return
+        # Reading it may wait for a program whose callbacks need the lock, so it comes first.
+        text = handle_text(handle)
         with self._lock:
-            if key in self._counted:
-                return
-            text = handle_text(handle)
-            self._counted.add(key)
-            self._owned[text] += 1
-        weakref.finalize(handle, _release, weakref.ref(self), key, text)
+            self._count_released()
+            if not self._is_counted(key):
+                self._owned[text] += 1
+                self._counted[key] = weakref.finalize(handle, self._released.append, (key, text))
 
-    def release(self, key: int, text: str) -> None:
-        """One array that held a handle is gone."""
-        with self._lock:
-            self._counted.discard(key)
+    def _is_counted(self, key: int) -> bool:
+        # The number of an array that is gone may name another one by now.
+        finalizer = self._counted.get(key)
+        return finalizer is not None and finalizer.alive
+
+    def _count_released(self) -> None:
+        """Takes note of arrays that are gone.
+
+        A finalizer runs at any point of any thread, so it takes no lock and only appends.
+        """
+        while self._released:
+            key, text = self._released.popleft()
+            if not self._is_counted(key):
+                self._counted.pop(key, None)
             self._owned[text] -= 1
             if self._owned[text] <= 0:
                 del self._owned[text]
@@ -239,17 +252,18 @@ class Enclave:
             if not is_sealed(leaf):
                 continue
             if leaf.form != ENCRYPTED:
-                self._dropped.append(handle_text(leaf.handle))
+                text = handle_text(leaf.handle)
+                with self._lock:
+                    self._dropped.append(text)
             # A leaf that the step passes through may come back as the very same array.
             if isinstance(leaf.content, jax.Array) and id(leaf.content) not in kept:
                 leaf.content.delete()
 
     def free_dropped(self) -> None:
         """Tells the enclave which handles nobody holds any more."""
-        dropped = []
-        with contextlib.suppress(IndexError):
-            while True:
-                dropped.append(self._dropped.popleft())
+        with self._lock:
+            self._count_released()
+            dropped, self._dropped = self._dropped, []
         if dropped and not self._connection.closed:
             self._connection.request(Kind.FREE, {"handles": dropped})
 
@@ -300,9 +314,3 @@ class Enclave:
 def _concrete(sealed: SealedArray) -> list[Any]:
     children = (sealed.content, sealed.handle)
     return [c for c in children if not isinstance(c, Tracer)]
-
-
-def _release(owner: weakref.ref[Enclave], key: int, text: str) -> None:
-    enclave = owner()
-    if enclave is not None:
-        enclave.release(key, text)

@@ -130,6 +130,8 @@ class Runtime:
                     self._enclave.connection.discard(run.reserved)
                 raise
             run.failure = run.failure or error
+            # Wakes the other workers, who wait in the enclave for this one.
+            self._tell_aborted(run)
             return [_poison(self._local(c.array, c.layout)) for c in segment.downloads]
 
     def _local(self, array: ArrayType, layout: Any) -> ArrayType:
@@ -229,9 +231,12 @@ class Runtime:
 
     def _abort(self, run: _Run) -> None:
         run.failure = run.failure or EnclaveError("the run was aborted")
+        self._tell_aborted(run)
+        self._runs.pop(run.number, None)
+
+    def _tell_aborted(self, run: _Run) -> None:
         with contextlib.suppress(TempoError):
             self._enclave.connection.request(Kind.ABORT, {"run": run.number})
-        self._runs.pop(run.number, None)
 
     # A call outside jit
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -70,13 +70,14 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def host_script(text: str) -> Iterator[subprocess.Popen[str]]:
-    """Runs a Python script as a process of its own, killed at the end if it still runs."""
+def host_script(text: str) -> Iterator[tuple[int, IO[str]]]:
+    """Runs a Python script as a process of its own; gives its number and what it prints."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", text]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
         try:
-            yield process
+            yield process.pid, process.stdout
         finally:
             process.kill()
 
@@ -145,10 +146,10 @@ while True:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
 def test_enclave_ends_with_its_host(how):
-    with nothing_left_behind(), host_script(HOST) as host:
-        process = int(host.stdout.readline())
+    with nothing_left_behind(), host_script(HOST) as (host, printed):
+        process = int(printed.readline())
         assert is_running(process)
-        os.kill(host.pid, how)
+        os.kill(host, how)
         assert wait_until(lambda: not is_running(process))
 
 
@@ -199,8 +200,8 @@ print(
 def test_process_without_the_session_key_is_refused(enclave):
     sealed = tempo.shield(lambda x: x + 1, enclave=enclave)(jnp.zeros(3))
     script = STRANGER.replace("PORT", str(enclave.connection.port))
-    with host_script(script) as stranger:
-        assert stranger.stdout.read().split() == ["True"] * 12
+    with host_script(script) as (_, printed):
+        assert printed.read().split() == ["True"] * 12
     assert is_running(enclave.connection.process.pid)
     np.testing.assert_array_equal(enclave.open(sealed), np.ones(3))
 

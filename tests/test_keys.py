@@ -170,7 +170,9 @@ def test_permutation_and_signs_of_a_key_are_independent():
     number = {p: i for i, p in enumerate(itertools.permutations(range(3)))}
     for _ in range(9600):
         key = signed_permutation.draw(KeyClass(3, True), stream)
-        counts[number[tuple(key.permutation.tolist())], (key.signs < 0) @ [1, 2, 4]] += 1
+        counts[
+            number[tuple(key.permutation.tolist())], (np.asarray(key.signs) < 0) @ [1, 2, 4]
+        ] += 1
     assert stats.chisquare(counts.ravel()).pvalue > LEVEL
 
 

@@ -294,12 +294,10 @@ class Enclave:
         sizes = [input_bytes(port.array) for port in program.constants]
         content = self._encrypted(json.dumps(program.encode()).encode(), "provision")
         with self.arena(sum(sizes)) as (name, arena):
-            offsets = []
-            for port, size, value in zip(program.constants, sizes, constants, strict=True):
-                offsets.append(sum(sizes[: len(offsets)]))
+            offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+            for port, offset, value in zip(program.constants, offsets, constants, strict=True):
                 plain = np.asarray(_jaxpr.to_physical(value))
-                self._write_encrypted(arena, port, offsets[-1], plain)
-                assert size
+                self._write_encrypted(arena, port, offset, plain)
             reply = self._connection.request(
                 Kind.PROVISION, {"arena": name, "offsets": offsets}, content
             )

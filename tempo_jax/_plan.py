@@ -79,6 +79,7 @@ class Plan:
       sealed: positions of the other outputs, in the order of `program.outputs`.
       sharded: key classes (numbers of `program.classes`) that are split over the workers.
       notes: what a reader of `explain` should know.
+      layouts: how each value that exists on the host is blinded.
     """
 
     request: Request
@@ -96,10 +97,6 @@ class Plan:
     def jaxpr(self) -> Jaxpr:
         """The flat program."""
         return self.flat.jaxpr
-
-    def layout(self, variable: Var) -> Layout:
-        """How a value that crosses or stays on the host is blinded."""
-        return self.layouts[variable]
 
 
 def array_type(aval: Any) -> ArrayType:

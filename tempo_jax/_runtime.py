@@ -71,6 +71,7 @@ class Runtime:
         self._enclave = enclave
         self._mesh = mesh
         self._workers = 1 if mesh is None else mesh.size
+        self._device = _default_device() if mesh is None else mesh.devices.flat[0]
         self._runs: dict[int, _Run] = {}
         self._compiled: dict[bool, Any] = {}
         self._lock = threading.Lock()
@@ -101,7 +102,7 @@ class Runtime:
 
     def _sharding(self) -> Any:
         if self._mesh is None:
-            return jax.sharding.SingleDeviceSharding(_default_device())
+            return jax.sharding.SingleDeviceSharding(self._device)
         return NamedSharding(self._mesh, PartitionSpec())
 
     def _exchange(
@@ -163,7 +164,7 @@ class Runtime:
         for crossing in segment.downloads:
             part, split = self._part(run, crossing, worker)
             # The CPU backend copies before the callback's memory is reused; others may not.
-            downloads.append(part if _default_device().platform == "cpu" else part.copy())
+            downloads.append(part if self._device.platform == "cpu" else part.copy())
             if split or worker == 0:
                 self.traffic.down += part.nbytes
         if worker == 0:
@@ -205,16 +206,27 @@ class Runtime:
         fields = {"program": self._number, "arena": name, "workers": self._workers}
         reply = request(Kind.BEGIN, {**fields, "inputs": given, "blind_at": offsets})
         run = _Run(reply["run"], arena, raises)
-        blinded = self._take(arena, reply["download"], offsets)
-        if reply["upload"]:
-            moving = {str(i): offsets[i] for i in reply["upload"]}
-            for i in reply["upload"]:
-                port = self._program.inputs[i]
-                np.copyto(arena.view(port.array, offsets[i]), np.asarray(inputs[i].content))
-            fields = {"run": run.number, "offsets": moving, "blind_at": moving}
-            blinded.update(self._take(arena, request(Kind.SETTLE, fields)["download"], offsets))
         self._runs[run.number] = run
+        try:
+            blinded = self._take(arena, reply["download"], offsets)
+            if reply["upload"]:
+                blinded.update(self._settle(run, inputs, reply["upload"], offsets))
+        except BaseException:
+            self._abort(run)
+            raise
         return run, blinded
+
+    def _settle(
+        self, run: _Run, inputs: Sequence[Any], positions: Sequence[int], offsets: Sequence[int]
+    ) -> dict[int, np.ndarray]:
+        """Brings leaves that lie on the devices but are wanted inside, or under other keys."""
+        moving = {str(i): offsets[i] for i in positions}
+        for i in positions:
+            port = self._program.inputs[i]
+            np.copyto(run.arena.view(port.array, offsets[i]), np.asarray(inputs[i].content))
+        fields = {"run": run.number, "offsets": moving, "blind_at": moving}
+        reply = self._enclave.connection.request(Kind.SETTLE, fields)
+        return self._take(run.arena, reply["download"], offsets)
 
     def _take(
         self, arena: Arena, positions: Sequence[int], offsets: Sequence[int]
@@ -380,7 +392,7 @@ class Runtime:
         number, *blinded = jax.pure_callback(begin, results, *leaves)
         fresh = dict(zip(arriving, blinded, strict=True))
         resident = [
-            fresh.get(i, None) if i in fresh else x.content
+            fresh[i] if i in fresh else x.content
             for i, (port, x) in enumerate(zip(ports, inputs, strict=True))
             if port.place == DEVICE
         ]
@@ -417,8 +429,3 @@ def _poison(array: ArrayType) -> np.ndarray:
 
 def _default_device() -> Any:
     return jnp.zeros(()).devices().pop()
-
-
-def public_array(x: Any) -> Any:
-    """A public argument as the array that represents it."""
-    return _jaxpr.to_physical(jnp.asarray(x))

@@ -4,7 +4,8 @@ The segment of a value is the number of visits to the host on the longest path t
 that one round trip serves everything that can go out together. A value that a later
 segment needs is either kept or computed again: a minimum cut between what is there
 anyway and what is needed decides, weighing bytes kept against elements recomputed (as
-rematerialization does for the memory of training, Chen et al., arXiv 1604.06174). Untrusted and pure; called by `_plan`.
+rematerialization does for the memory of training, Chen et al., arXiv 1604.06174).
+Untrusted and pure; called by `_plan`.
 """
 
 from __future__ import annotations

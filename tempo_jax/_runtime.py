@@ -293,8 +293,10 @@ class Runtime:
         try:
             result = future.result()
         except BaseException:
-            # Wakes the program, which may be waiting for the enclave, and lets it run out.
-            self._abort(run)
+            # Wakes the program, which may be waiting for the enclave, and lets it run out. The run
+            # stays known meanwhile: a visit that does not find it would have to raise.
+            run.failure = run.failure or EnclaveError("the run was interrupted")
+            self._tell_aborted(run)
             while not future.done():
                 # A second Ctrl-C must not leave it running on memory that is given away.
                 with contextlib.suppress(KeyboardInterrupt):

@@ -57,8 +57,8 @@ def cheap_update(inner: optax.GradientTransformation) -> optax.GradientTransform
     Example:
       >>> transformation = cheap_update(optax.sgd(0.5))
       >>> state = transformation.init(jnp.ones(2))
-      >>> transformation.update(jnp.ones(2), state)[0]
-      Array([-0.5, -0.5], dtype=float32)
+      >>> transformation.update(jnp.ones(2), state)[0].tolist()
+      [-0.5, -0.5]
     """
     wrapped = optax.with_extra_args_support(inner)
 

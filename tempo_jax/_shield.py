@@ -72,6 +72,16 @@ def shield(
 
     Raises:
       UnsupportedError: an option has an unknown value.
+
+    Example:
+      >>> import tempo_jax as tempo
+      >>> with tempo.Enclave.launch() as enclave:
+      ...     double = tempo.shield(lambda x: tempo.reveal(2 * x), enclave=enclave)
+      ...     float(double(3.0))
+      6.0
+
+    References:
+      Tempo, arXiv 2401.11531.
     """
     if function is None:
         return functools.partial(

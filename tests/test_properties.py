@@ -198,7 +198,7 @@ def convolution(p: Any, x: jax.Array) -> jax.Array:
 
 
 # The layers, with the parameters that they read.
-LAYERS = {
+LAYERS: dict[Any, list[str]] = {
     dense: ["w"],
     dense_with_bias: ["w", "b"],
     residual: ["w"],

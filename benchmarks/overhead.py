@@ -8,7 +8,6 @@ shows up in another; what is compared step by step runs in one process, in turn.
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -20,19 +19,18 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import linen, nnx
 from jax.extend.core import Jaxpr
 from matplotlib.figure import Figure
 
 import tempo_jax as tempo
-from examples import common, models, resnet, transformer, vit
+from benchmarks.cases import BATCHES, CASES, Case, Step
+from examples import common
 from tempo_jax._connection import ALLOCATOR_ENVIRONMENT
 
 PLAIN, SHIELDED, ENCLAVE = "plain", "shielded", "enclave"
@@ -40,12 +38,6 @@ VARIANTS = (PLAIN, SHIELDED, ENCLAVE)
 # The value is `placement` as `tempo.shield` takes it.
 PLACEMENTS = {SHIELDED: "auto", ENCLAVE: "enclave"}
 
-IMAGE_SHAPE = (32, 32, 3)
-NUM_CLASSES = 10
-VOCABULARY = 256
-SEQUENCE_LENGTH = 128
-
-BATCHES = 4  # distinct batches, used in turn
 WARM_UP_STEPS = 2  # after the first call, before the steps that count
 # Batch norm and zero-initialized heads hide the weights from the first step's gradient.
 CHECKED_STEPS = 3
@@ -53,93 +45,9 @@ NOISE = 1e-3
 
 FIRST_CALL_GOAL = 3.0  # over plain's, for every model
 
-Step = Callable[[Any, common.Batch], tuple[Any, common.Metrics]]
-Json = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A training step to measure.
-
-    Attributes:
-      title: names it in the table and in the plot.
-      batch_size: examples in a step.
-      checked_batch_size: examples in a step of the comparison in float64.
-      goal: step time over plain's to stay below, on 2 cores, with `SignedPermutation`.
-      build: returns the plain step and its first state.
-      draw_batch: returns a random batch of the given size.
-    """
-
-    title: str
-    batch_size: int
-    checked_batch_size: int
-    goal: float
-    build: Callable[[], tuple[Step, Any]]
-    draw_batch: Callable[[np.random.Generator, int], common.Batch]
-
-    def batches(self, size: int) -> list[common.Batch]:
-        """Returns `BATCHES` batches, the same in every process."""
-        rng = np.random.default_rng(0)
-        return [self.draw_batch(rng, size) for _ in range(BATCHES)]
-
-
-def _build_resnet(name: str) -> tuple[Step, Any]:
-    model = models.resnet(name, NUM_CLASSES)
-    schedule = optax.constant_schedule(0.1)
-    return resnet.train_step, resnet.create_state(model, IMAGE_SHAPE, schedule, seed=0)
-
-
-def _build_transformer() -> tuple[Step, Any]:
-    # Dropout costs both sides the same, so leaving it out makes the ratio stricter.
-    model = models.Transformer(
-        VOCABULARY,
-        blocks=4,
-        width=256,
-        heads=4,
-        sequence_length=SEQUENCE_LENGTH,
-        dropout_rate=0.0,
-    )
-    state = transformer.create_state(model, optax.constant_schedule(1e-3), seed=0)
-    return transformer.train_step, state
-
-
-def _build_vit() -> tuple[Step, Any]:
-    model = models.VisionTransformer(
-        IMAGE_SHAPE, NUM_CLASSES, blocks=6, width=384, heads=6, patch=4, rngs=nnx.Rngs(0)
-    )
-    if jax.config.read("jax_enable_x64"):
-        for block in model.blocks:
-            block.attention.attention_fn = _attention_in_float64
-    graphdef, state = vit.create_state(model, optax.constant_schedule(1e-3))
-    return vit.make_train_step(graphdef), state
-
-
-def _attention_in_float64(
-    query: jax.Array, key: jax.Array, value: jax.Array, **_: Any
-) -> jax.Array:
-    """Stands in for nnx's attention, whose softmax is float32 whatever it is given."""
-    return linen.dot_product_attention(query, key, value)
-
-
-def _draw_images(rng: np.random.Generator, size: int) -> common.Batch:
-    return {
-        "image": rng.standard_normal((size, *IMAGE_SHAPE), np.float32),
-        "label": rng.integers(NUM_CLASSES, size=size, dtype=np.int32),
-    }
-
-
-def _draw_text(rng: np.random.Generator, size: int) -> common.Batch:
-    tokens = rng.integers(VOCABULARY, size=(size, SEQUENCE_LENGTH + 1), dtype=np.int32)
-    return {"token": tokens[:, :-1], "label": tokens[:, 1:]}
-
-
-CASES = {
-    "resnet20": Case("ResNet-20", 128, 16, 1.3, lambda: _build_resnet("resnet20"), _draw_images),
-    "resnet18": Case("ResNet-18", 64, 4, 1.25, lambda: _build_resnet("resnet18"), _draw_images),
-    "transformer": Case("transformer", 8, 2, 1.8, _build_transformer, _draw_text),
-    "vit": Case("ViT-S-like", 32, 4, 1.5, _build_vit, _draw_images),
-}
 QUICK_MODELS = ("resnet20", "transformer")
+
+Json = dict[str, Any]
 
 
 # What the processes that measure do
@@ -510,12 +418,12 @@ def plot(results: Json, path: pathlib.Path) -> None:
         bars = axes.bar(places + offset, ratios, 0.38, yerr=spread, label=label, color=color)
         axes.bar_label(bars, fmt="%.2f", padding=2)
     goals = [s["goal"] for s in summaries]
-    axes.plot(places - 0.2, goals, "_", color="black", markersize=30, label="goal on 2 cores")
+    axes.plot(places - 0.2, goals, "_", color="black", markersize=24, label="goal on 2 cores")
     axes.axhline(1.0, color="tab:orange", label="plain JAX")
     axes.set_xticks(places, [m["title"] for m in results["models"].values()])
     axes.set(ylabel="step time ÷ plain JAX's", title=f"{results['environment']['processor']}")
     axes.margins(y=0.15)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)
 
 
@@ -526,7 +434,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--models", nargs="+", choices=CASES, default=list(CASES), help="what to measure"
+        "--models", nargs="+", choices=CASES, default=argparse.SUPPRESS, help="default: all"
     )
     parser.add_argument("--steps", type=common.positive, default=10, help="steps that count")
     parser.add_argument(
@@ -541,7 +449,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"3 steps, one first call, only {' and '.join(QUICK_MODELS)}",
+        help=f"3 steps, one first call, --models {' '.join(QUICK_MODELS)} if none are named",
     )
     parser.add_argument(
         "--out",
@@ -554,7 +462,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.models, options.steps, options.first_calls = list(QUICK_MODELS), 3, 1
+        options.steps, options.first_calls = 3, 1
+    if "models" not in options:
+        options.models = list(QUICK_MODELS if options.quick else CASES)
     return options
 
 

@@ -112,7 +112,15 @@ def _select(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axe
     context.need_update("select_n")
     which, *cases = operands
     rank = len(eqn.outvars[0].aval.shape)
-    chosen = _same_weight(context, eqn, cases)
+    varying = [c for c in cases if c.blinded or c.zero]
+    if context.loose and len(varying) < len(cases):
+        # As in optax's safe norms, which square the result: right up to its signs.
+        chosen = tuple(
+            a if a.node is None else Axis(a.node, context.keying.unsettled(context.equation))
+            for a in _same_weight(context, eqn, varying)
+        )
+    else:
+        chosen = _same_weight(context, eqn, cases)
     (which,) = _require_rank([which], rank)
     out = []
     for decision, value in zip(which.axes, chosen, strict=True):

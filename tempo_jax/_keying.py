@@ -61,6 +61,7 @@ class Keying:
         self._parent: list[int] = []
         self._classes: dict[int, _Class] = {}
         self._unknowns = 0
+        self._unsettled: dict[int, int] = {}  # bit of a weight → equation that left it open
         self._demands: list[Demand] = []
 
     # Nodes
@@ -136,6 +137,20 @@ class Keying:
         if node is not None and weight:
             self._demands.append(Demand(weight, node, equation, reason))
 
+    def unsettled(self, equation: int) -> int:
+        """A weight that differs from one run to the next, so that no demand can settle it.
+
+        It may only vanish, in an even function or a product with itself.
+        """
+        self._unknowns += 1
+        self._unsettled[self._unknowns] = equation
+        return 1 << self._unknowns
+
+    def left_open(self, weight: int, pivots: dict[int, int]) -> int | None:
+        """The equation that left a weight open, if any did."""
+        form = reduce_form(weight, pivots)
+        return next((e for bit, e in self._unsettled.items() if form >> bit & 1), None)
+
     def solve(self) -> tuple[dict[int, int], Demand | None]:
         """Solves the demands in order by elimination over GF(2).
 
@@ -148,6 +163,9 @@ class Keying:
             if not self.signed(demand.node):
                 continue
             form = reduce_form(demand.weight, pivots)
+            culprit = self.left_open(form, pivots)
+            if culprit is not None:
+                return pivots, demand._replace(equation=culprit)
             if form == ONE:
                 return pivots, demand
             if form:

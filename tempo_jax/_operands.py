@@ -32,11 +32,20 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a rule may use: the keying, the equation's number, and its strictness."""
+    """What a rule may use.
+
+    Attributes:
+      keying: classes and demands so far.
+      equation: the equation's number.
+      update: whether the rules for updates apply.
+      loose: whether a selection between a signed value and a constant is let pass, its
+        weight left open.
+    """
 
     keying: Keying
     equation: int
     update: bool
+    loose: bool = False
 
     def need_update(self, what: str) -> None:
         """Refuses a nonlinear rule outside an update."""

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import primitives as prims
 
 from tempo_jax._cost import CostModel
 from tempo_jax._equivariance import commute, is_zero
@@ -129,6 +130,7 @@ class _Placer:
         self.uses = self._product_uses()
         self.to_update = self._feeds_update()
         self.banned: dict[int, str] = {}
+        self.loose: set[int] = set()
         self.reasons: dict[int, str] = {}
         self.resident = self._candidates()
 
@@ -186,7 +188,11 @@ class _Placer:
                 if contradiction.equation < 0:
                     self._demote({-1 - contradiction.equation: contradiction.reason})
                 else:
-                    self.banned[contradiction.equation] = contradiction.reason
+                    self._loosen_or_ban(contradiction.equation, contradiction.reason)
+                continue
+            open_crossings = walk.open_crossings(pivots)
+            if open_crossings:
+                self.banned.update(open_crossings)
                 continue
             exposed = walk.exposed()
             if exposed:
@@ -208,6 +214,13 @@ class _Placer:
                 walk.kept_inside,
                 frozenset(walk.sent),
             )
+
+    def _loosen_or_ban(self, number: int, reason: str) -> None:
+        """Lets a selection pass loosely first; an equation that fails again is the enclave's."""
+        if self.eqns[number].primitive is prims.select_n_p and number not in self.loose:
+            self.loose.add(number)
+        else:
+            self.banned[number] = reason
 
     def _demote(self, leaves: Mapping[int, str]) -> None:
         self.resident -= set(leaves)
@@ -350,7 +363,8 @@ class _Walk:
         if inside and not eqn.outvars[0].aval.shape:
             raise NotEquivariantError("a scalar is computed inside when any part of it is")
         operands = [self._operand(v, update) for v in eqn.invars]
-        self.axes[eqn.outvars[0]] = commute(Context(self.keying, number, update), eqn, operands)
+        context = Context(self.keying, number, update, number in self.placer.loose)
+        self.axes[eqn.outvars[0]] = commute(context, eqn, operands)
         for v in inside:
             self.axes[v] = ()
 
@@ -419,6 +433,21 @@ class _Walk:
             for v in (*_variables(eqn), *eqn.outvars):
                 if not any(self.keying.keyed(a.node) for a in self.axes[v]):
                     out[number] = "no axis of an operand or of the result can carry a key"
+        return out
+
+    def open_crossings(self, pivots: dict[int, int]) -> dict[int, str]:
+        """Selections whose open weight would reach the enclave or an output."""
+        leaving = {v for v in self.placer.outputs if v in self.host}
+        for eqn, side in zip(self.placer.eqns, self.sides, strict=True):
+            if side is Side.ENCLAVE:
+                leaving |= {v for v in _variables(eqn) if v in self.host}
+        out = {}
+        for v in leaving:
+            for axis in self.axes[v]:
+                if self.keying.signed(axis.node):
+                    culprit = self.keying.left_open(axis.weight, pivots)
+                    if culprit is not None:
+                        out[culprit] = "select_n mixes values whose signs differ"
         return out
 
     def bare_leaves(self) -> dict[int, str]:

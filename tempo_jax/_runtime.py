@@ -430,4 +430,5 @@ def _poison(array: ArrayType) -> np.ndarray:
 
 
 def _default_device() -> Any:
-    return jnp.zeros(()).devices().pop()
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]

@@ -111,7 +111,8 @@ class _Signature:
     @property
     def key(self) -> Any:
         types = tuple((a.shape, a.dtype, a.weak_type) for a in self.avals)
-        return self.structure, types, self.public, jax.config.read("jax_enable_x64")
+        wide = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+        return self.structure, types, self.public, wide
 
     @property
     def on_devices(self) -> frozenset[int]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import resource
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -287,10 +286,17 @@ class Session:
             "handles": len(self._store),
             "runs": len(self._runs),
             "programs": len(self._programs),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": _peak_memory(),
             "busy_seconds": self._busy_seconds,
             "process": os.getpid(),
         }
+
+
+def _peak_memory() -> int:
+    """Most resident memory so far, in bytes; `getrusage` would start from the parent's size."""
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def _is_index(value: Any, count: int) -> bool:

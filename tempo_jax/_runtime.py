@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from enclave_runtime.memory import Arena
@@ -420,7 +421,10 @@ class Runtime:
         handles = jax.pure_callback(
             commit, jax.ShapeDtypeStruct((count, 4), np.uint32), number, result.token
         )
-        return self._outputs(result, list(handles[: len(self._program.outputs)]), types)
+        named = [
+            lax.index_in_dim(handles, i, keepdims=False) for i in range(len(self._program.outputs))
+        ]
+        return self._outputs(result, named, types)
 
 
 def _poison(array: ArrayType) -> np.ndarray:

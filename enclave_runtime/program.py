@@ -121,6 +121,11 @@ class Layout:
         return any(c is not None for c in self.classes)
 
     @classmethod
+    def clear(cls, rank: int) -> Layout:
+        """The layout of a value on which no axis carries a key."""
+        return cls((None,) * rank, (0,) * rank)
+
+    @classmethod
     def decode(cls, fields: Any, array: ArrayType, classes: tuple[KeyClass, ...]) -> Layout:
         """Reads a layout and checks it against its array and the program's classes."""
         _require(isinstance(fields, dict), "a layout is not an object")

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from enclave_runtime.program import ArrayType, Layout
+from enclave_runtime.program import DEVICE, ArrayType, Layout
 from tempo_jax import _jaxpr
 from tempo_jax._jaxpr import JaxprEqn, Literal, Var
 from tempo_jax._mesh import local_shape, sharded_axis
@@ -89,14 +89,13 @@ class _HostProgram:
         self.on_devices = [
             plan.jaxpr.outvars[i]
             for i, port in zip(plan.sealed, plan.program.outputs, strict=True)
-            if port.place == "device"
+            if port.place == DEVICE
         ]
 
     # Shards
 
     def _layout(self, v: Any) -> Layout:
-        rank = len(array_type(v.aval).shape)
-        return self.plan.layouts.get(v, Layout((None,) * rank, (0,) * rank))
+        return self.plan.layouts.get(v, Layout.clear(len(array_type(v.aval).shape)))
 
     def _local(self, v: Any) -> ArrayType:
         array = array_type(v.aval)

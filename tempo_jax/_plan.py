@@ -157,6 +157,8 @@ def _notes(jaxpr: Jaxpr) -> list[str]:
     notes = []
     for eqn in jaxpr.eqns:
         inside = [e for body in _jaxpr.subjaxprs(eqn) for e in _jaxpr.equations(body)]
+        if not inside:
+            continue
         where = f"`{eqn.primitive.name}` at {_jaxpr.source(eqn)}"
         products = sum(map(is_product, inside))
         if products:
@@ -198,10 +200,6 @@ def _layouts(placement: Placement) -> tuple[dict[Var, Layout], tuple[KeyClass, .
     return layouts, tuple(classes)
 
 
-def _clear(rank: int) -> Layout:
-    return Layout((None,) * rank, (0,) * rank)
-
-
 def _describe(
     request: Request,
     jaxpr: Jaxpr,
@@ -220,11 +218,11 @@ def _describe(
 
     def layout(v: Any) -> Layout:
         array = array_type(v.aval)
-        return layouts.get(v, _clear(len(array.shape)))
+        return layouts.get(v, Layout.clear(len(array.shape)))
 
     def port(v: Any, place: str) -> Port:
         array = array_type(v.aval)
-        where = layout(v) if place == DEVICE else _clear(len(array.shape))
+        where = layout(v) if place == DEVICE else Layout.clear(len(array.shape))
         return Port(number(v), array, place, where)
 
     constants = tuple(port(v, ENCLAVE) for v in jaxpr.constvars)

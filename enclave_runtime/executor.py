@@ -44,8 +44,8 @@ class Executor:
         """Starts compiling the scheme's kernels for such values."""
         if not layout.keyed:
             return
-        keyed = tuple(None if c is None else classes[c].signed for c in layout.classes)
-        use = (id(scheme), array, keyed, layout.weights)
+        keyed = tuple(None if c is None else classes[c].batch for c in layout.classes)
+        use = (scheme, array, keyed, layout.weights)
         if use not in self._warm:
             self._warm[use] = self._pool.submit(scheme.warm_up, array, layout, classes)
 

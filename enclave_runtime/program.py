@@ -54,6 +54,11 @@ def _items(value: Any, what: str) -> list[Any]:
     return value
 
 
+def _pair(value: Any) -> list[Any]:
+    _require(isinstance(value, list) and len(value) == 2, "a pair has another length")
+    return value
+
+
 def aligned(size: int) -> int:
     """`size` rounded up to a multiple of `ALIGNMENT` bytes."""
     return -(-size // ALIGNMENT) * ALIGNMENT
@@ -95,11 +100,27 @@ class KeyClass:
 
     Attributes:
       size: length of the axes.
-      signed: whether the key has signs; batch axes of a product carry none.
+      batch: whether a product runs over the axes as a batch; such a key is a permutation alone.
+      decoys: entries that blinding appends along the axes.
+      copies: independent keys, one for each index of a leading batch axis.
     """
 
     size: int
-    signed: bool
+    batch: bool = False
+    decoys: int = 0
+    copies: int = 1
+
+    @classmethod
+    def decode(cls, fields: Any) -> KeyClass:
+        """Reads a key class."""
+        _require(isinstance(fields, dict), "a key class is not an object")
+        _require(type(fields.get("batch")) is bool, "a key class's batch is not a flag")
+        return cls(
+            _natural(fields.get("size"), 1 << 31, "size"),
+            fields["batch"],
+            _natural(fields.get("decoys"), 1 << 16, "decoys"),
+            _natural(fields.get("copies"), 1 << 31, "copies"),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +129,9 @@ class Layout:
 
     Attributes:
       classes: for each axis its key class, or None where the axis carries no key.
-      weights: for each axis how often the element's sign divides the value, modulo 2
-        (1 for a gradient, 0 for its square).
+      weights: for each axis the power of the key, modulo 2. For signs: 1 where they apply
+        (a gradient), 0 where they do not (its square). For a group with two polarities: 1
+        for the key itself, 0 for its inverse transpose.
     """
 
     classes: tuple[int | None, ...]
@@ -119,6 +141,14 @@ class Layout:
     def keyed(self) -> bool:
         """Whether any axis carries a key."""
         return any(c is not None for c in self.classes)
+
+    def blinded(self, array: ArrayType, classes: tuple[KeyClass, ...]) -> ArrayType:
+        """The type of a value once it is blinded: longer where decoys are appended."""
+        sizes = (
+            n if c is None else n + classes[c].decoys
+            for n, c in zip(array.shape, self.classes, strict=True)
+        )
+        return ArrayType(tuple(sizes), array.dtype)
 
     @classmethod
     def clear(cls, rank: int) -> Layout:
@@ -135,6 +165,8 @@ class Layout:
             if number is not None:
                 found = classes[_natural(number, len(classes), "a key class")]
                 _require(found.size == size, "a key class has another size than its axis")
+                copies = found.copies in (1, array.shape[0])
+                _require(copies, "a key class has another number of copies than its batch axis")
         return cls(tuple(ids), tuple(_natural(w, 2, "a weight") for w in weights))
 
 
@@ -144,27 +176,41 @@ class Crossing:
 
     Attributes:
       value: the value's number.
-      array: its shape and dtype.
+      array: its shape and dtype, in the clear.
+      blinded: its shape and dtype in the arena.
       layout: how it is blinded; without any keyed axis it passes in the clear (revealed
         outputs, scalars of a device-side update).
       offset: bytes from the start of the arena, a multiple of `ALIGNMENT`.
+      operands: numbers of the two downloaded values whose product an upload is, where the
+        scheme has keys for each product.
     """
 
     value: int
     array: ArrayType
+    blinded: ArrayType
     layout: Layout
     offset: int
+    operands: tuple[int, int] | None = None
 
     @classmethod
     def decode(cls, fields: Any, classes: tuple[KeyClass, ...]) -> Crossing:
         """Reads a crossing."""
         _require(isinstance(fields, dict), "a crossing is not an object")
         array = ArrayType.decode(fields.get("array"))
+        layout = Layout.decode(fields.get("layout"), array, classes)
+        blinded = ArrayType.decode(fields.get("blinded"))
+        _require(blinded == layout.blinded(array, classes), "a crossing has the wrong blinded type")
+        operands = fields.get("operands")
+        if operands is not None:
+            left, right = (_natural(v, MAX_VALUES, "an operand") for v in _pair(operands))
+            operands = (left, right)
         return cls(
             _natural(fields.get("value"), MAX_VALUES, "a value"),
             array,
-            Layout.decode(fields.get("layout"), array, classes),
+            blinded,
+            layout,
             _natural(fields.get("offset"), 1 << 48, "an offset"),
+            operands,
         )
 
 
@@ -236,6 +282,7 @@ class Port:
         place = fields.get("place")
         _require(place in (ENCLAVE, DEVICE, PUBLIC), "a port is at an unknown place")
         layout = Layout.decode(fields.get("layout"), array, classes)
+        _require(layout.blinded(array, classes) == array, "a port's key has decoys")
         return cls(_natural(fields.get("value"), MAX_VALUES, "a value"), array, place, layout)
 
 
@@ -244,7 +291,8 @@ class Program:
     """One shielded function for one signature, as the enclave runs it.
 
     Attributes:
-      scheme: name of the blinding scheme's module in `enclave_runtime.schemes`.
+      scheme: name of the blinding scheme in `enclave_runtime.schemes`.
+      parameters: the scheme's.
       classes: the key classes.
       constants: ports of the closed-over arrays, provisioned with the program.
       inputs: one port for each flat argument.
@@ -254,6 +302,7 @@ class Program:
     """
 
     scheme: str
+    parameters: dict[str, Any]
     classes: tuple[KeyClass, ...]
     constants: tuple[Port, ...]
     inputs: tuple[Port, ...]
@@ -275,18 +324,16 @@ class Program:
         _require(isinstance(fields, dict), "a program is not an object")
         scheme = fields.get("scheme")
         _require(isinstance(scheme, str), "a scheme is not a name")
-        classes = []
-        for item in _items(fields.get("classes"), "classes"):
-            _require(isinstance(item, dict), "a key class is not an object")
-            _require(type(item.get("signed")) is bool, "a key class's signs are not a flag")
-            classes.append(KeyClass(_natural(item.get("size"), 1 << 31, "size"), item["signed"]))
-        keyed = tuple(classes)
+        parameters = fields.get("parameters")
+        _require(isinstance(parameters, dict), "a scheme's parameters are not an object")
+        keyed = tuple(KeyClass.decode(c) for c in _items(fields.get("classes"), "classes"))
 
         def ports(key: str) -> tuple[Port, ...]:
             return tuple(Port.decode(p, keyed) for p in _items(fields.get(key), key))
 
         program = cls(
             scheme,
+            parameters,
             keyed,
             ports("constants"),
             ports("inputs"),
@@ -302,11 +349,16 @@ class Program:
         live = {p.value for p in self.constants}
         live |= {p.value for p in self.inputs if p.place != DEVICE}
         _require(bool(self.segments), "a program has no segment")
+        sent: set[int] = set()
         for segment in self.segments:
             for crossing in (*segment.uploads, *segment.downloads):
                 _require(crossing.offset % ALIGNMENT == 0, "a crossing is not aligned")
-                end = crossing.offset + crossing.array.nbytes
+                end = crossing.offset + crossing.blinded.nbytes
                 _require(end <= self.arena_bytes, "a crossing lies outside the arena")
+            for crossing in segment.uploads:
+                known = crossing.operands is None or sent.issuperset(crossing.operands)
+                _require(known, "a product comes back before its operands are sent")
+            sent |= {c.value for c in segment.downloads if c.layout.keyed}
             live |= {c.value for c in segment.uploads}
             _require(live.issuperset(segment.inputs), "a segment reads a value before it is made")
             live |= set(segment.outputs)

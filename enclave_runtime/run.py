@@ -9,19 +9,21 @@ keys anew.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from enclave_runtime.executor import Executor
 from enclave_runtime.keys import KeySchedule
 from enclave_runtime.memory import Arena
-from enclave_runtime.program import DEVICE, ENCLAVE, ArrayType, Crossing, Port, Program
-from enclave_runtime.schemes import SCHEMES
-from enclave_runtime.store import Blinded, Resident, Store
+from enclave_runtime.program import DEVICE, ENCLAVE, Crossing, Layout, Port, Program
+from enclave_runtime.schemes import Scheme
+from enclave_runtime.store import Blinded, KeyUses, Resident, Store
 
 
 class RunError(Exception):
@@ -31,37 +33,49 @@ class RunError(Exception):
 class ClassKeys:
     """The keys of a program's classes in one run: carried over by blinded inputs, else fresh."""
 
-    def __init__(self, program: Program, schedule: KeySchedule, number: int):
+    def __init__(self, program: Program, scheme: Scheme, schedule: KeySchedule, number: int):
         self._program = program
+        self._scheme = scheme
         self._schedule = schedule
         self._number = number
-        self._scheme = SCHEMES[program.scheme]
         self._keys: dict[int, Any] = {}
+        self._uses: dict[int, KeyUses] = {}
 
     def adopt(self, port: Port, entry: Blinded) -> bool:
         """Takes over the keys under which a device-resident input lies.
 
         Returns:
-          Whether they agree with the keys taken over before and with the port's layout; if
-          not, nothing changed and the array has to be blinded again.
+          Whether they agree with the keys taken over before and with the port's layout, and may
+          serve another run; if not, nothing changed and the array has to be blinded again.
         """
-        if entry.scheme != self._program.scheme or entry.layout.weights != port.layout.weights:
+        if entry.scheme != self._scheme or entry.layout.weights != port.layout.weights:
             return False
         taken: dict[int, Any] = {}
+        uses: dict[int, KeyUses] = {}
         for number, held in zip(port.layout.classes, entry.layout.classes, strict=True):
             if (number is None) != (held is None):
                 return False
             if number is None or held is None:
                 continue
             key = entry.keys[held]
-            if (key.signs is not None) != self._program.classes[number].signed:
+            if entry.batches[held] != self._program.classes[number].batch:
                 return False
             known = taken.get(number, self._keys.get(number, key))
-            if known is not key:
+            if known is not key or not self._may_serve(number, entry.uses[held]):
                 return False
             taken[number] = key
+            uses[number] = entry.uses[held]
         self._keys.update(taken)
+        for number, use in uses.items():
+            if number not in self._uses:
+                # Counted now: a run that is aborted has shown as much as one that commits.
+                use.count += 1
+                self._uses[number] = use
         return True
+
+    def _may_serve(self, number: int, uses: KeyUses) -> bool:
+        budget = self._scheme.key_budget
+        return budget is None or number in self._uses or uses.count < budget
 
     def __getitem__(self, number: int) -> Any:
         if number not in self._keys:
@@ -69,9 +83,17 @@ class ClassKeys:
             self._keys[number] = self._scheme.draw(self._program.classes[number], stream)
         return self._keys[number]
 
-    def of(self, layout: Any) -> dict[int, Any]:
+    def of(self, layout: Layout) -> dict[int, Any]:
         """The keys of a layout's classes."""
         return {c: self[c] for c in layout.classes if c is not None}
+
+    def uses(self, layout: Layout) -> dict[int, KeyUses]:
+        """The counters of a layout's keys."""
+        for c in self.of(layout):
+            if c not in self._uses:
+                self._uses[c] = KeyUses()
+                self._uses[c].count = 1
+        return {c: self._uses[c] for c in layout.classes if c is not None}
 
 
 class Run:
@@ -80,6 +102,7 @@ class Run:
     def __init__(
         self,
         program: Program,
+        scheme: Scheme,
         constants: dict[int, jax.Array],
         arena: Arena,
         workers: int,
@@ -89,14 +112,18 @@ class Run:
     ):
         self.program = program
         self.arena = arena
-        self.keys = ClassKeys(program, schedule, number)
+        self.keys = ClassKeys(program, scheme, schedule, number)
         self.handles: list[str | None] = [None] * len(program.inputs)
         self.awaiting: set[int] = set()  # inputs that the host still has to bring
         self.busy_seconds = 0.0
+        self.blindings = 0
         self._values = dict(constants)
         self._workers = workers
         self._executor = executor
-        self._scheme = SCHEMES[program.scheme]
+        self._scheme = scheme
+        self._schedule = schedule
+        self._number = number
+        self._tensors: dict[int, Any] = {}  # what was drawn for each blinded value alone
         self._next = 0
         self._arrived: set[int] = set()
         self._last_uploads: list[jax.Array] = []
@@ -106,15 +133,39 @@ class Run:
 
     # Crossings
 
-    def blind(self, value: jax.Array, array: ArrayType, layout: Any, offset: int) -> None:
-        """Writes a value, blinded, to the arena."""
-        if layout.keyed:
-            value = self._scheme.blind(value, layout, self.keys.of(layout))
-        np.copyto(self.arena.view(array, offset), np.asarray(value))
+    def blind(self, port: Port, value: jax.Array, offset: int) -> None:
+        """Writes an input that is to lie on the devices to the arena."""
+        start = time.perf_counter()
+        out = self.arena.view(port.array, offset)
+        stream = functools.partial(self._schedule.stream, "port", self._number, port.value)
+        self._scheme.blind(value, port.layout, self.keys.of(port.layout), out, stream)
+        self.blindings += 1
+        self.busy_seconds += time.perf_counter() - start
 
-    def unblind(self, array: ArrayType, layout: Any, offset: int, keys: dict[int, Any]):
-        """Reads a blinded value from the arena into private memory."""
-        return self._scheme.unblind(self.arena.view(array, offset), layout, keys)
+    def _send(self, crossing: Crossing) -> None:
+        out = self.arena.view(crossing.blinded, crossing.offset)
+        value, layout = self._values[crossing.value], crossing.layout
+        if not layout.keyed:
+            np.copyto(out, np.asarray(value))
+            return
+        # The same stream for a repeat of the same segment: its bytes must be the same.
+        use = ("tensor", self._number, crossing.value)
+        stream = functools.partial(self._schedule.stream, *use)
+        keys = self.keys.of(layout)
+        self._tensors[crossing.value] = self._scheme.blind(value, layout, keys, out, stream)
+        self.blindings += 1
+
+    def _receive(self, crossing: Crossing) -> jax.Array:
+        """Reads a value from the arena into private memory."""
+        view = self.arena.view(crossing.blinded, crossing.offset)
+        if not crossing.layout.keyed:
+            return jnp.array(view.copy())
+        operands = None
+        if crossing.operands is not None:
+            left, right = crossing.operands
+            operands = (self._tensors[left], self._tensors[right])
+        keys = self.keys.of(crossing.layout)
+        return self._scheme.unblind(view, crossing.layout, keys, operands)
 
     def set(self, port: Port, value: jax.Array) -> None:
         """Gives the run one of its inputs."""
@@ -176,14 +227,7 @@ class Run:
             raise RunError("the run has failed or was aborted") from self._failure
 
     def _uploads(self, index: int) -> list[jax.Array]:
-        return [
-            self.unblind(c.array, c.layout, c.offset, self.keys.of(c.layout))
-            for c in self.program.segments[index].uploads
-        ]
-
-    def _downloads(self, crossings: tuple[Crossing, ...]) -> None:
-        for c in crossings:
-            self.blind(self._values[c.value], c.array, c.layout, c.offset)
+        return [self._receive(c) for c in self.program.segments[index].uploads]
 
     def _execute(self, index: int) -> None:
         start = time.perf_counter()
@@ -197,7 +241,8 @@ class Run:
         inputs = [self._values[v] for v in segment.inputs]
         outputs = self._executor.run(segment.executable, inputs)
         self._values.update(zip(segment.outputs, outputs, strict=True))
-        self._downloads(segment.downloads)
+        for crossing in segment.downloads:
+            self._send(crossing)
         # The host may now overwrite the arena, so nothing may still be reading from it.
         jax.block_until_ready(self._last_uploads)
         self._doomed = [v for v in segment.dead if v in self._values]
@@ -207,7 +252,8 @@ class Run:
         for old, new in zip(self._last_uploads, self._uploads(index), strict=True):
             if np.asarray(old).tobytes() != np.asarray(new).tobytes():
                 raise RunError(f"segment {index} was asked for again with other bytes")
-        self._downloads(self.program.segments[index].downloads)
+        for crossing in self.program.segments[index].downloads:
+            self._send(crossing)
 
     def commit(self, store: Store) -> list[str]:
         """Keeps the outputs and returns their handles.
@@ -226,7 +272,9 @@ class Run:
 
     def _output(self, port: Port) -> Resident | Blinded:
         if port.place == DEVICE:
-            keys = self.keys.of(port.layout)
-            return Blinded(port.array, self.program.scheme, port.layout, keys)
+            layout = port.layout
+            keys, uses = self.keys.of(layout), self.keys.uses(layout)
+            batches = {c: self.program.classes[c].batch for c in keys}
+            return Blinded(port.array, self._scheme, layout, keys, batches, uses)
         assert port.place == ENCLAVE
         return Resident(port.array, self._values[port.value])

@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from enclave_runtime import encryption
+from enclave_runtime import calibration, encryption
 from enclave_runtime.encryption import SessionKeys
 from enclave_runtime.executor import Executor
 from enclave_runtime.keys import KeySchedule
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import DEVICE, PUBLIC, ArrayType, Program
 from enclave_runtime.run import Run, RunError
-from enclave_runtime.schemes import SCHEMES
+from enclave_runtime.schemes import Scheme, make_scheme
 from enclave_runtime.store import Blinded, Resident, Store
 from enclave_runtime.wire import Frame, Kind
 
@@ -44,12 +44,13 @@ class Session:
         self._schedule = KeySchedule()
         self._executor = Executor()
         self._store = Store()
-        self._programs: list[tuple[Program, dict[int, jax.Array]]] = []
+        self._programs: list[tuple[Program, Scheme, dict[int, jax.Array]]] = []
         self._arenas: dict[str, Arena] = {}
         self._runs: dict[int, Run] = {}
         self._run_numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._busy_seconds = 0.0
+        self._blindings = 0
         self._handlers: dict[Kind, Callable[[dict[str, Any], bytes], dict[str, Any]]] = {
             Kind.MAP: self._map,
             Kind.UNMAP: self._unmap,
@@ -63,6 +64,7 @@ class Session:
             Kind.OPEN: self._open,
             Kind.FREE: self._free,
             Kind.STATISTICS: self._statistics,
+            Kind.CALIBRATE: self._calibrate,
         }
 
     def handle(self, frame: Frame) -> dict[str, Any]:
@@ -106,8 +108,7 @@ class Session:
 
     def _provision(self, fields: dict[str, Any], attachment: bytes) -> dict[str, Any]:
         program = Program.decode(json.loads(self._decrypt(attachment, "provision")))
-        if program.scheme not in SCHEMES:
-            raise RequestError(f"scheme {program.scheme!r} is not one of {', '.join(SCHEMES)}")
+        scheme = make_scheme(program.scheme, program.parameters)
         for segment in program.segments:
             if not self._executor.has(segment.executable):
                 raise RequestError("a segment's executable was not provisioned")
@@ -117,7 +118,6 @@ class Session:
             offsets = fields["offsets"]
             for port, offset in zip(program.constants, offsets, strict=True):
                 constants[port.value] = self._decrypted(arena, port.array, offset)
-        scheme = SCHEMES[program.scheme]
         crossings = [c for s in program.segments for c in (*s.uploads, *s.downloads)]
         for c in crossings:
             self._executor.warm_up(scheme, c.array, c.layout, program.classes)
@@ -125,7 +125,7 @@ class Session:
             if port.place == DEVICE:
                 self._executor.warm_up(scheme, port.array, port.layout, program.classes)
         with self._lock:
-            self._programs.append((program, constants))
+            self._programs.append((program, scheme, constants))
             return {"program": len(self._programs) - 1}
 
     def _decrypted(self, arena: Arena, array: ArrayType, offset: Any) -> jax.Array:
@@ -153,7 +153,7 @@ class Session:
         wanted = fields["program"]
         if not _is_index(wanted, len(self._programs)):
             raise RequestError("no such program was provisioned")
-        program, constants = self._programs[wanted]
+        program, scheme, constants = self._programs[wanted]
         workers = fields["workers"]
         if type(workers) is not int or not 0 < workers <= 4096:
             raise RequestError("a run needs between 1 and 4096 workers")
@@ -163,7 +163,9 @@ class Session:
         self._executor.wait([s.executable for s in program.segments])
         arena = self._arena(fields)
         number = next(self._run_numbers)
-        run = Run(program, constants, arena, workers, number, self._schedule, self._executor)
+        run = Run(
+            program, scheme, constants, arena, workers, number, self._schedule, self._executor
+        )
         upload, blind = [], []
         for index, (port, given) in enumerate(zip(program.inputs, inputs, strict=True)):
             if "handle" in given:
@@ -191,8 +193,7 @@ class Session:
                 run.set(port, value)
         # Blinded last: by now every key that another input carries over is known.
         for index, value in blind:
-            port = program.inputs[index]
-            run.blind(value, port.array, port.layout, blind_at[index])
+            run.blind(program.inputs[index], value, blind_at[index])
         run.awaiting = set(upload)
         with self._lock:
             self._runs[number] = run
@@ -215,12 +216,10 @@ class Session:
             entry = self._store.get(handle) if handle else None
             if not isinstance(entry, Blinded):
                 raise RequestError(f"input {index} does not lie on the devices")
-            value = SCHEMES[entry.scheme].unblind(
-                run.arena.view(entry.array, offset), entry.layout, entry.keys
-            )
+            value = _unblinded(entry, run.arena, offset)
             value.block_until_ready()
             if port.place == DEVICE:
-                run.blind(value, port.array, port.layout, fields["blind_at"][key])
+                run.blind(port, value, fields["blind_at"][key])
                 download.append(index)
             else:
                 run.set(port, value)
@@ -250,6 +249,7 @@ class Session:
         with self._lock:
             del self._runs[fields["run"]]
             self._busy_seconds += run.busy_seconds
+            self._blindings += run.blindings
         return {"handles": handles}
 
     def _abort(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
@@ -266,8 +266,7 @@ class Session:
         entry = self._store.get(fields["handle"])
         arena, offset = self._arena(fields), fields["offset"]
         if isinstance(entry, Blinded):
-            blinded = arena.view(entry.array, offset)
-            value = SCHEMES[entry.scheme].unblind(blinded, entry.layout, entry.keys)
+            value = _unblinded(entry, arena, offset)
         else:
             value = entry.value
         encrypted = encryption.encrypt_array(
@@ -281,6 +280,9 @@ class Session:
             self._store.free(handle)
         return {}
 
+    def _calibrate(self, _: dict[str, Any], __: bytes) -> dict[str, Any]:
+        return calibration.measure()
+
     def _statistics(self, _: dict[str, Any], __: bytes) -> dict[str, Any]:
         return {
             "handles": len(self._store),
@@ -288,6 +290,7 @@ class Session:
             "programs": len(self._programs),
             "peak_memory_bytes": _peak_memory(),
             "busy_seconds": self._busy_seconds,
+            "blindings": self._blindings,
             "process": os.getpid(),
         }
 
@@ -297,6 +300,13 @@ def _peak_memory() -> int:
     with open("/proc/self/status") as status:
         fields = dict(line.split(":", 1) for line in status)
     return int(fields["VmHWM"].split()[0]) * 1024
+
+
+def _unblinded(entry: Blinded, arena: Arena, offset: int) -> jax.Array:
+    """A value that lies blinded in the arena."""
+    return entry.scheme.unblind(
+        arena.view(entry.array, offset), entry.layout, entry.keys, operands=None
+    )
 
 
 def _is_index(value: Any, count: int) -> bool:

@@ -12,12 +12,24 @@ from typing import Any, NamedTuple
 import jax
 
 from enclave_runtime.program import ArrayType, Layout
+from enclave_runtime.schemes import Scheme
 
 HANDLE_BYTES = 16
 
 
 class UnknownHandleError(Exception):
     """A handle that names nothing: donated, freed, or of another enclave."""
+
+
+class KeyUses:
+    """How many runs one key has served, whether or not they were committed.
+
+    Attributes:
+      count: of runs.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
 
 
 class Resident(NamedTuple):
@@ -35,18 +47,22 @@ class Blinded(NamedTuple):
 
     Attributes:
       array: its shape and dtype.
-      scheme: the scheme's name.
+      scheme: the scheme.
       layout: classes by number, meaningful together with `keys`.
       keys: each class of the layout's key.
+      batches: whether each class's key is that of a batch axis.
+      uses: how often each class's key was used; shared by all entries under that key.
     """
 
     array: ArrayType
-    scheme: str
+    scheme: Scheme
     layout: Layout
     keys: dict[int, Any]
+    batches: dict[int, bool]
+    uses: dict[int, KeyUses]
 
     def __repr__(self) -> str:
-        return f"Blinded({self.array}, {self.scheme}, <secret>)"
+        return f"Blinded({self.array}, {self.scheme.name}, <secret>)"
 
 
 class Store:

@@ -51,6 +51,7 @@ class Kind(enum.IntEnum):
     OPEN = 13
     FREE = 14
     STATISTICS = 15
+    CALIBRATE = 16
 
 
 class Frame(NamedTuple):

@@ -29,7 +29,10 @@ Metrics = dict[str, jax.Array]
 
 # The names `--scheme` takes; another scheme needs one more line here.
 SCHEMES: dict[str, Callable[[], tempo.schemes.Scheme]] = {
+    "mixing": tempo.schemes.Mixing,
+    "orthogonal": tempo.schemes.Orthogonal,
     "signed-permutation": tempo.schemes.SignedPermutation,
+    "tempo": tempo.schemes.Tempo,
 }
 
 HELD_OUT_DIGITS = 297
@@ -49,9 +52,16 @@ def argument_parser(
     parser.add_argument(
         "--scheme",
         choices=sorted(SCHEMES),
-        default="signed-permutation",
-        help="how tensors are blinded before they leave the enclave; `signed-permutation` "
-        "obfuscates and does not protect",
+        default="mixing",
+        help="how tensors are blinded before they leave the enclave; all but `mixing` obfuscate "
+        "and do not protect",
+    )
+    parser.add_argument(
+        "--offload",
+        choices=("auto", "all"),
+        default="auto",
+        help="send a product out when that is less work for the enclave, or whenever the scheme "
+        "lets it out",
     )
     parser.add_argument(
         "--placement",
@@ -339,6 +349,7 @@ def compare(
             enclave=enclave,
             scheme=SCHEMES[options.scheme](),
             placement=options.placement,
+            offload=options.offload,
         )
         sealed = enclave.seal(state)
         if options.explain:

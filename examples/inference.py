@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             enclave=enclave,
             scheme=common.SCHEMES[options.scheme](),
             placement=options.placement,
+            offload=options.offload,
         )
         sealed = enclave.seal(params)
         if options.explain:

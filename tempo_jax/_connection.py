@@ -42,6 +42,9 @@ ALLOCATOR_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
+# The enclave shares NumPy's products out itself; two pools of threads would wait for each other.
+_ENCLAVE_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
+ENCLAVE_MODULE = "enclave_runtime"
 # The enclave serves one processor; flags meant for the host's devices would mislead it.
 _NOT_INHERITED = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
 
@@ -57,7 +60,7 @@ def _environment() -> dict[str, str]:
     root = str(Path(enclave_runtime.__file__).resolve().parent.parent)
     path = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = root if not path else os.pathsep.join((root, path))
-    return {**environment, **ALLOCATOR_ENVIRONMENT}
+    return {**environment, **ALLOCATOR_ENVIRONMENT, **_ENCLAVE_ENVIRONMENT}
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -87,7 +90,7 @@ class Connection:
         secret = secrets.token_bytes(SECRET_BYTES)
         self.keys: SessionKeys = session_keys(secret)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "enclave_runtime"],
+            [sys.executable, "-m", ENCLAVE_MODULE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=_environment(),

@@ -1,45 +1,78 @@
 """What a product costs the enclave inside, and what sending it out costs.
 
 The device counts as free, so that a laptop without an accelerator makes the same plan as a
-machine with one. Untrusted and pure; used by `_placement`.
+machine with one. Untrusted and pure; used by `_placement` and `_matrix_form`. The constants
+are measured once per machine by `_calibration`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from tempo_jax._jaxpr import JaxprEqn, Var, dot_general_p
+from tempo_jax._jaxpr import JaxprEqn, dot_general_p
 from tempo_jax._products import work
 from tempo_jax.schemes import Scheme
 
 
+def _reference_blinding() -> Mapping[str, float]:
+    return {"signed_permutation": 0.6, "tempo": 0.8, "orthogonal": 2.5, "mixing": 3.0}
+
+
+def _reference_overhead() -> Mapping[str, float]:
+    return {"signed_permutation": 3e-5, "tempo": 4e-5, "orthogonal": 1e-4, "mixing": 4e-4}
+
+
 @dataclasses.dataclass(frozen=True)
 class CostModel:
-    """Speeds of the enclave's side, for two cores of a current server.
+    """Speeds of the enclave's side; the defaults are those of two cores of a current server.
 
     Attributes:
       dot_flops: of matrix products, per second.
       convolution_flops: of convolutions, per second.
       nanoseconds_per_byte: of moving a tensor through shared memory into the host program.
       latency: seconds that one more product adds to a round trip.
+      overhead: seconds to blind or unblind a tensor however small, by the scheme's name.
+      blinding: nanoseconds for each of its elements, by the scheme's name.
+      drawing: nanoseconds to draw one entry of a key that mixes.
+      margin: a product goes out only where the enclave saves by this factor, since estimates err.
     """
 
     dot_flops: float = 1e11
     convolution_flops: float = 6e10
     nanoseconds_per_byte: float = 0.25
     latency: float = 1e-4
+    overhead: Mapping[str, float] = dataclasses.field(default_factory=_reference_overhead)
+    blinding: Mapping[str, float] = dataclasses.field(default_factory=_reference_blinding)
+    drawing: float = 60.0
+    margin: float = 1.2
 
     def inside(self, eqn: JaxprEqn) -> float:
         """Seconds that the enclave takes to compute a product itself."""
         speed = self.dot_flops if eqn.primitive is dot_general_p else self.convolution_flops
         return work(eqn) / speed
 
-    def crossing(self, variable: Var, scheme: Scheme) -> float:
+    def tensor(self, count: int, itemsize: int, scheme: Scheme) -> float:
+        """Seconds to blind (or unblind) a tensor of so many elements and move it."""
+        cost = self.blinding[scheme.name] + itemsize * self.nanoseconds_per_byte
+        return self.overhead[scheme.name] + count * cost * 1e-9
+
+    def crossing(self, aval: Any, scheme: Scheme) -> float:
         """Seconds to blind (or unblind) a value and move it."""
-        size = math.prod(variable.aval.shape)
-        itemsize = np.dtype(variable.aval.dtype).itemsize
-        cost = scheme.nanoseconds_per_element + itemsize * self.nanoseconds_per_byte
-        return size * cost * 1e-9
+        return self.tensor(math.prod(aval.shape), np.dtype(aval.dtype).itemsize, scheme)
+
+    def keys(self, entries: int) -> float:
+        """Seconds to draw keys that mix, over so many entries of axes."""
+        return entries * self.drawing * 1e-9
+
+    def rearranging(self, count: int, itemsize: int) -> float:
+        """Seconds to copy so many elements into another order, read and written once."""
+        return 2 * count * itemsize * self.nanoseconds_per_byte * 1e-9
+
+    def worthwhile(self, inside: float, outside: float) -> bool:
+        """Whether sending a product out saves the enclave enough."""
+        return inside > self.margin * outside

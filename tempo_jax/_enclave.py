@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import threading
 import weakref
@@ -25,7 +26,9 @@ from enclave_runtime.memory import Arena
 from enclave_runtime.program import ArrayType, Port, Program, aligned
 from enclave_runtime.wire import Kind
 from tempo_jax import _jaxpr
+from tempo_jax._calibration import machine_costs
 from tempo_jax._connection import Connection
+from tempo_jax._cost import CostModel
 from tempo_jax._plan import array_type, input_bytes
 from tempo_jax._sealed import BLINDED, ENCRYPTED, SealedArray, is_sealed, owners
 from tempo_jax.errors import SealedValueError, UnsupportedError
@@ -96,12 +99,17 @@ class Enclave:
         """The line to the process."""
         return self._connection
 
+    @functools.cached_property
+    def costs(self) -> CostModel:
+        """What the enclave's work costs on this machine, measured once and cached on disk."""
+        return machine_costs(lambda: self._connection.request(Kind.CALIBRATE, {}))
+
     def statistics(self) -> dict[str, Any]:
         """What the enclave reports of itself.
 
         Returns:
-          `handles`, `runs`, `programs` (counts), `peak_memory_bytes`, `busy_seconds` (inside
-          segments, since launch) and `process` (its id).
+          `handles`, `runs`, `programs` and `blindings` (counts), `peak_memory_bytes`,
+          `busy_seconds` (inside segments, since launch) and `process` (its id).
         """
         self.free_dropped()
         return self._connection.request(Kind.STATISTICS, {})

@@ -1,7 +1,9 @@
 """What commutes with the blinding: rules that decide where each equation may run.
 
 An equation may run on blinded values if applying it to them gives the blinded result,
-``f(g·x) = g·f(x)``. This is decided for each equation from the classes and weights of its
+``f(g·x) = g·f(x)``, for every element g of the scheme's group: permutations and signs let many
+elementwise functions pass, orthogonal keys linear maps and full sums of squares, other keys
+linear maps alone. This is decided for each equation from the classes and weights of its
 operands' axes. There are two strictnesses:
 
 * *linear* rules hold for any value and never force two classes to become one; the
@@ -52,8 +54,10 @@ def _same_weight(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -
     out = []
     for axes in zip(*(o.axes for o in full), strict=True):
         matched = context.match(axes, name)
+        if any(a.node is None for a in axes):
+            context.need_signs_alone(matched, f"{name} of a constant and a blinded value")
         for axis in axes:
-            reason = f"{name} mixes values whose signs differ"
+            reason = f"{name} mixes values whose signs or polarities differ"
             context.keying.demand(
                 axis.weight ^ matched.weight, matched.node, context.equation, reason
             )
@@ -68,9 +72,13 @@ def _multiply(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> A
         eqn.primitive is prims.div_p and operands[1].blinded
     ):
         context.need_update(name)
+    if eqn.primitive is prims.div_p and operands[1].blinded:
+        context.need_elementwise(name, operands[1:])
     out = []
     for axes in zip(*(o.axes for o in _require_rank(operands, rank)), strict=True):
         matched = context.match(axes, name)
+        if sum(a.node is not None for a in axes) > 1:
+            context.need_square(axes, name)
         weight = 0
         for axis in axes:
             weight ^= axis.weight
@@ -81,7 +89,7 @@ def _multiply(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> A
 def _any_function(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
     """An arbitrary elementwise function: only of values that carry no signs."""
     name = eqn.primitive.name
-    context.need_update(name)
+    context.need_elementwise(name, operands)
     rank = len(eqn.outvars[0].aval.shape)
     out = []
     for axes in zip(*(o.axes for o in _require_rank(operands, rank)), strict=True):
@@ -94,16 +102,25 @@ def _any_function(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) 
 
 
 def _odd_function(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
-    context.need_update(eqn.primitive.name)
+    context.need_elementwise(eqn.primitive.name, operands)
     return operands[0].axes
 
 
 def _even_function(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
+    context.need_elementwise(eqn.primitive.name, operands)
+    return tuple(Axis(a.node, 0) for a in operands[0].axes)
+
+
+def _square(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
     context.need_update(eqn.primitive.name)
+    for axis in operands[0].axes:
+        context.need_square([axis, axis], eqn.primitive.name)
     return tuple(Axis(a.node, 0) for a in operands[0].axes)
 
 
 def _integer_pow(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
+    if eqn.params["y"] == 2:
+        return _square(context, eqn, operands)
     rule = _odd_function if eqn.params["y"] % 2 else _even_function
     return rule(context, eqn, operands)
 
@@ -111,6 +128,8 @@ def _integer_pow(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -
 def _select(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
     context.need_update("select_n")
     which, *cases = operands
+    if not context.keying.group.elementwise and context.any_keyed([which]):
+        raise NotEquivariantError("select_n decides by a value that carries keys")
     rank = len(eqn.outvars[0].aval.shape)
     varying = [c for c in cases if c.blinded or c.zero]
     if context.loose and len(varying) < len(cases):
@@ -251,6 +270,7 @@ def _pad(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
     if not operands[1].zero:
         context.need_update("pad with a value other than zero")
         for axis in operands[0].axes:
+            context.need_signs_alone(axis, "pad with a value other than zero")
             context.need_weight(axis, 0, "pad with a value other than zero")
     return _along_unkeyed(_pad_axes)(context, eqn, operands[:1])
 
@@ -259,6 +279,7 @@ def _reduce_sum(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) ->
     context.need_update("reduce_sum")
     gone = set(eqn.params["axes"])
     for number in gone:
+        context.need_signs_alone(operands[0].axes[number], "reduce_sum")
         reason = "reduce_sum adds up elements that carry signs"
         context.need_weight(operands[0].axes[number], 0, reason)
     return tuple(a for i, a in enumerate(operands[0].axes) if i not in gone)
@@ -266,7 +287,7 @@ def _reduce_sum(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) ->
 
 def _reduce_order(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
     """reduce_max and the like: of values that carry no signs at all."""
-    context.need_update(eqn.primitive.name)
+    context.need_elementwise(eqn.primitive.name, operands)
     for axis in operands[0].axes:
         context.need_weight(axis, 0, f"{eqn.primitive.name} compares values that carry signs")
     gone = set(eqn.params["axes"])
@@ -281,7 +302,8 @@ _RULES: dict[Any, Callable[[Context, JaxprEqn, Sequence[Operand]], Axes]] = {
     ),
     **dict.fromkeys((prims.add_p, prims.sub_p, prims.add_jaxvals_p), _same_weight),
     **dict.fromkeys((prims.mul_p, prims.div_p), _multiply),
-    **dict.fromkeys((prims.abs_p, prims.square_p, prims.is_finite_p, prims.cosh_p), _even_function),
+    **dict.fromkeys((prims.abs_p, prims.is_finite_p, prims.cosh_p), _even_function),
+    prims.square_p: _square,
     **dict.fromkeys(
         (
             prims.sign_p,

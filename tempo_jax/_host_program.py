@@ -18,11 +18,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from enclave_runtime.program import DEVICE, ArrayType, Layout
+from enclave_runtime.program import DEVICE, ArrayType
 from tempo_jax import _jaxpr
 from tempo_jax._jaxpr import JaxprEqn, Literal, Var
 from tempo_jax._mesh import local_shape, sharded_axis
-from tempo_jax._plan import Plan, array_type, offloaded
+from tempo_jax._plan import Plan, offloaded
 from tempo_jax._products import contracted_axes
 
 # exchange(run, worker, segment, uploads) -> downloads, all as NumPy arrays
@@ -94,16 +94,13 @@ class _HostProgram:
 
     # Shards
 
-    def _layout(self, v: Any) -> Layout:
-        return self.plan.layouts.get(v, Layout.clear(len(array_type(v.aval).shape)))
-
     def _local(self, v: Any) -> ArrayType:
-        array = array_type(v.aval)
-        shape = local_shape(array.shape, self._layout(v), self.plan.sharded, self.workers)
-        return ArrayType(shape, array.dtype)
+        blinded = self.plan.blinded(v)
+        shape = local_shape(blinded.shape, self.plan.layout(v), self.plan.sharded, self.workers)
+        return ArrayType(shape, blinded.dtype)
 
     def _spec(self, v: Any, axis: str) -> PartitionSpec:
-        layout = self._layout(v)
+        layout = self.plan.layout(v)
         split = sharded_axis(layout, self.plan.sharded)
         return PartitionSpec(*(axis if i == split else None for i in range(len(layout.classes))))
 
@@ -209,7 +206,7 @@ class _HostProgram:
         axes = contracted_axes(eqn)
         if not axes:
             return False
-        split = sharded_axis(self._layout(eqn.invars[0]), self.plan.sharded)
+        split = sharded_axis(self.plan.layout(eqn.invars[0]), self.plan.sharded)
         return split is not None and split in axes
 
 

@@ -6,12 +6,14 @@ through this module and compares primitives as objects.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax._src import source_info_util  # JAX 0.10-0.12: no public way to keep an equation's source.
 from jax._src.state.discharge import discharge_state  # JAX 0.10-0.12: `jit` does the same.
@@ -97,6 +99,8 @@ def _identity_primitive(name: str) -> jex_core.Primitive:
 reveal_p = _identity_primitive("tempo_reveal")
 # Marks the operands of an update that may run on blinded values; see `cheap_update`.
 cheap_p = _identity_primitive("tempo_cheap_update")
+# Marks an operand that is blinded for its own uses alone; see `_matrix_form`.
+blind_p = _identity_primitive("tempo_blind")
 
 
 def _primitive_of(function: Callable[..., Any], *arguments: Any) -> jex_core.Primitive:
@@ -168,14 +172,16 @@ def equations(jaxpr: Any) -> Iterator[JaxprEqn]:
             yield from equations(inner)
 
 
+def at_source_of(eqn: JaxprEqn) -> contextlib.AbstractContextManager[None]:
+    """While this lasts, traced equations count as coming from where `eqn` comes from."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    return source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)
+
+
 def bind(eqn: JaxprEqn, arguments: Sequence[Any], **changes: Any) -> list[Any]:
     """Evaluates one equation on `arguments`, with some parameters changed."""
     params = eqn.primitive.get_bind_params({**eqn.params, **changes})
-    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with (
-        source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
-        eqn.ctx.manager,
-    ):
+    with at_source_of(eqn), eqn.ctx.manager:
         result = eqn.primitive.bind(*arguments, **params)
     return list(result) if eqn.primitive.multiple_results else [result]
 
@@ -337,11 +343,80 @@ def flatten(closed: ClosedJaxpr, options: Flattening) -> ClosedJaxpr:
             x if isinstance(x, Tracer) else prims.copy_p.bind(jnp.asarray(x)) for x, _ in results
         ]
 
-    avals = [
+    return trace(run, avals_of(closed))
+
+
+def merge_equal(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """Traces a flat program anew with equal values computed once.
+
+    What rematerialization computes again, or an unrolled scan stacks up and slices again,
+    counts as the same value, so that a gradient is recognised as that of the product it
+    belongs to.
+    """
+    jaxpr = closed.jaxpr
+
+    def run(*arguments: Any) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+        env.update(zip(jaxpr.invars, arguments, strict=True))
+        known: dict[Any, list[Any]] = {}
+        made: dict[int, tuple[JaxprEqn, list[Any]]] = {}
+
+        def name(v: Any) -> Any:
+            if not isinstance(v, Literal):
+                return id(env[v])
+            value = np.asarray(v.val)
+            return value.dtype, value.shape, value.tobytes(), v.aval.weak_type
+
+        for eqn in jaxpr.eqns:
+            # Parameters that are no numbers, tuples or the like compare by identity.
+            key = (eqn.primitive, tuple(sorted(eqn.params.items())), *map(name, eqn.invars))
+            try:
+                results = known.get(key)
+            except TypeError:
+                key = results = None
+            if results is None:
+                operands = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+                same = _undone(eqn, made.get(id(operands[0]))) if operands else None
+                results = bind(eqn, operands) if same is None else [same]
+                made.setdefault(id(results[0]), (eqn, operands))
+                if key is not None:
+                    known[key] = results
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+
+    return trace(run, avals_of(closed))
+
+
+def _undone(eqn: JaxprEqn, maker: tuple[JaxprEqn, list[Any]] | None) -> Any:
+    """The value that an equation takes out again of what `maker` put together, or None."""
+    if maker is None:
+        return None
+    source, operands = maker
+    shape = eqn.outvars[0].aval.shape
+    if eqn.primitive is prims.squeeze_p:
+        # `expand_dims` is a broadcast that repeats nothing.
+        expands = (prims.broadcast_in_dim_p, prims.reshape_p)
+        fits = source.primitive in expands and len(operands) == 1
+        return operands[0] if fits and jnp.shape(operands[0]) == shape else None
+    if eqn.primitive is not prims.slice_p or source.primitive is not prims.concatenate_p:
+        return None
+    along, start = source.params["dimension"], eqn.params["start_indices"]
+    if any(s for i, s in enumerate(start) if i != along) or set(eqn.params["strides"] or ()) - {1}:
+        return None
+    at = 0
+    for operand in operands:
+        if at == start[along] and jnp.shape(operand) == shape:
+            return operand
+        at += jnp.shape(operand)[along]
+    return None
+
+
+def avals_of(closed: ClosedJaxpr) -> list[jax.ShapeDtypeStruct]:
+    """Types of a program's inputs, to trace it anew."""
+    return [
         jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type)
         for v in closed.jaxpr.invars
     ]
-    return trace(run, avals)
 
 
 def debugging(jaxpr: Any) -> list[JaxprEqn]:

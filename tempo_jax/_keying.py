@@ -5,11 +5,13 @@ nodes, and union-find gives the classes. Two layers never come to share a class 
 nonlinearity, because only equations that run on blinded values force anything, and
 activations run in the enclave.
 
-Beside its class an axis has a *weight*: how often the element's sign divides the value,
-modulo 2 (1 for a gradient, 0 for its square). Weights of the state's leaves are unknown at
-first, so a weight is a linear form over GF(2): an int whose bit 0 is the constant 1 and
-whose other bits stand for unknowns. Equations demand that forms vanish; `Keying.solve`
-finds the first demand that cannot be met.
+Beside its class an axis has a *weight*: the power, modulo 2, at which the key acts on it.
+For signed permutations it says how often the element's sign divides the value (1 for a
+gradient, 0 for its square), for orthogonal keys whether the value is linear (1) or a square
+that waits to be summed (0), and for a group with two polarities whether the key acts (1) or
+its inverse transpose (0). What is not yet known is solved for: a weight is a linear form
+over GF(2), an int whose bit 0 is the constant 1 and whose other bits stand for unknowns.
+Equations demand that forms vanish; `Keying.solve` finds the first demand that cannot be met.
 
 Untrusted and pure; used by `_placement`.
 """
@@ -19,6 +21,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from tempo_jax.schemes import Group
 
 ONE = 1  # the constant weight
 
@@ -39,7 +43,7 @@ Axes = tuple[Axis, ...]
 
 
 class Demand(NamedTuple):
-    """A weight that must vanish, if the axis's class turns out to carry signs."""
+    """A weight that must vanish, if weights turn out to matter on the axis's class."""
 
     weight: int
     node: int
@@ -51,13 +55,18 @@ class Demand(NamedTuple):
 class _Class:
     size: int
     keyed: bool = True
-    signed: bool = True
+    batch: bool = False
 
 
 class Keying:
-    """Nodes, their classes, and demands on weights, for one placement."""
+    """Nodes, their classes, and demands on weights, for one placement.
 
-    def __init__(self) -> None:
+    Attributes:
+      group: what the keys form.
+    """
+
+    def __init__(self, group: Group = Group.SIGNED_PERMUTATION) -> None:
+        self.group = group
         self._parent: list[int] = []
         self._classes: dict[int, _Class] = {}
         self._unknowns = 0
@@ -74,11 +83,18 @@ class Keying:
         return number
 
     def fresh(self, shape: Sequence[int]) -> Axes:
-        """Axes of a value that the enclave blinds."""
+        """Axes of a value that the enclave blinds, in whichever polarity its use demands."""
+        if not self.group.orthogonal:
+            return self._unknown(shape)
         return tuple(Axis(self.node(n), ONE) for n in shape)
 
     def leaf(self, shape: Sequence[int]) -> Axes:
-        """Axes of a leaf of the state, whose weights are still unknown."""
+        """Axes of a leaf of the state, whose weights may still be unknown."""
+        if self.group is Group.ORTHOGONAL:
+            return self.fresh(shape)
+        return self._unknown(shape)
+
+    def _unknown(self, shape: Sequence[int]) -> Axes:
         axes = []
         for n in shape:
             self._unknowns += 1
@@ -102,23 +118,27 @@ class Keying:
         assert kept.size == gone.size, "axes of different sizes cannot share a key"
         self._parent[high] = low
         kept.keyed &= gone.keyed
-        kept.signed &= gone.signed
+        kept.batch |= gone.batch
 
     def strip_key(self, node: int) -> None:
         """This class carries no key at all."""
         self._classes[self.find(node)].keyed = False
 
-    def strip_signs(self, node: int) -> None:
-        """This class carries a permutation without signs."""
-        self._classes[self.find(node)].signed = False
+    def mark_batch(self, node: int) -> None:
+        """A product runs over this class as a batch, so it carries a permutation alone."""
+        self._classes[self.find(node)].batch = True
 
     def keyed(self, node: int | None) -> bool:
         """Whether a node's class carries a key, as far as is known."""
         return node is not None and self._classes[self.find(node)].keyed
 
-    def signed(self, node: int | None) -> bool:
-        """Whether a node's class carries signs, as far as is known."""
-        return self.keyed(node) and self._classes[self.find(node)].signed  # type: ignore[arg-type]
+    def batch(self, node: int) -> bool:
+        """Whether a node's class carries a permutation alone, as far as is known."""
+        return self._classes[self.find(node)].batch
+
+    def weighted(self, node: int | None) -> bool:
+        """Whether weights matter on a node's class, as far as is known."""
+        return node is not None and self.keyed(node) and not self.batch(node)
 
     def same(self, a: int | None, b: int | None) -> bool:
         """Whether two axes are blinded alike: one class, or neither carries a key."""
@@ -160,7 +180,7 @@ class Keying:
         """
         pivots: dict[int, int] = {}
         for demand in self._demands:
-            if not self.signed(demand.node):
+            if not self.weighted(demand.node):
                 continue
             form = reduce_form(demand.weight, pivots)
             culprit = self.left_open(form, pivots)
@@ -182,6 +202,6 @@ def reduce_form(form: int, pivots: dict[int, int]) -> int:
 
 
 def resolve_weight(form: int, pivots: dict[int, int]) -> int:
-    """The weight, 0 or 1; unknowns that nothing determines count as 1 (signs applied)."""
+    """The weight, 0 or 1; unknowns that nothing determines count as 1."""
     form = reduce_form(form, pivots)
     return bin(form).count("1") % 2

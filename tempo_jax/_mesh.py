@@ -27,7 +27,8 @@ def choose_sharded(
       workers: devices in the mesh.
 
     Returns:
-      Numbers of classes whose size `workers` divides, no two of them on one value.
+      Numbers of classes whose size, decoys included, `workers` divides, no two of them on one
+      value.
     """
     if workers == 1:
         return frozenset()
@@ -43,7 +44,8 @@ def choose_sharded(
                 kept.add(c)
     chosen: set[int] = set()
     for c in sorted(divided, key=lambda c: (-divided[c], c)):
-        if c not in kept and classes[c].size % workers == 0 and not together[c] & chosen:
+        size = classes[c].size + classes[c].decoys
+        if c not in kept and size % workers == 0 and not together[c] & chosen:
             chosen.add(c)
     return frozenset(chosen)
 

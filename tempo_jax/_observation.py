@@ -19,6 +19,7 @@ class Product:
 
     Attributes:
       step: number of the shielded call within the recording, from 0.
+      equation: number of the equation in the shielded function's flat program.
       primitive: `dot_general_p` or `conv_general_dilated_p`.
       params: the equation's parameters.
       operands: the two blinded operands.
@@ -26,6 +27,7 @@ class Product:
     """
 
     step: int
+    equation: int
     primitive: Any
     params: dict[str, Any]
     operands: tuple[np.ndarray, np.ndarray]

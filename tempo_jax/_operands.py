@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from tempo_jax._keying import Axes, Axis, Keying
+from tempo_jax._keying import ONE, Axes, Axis, Keying
 
 
 class NotEquivariantError(Exception):
@@ -47,10 +47,39 @@ class Context:
     update: bool
     loose: bool = False
 
+    def need_elementwise(self, what: str, operands: Sequence[Operand]) -> None:
+        """Refuses an elementwise function where the group mixes or scales what it is applied to."""
+        self.need_update(what)
+        if not self.keying.group.elementwise and self.any_keyed(operands):
+            raise NotEquivariantError(f"{what} does not commute with {self.keying.group.value}")
+
+    def any_keyed(self, operands: Sequence[Operand]) -> bool:
+        """Whether any axis of the operands carries a key, as far as is known."""
+        return any(self.keying.keyed(a.node) for o in operands for a in o.axes)
+
     def need_update(self, what: str) -> None:
         """Refuses a nonlinear rule outside an update."""
         if not self.update:
             raise NotEquivariantError(f"{what} is not linear")
+
+    def need_signs_alone(self, axis: Axis, what: str) -> None:
+        """Refuses what only vanishing weights could let pass, where weights are polarities."""
+        if not self.keying.group.orthogonal and self.keying.keyed(axis.node):
+            raise NotEquivariantError(f"{what} does not commute with {self.keying.group.value}")
+
+    def need_square(self, axes: Sequence[Axis], what: str) -> None:
+        """Refuses to multiply values along a keyed axis, unless as the terms of an inner product.
+
+        Under orthogonal keys the products of two linear values are no value's blinding, but
+        their sum along the axis is invariant; weight 0 keeps them for that sum.
+        """
+        group = self.keying.group
+        if group.elementwise or not any(self.keying.keyed(a.node) for a in axes):
+            return
+        if not group.orthogonal:
+            raise NotEquivariantError(f"{what} does not commute with {group.value}")
+        for axis in axes:
+            self.need_weight(axis, ONE, f"{what} of a square, which only a sum may use")
 
     def need_weight(self, axis: Axis, weight: int, reason: str) -> None:
         """Demands that an axis has this weight."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,10 +21,10 @@ from jax.extend.core import primitives as prims
 from tempo_jax._cost import CostModel
 from tempo_jax._equivariance import commute, is_zero
 from tempo_jax._jaxpr import Jaxpr, JaxprEqn, Literal, Var, cheap_p, physical, reveal_p, source
-from tempo_jax._keying import Axes, Keying, resolve_weight
+from tempo_jax._keying import ONE, Axes, Keying, resolve_weight
 from tempo_jax._operands import Context, NotEquivariantError, Operand
-from tempo_jax._products import PRODUCTS
-from tempo_jax.schemes import KeyLifetime, Scheme
+from tempo_jax._products import PRODUCTS, is_product
+from tempo_jax.schemes import Group, Scheme
 
 
 class Side(enum.Enum):
@@ -46,6 +46,8 @@ class Question:
       scheme: the blinding scheme.
       costs: the cost model; None offloads every product that can be.
       offload: whether products are offloaded at all.
+      stays: for each product in order why it stays inside, or None if it goes out, where
+        that was decided before; else None.
     """
 
     jaxpr: Jaxpr
@@ -54,6 +56,7 @@ class Question:
     scheme: Scheme
     costs: CostModel | None
     offload: bool
+    stays: Sequence[str | None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Placement:
         """For each axis whether signs apply."""
         pivots = dict(self.pivots)
         return tuple(
-            resolve_weight(a.weight, pivots) if self.keying.signed(a.node) else 0
+            resolve_weight(a.weight, pivots) if self.keying.weighted(a.node) else 0
             for a in self.axes[variable]
         )
 
@@ -105,16 +108,17 @@ def nbytes(variable: Var) -> int:
     return math.prod(array.shape) * np.dtype(array.dtype).itemsize
 
 
-def is_product(eqn: JaxprEqn) -> bool:
-    """Whether this is a product that could be offloaded: real floats in and out."""
-    return eqn.primitive in PRODUCTS and all(
-        jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (*eqn.invars, *eqn.outvars)
-    )
-
-
 def place(question: Question) -> Placement:
     """Finds the greatest consistent placement; see the module."""
     return _Placer(question).solve()
+
+
+def too_cheap(inside: float, outside: float) -> str:
+    """Why a product stays inside, from the seconds that either way takes."""
+    return (
+        f"computing it inside takes about {inside * 1e3:.2g} ms, blinding and moving its operands "
+        f"{outside * 1e3:.2g} ms"
+    )
 
 
 class _Placer:
@@ -128,7 +132,10 @@ class _Placer:
         self.order = {v: n for n, eqn in enumerate(self.eqns) for v in eqn.outvars}
         self.cheap = self._cheap_values()
         self.uses = self._product_uses()
-        self.to_update = self._feeds_update()
+        self.to_update = feeds_update(self.eqns)
+        products = [n for n, eqn in enumerate(self.eqns) if is_product(eqn)]
+        decided = question.stays if question.stays is not None else [None] * len(products)
+        self.stays = dict(zip(products, decided, strict=True))
         self.banned: dict[int, str] = {}
         self.loose: set[int] = set()
         self.reasons: dict[int, str] = {}
@@ -150,19 +157,9 @@ class _Placer:
                     uses[v] = uses.get(v, 0) + 1
         return uses
 
-    def _feeds_update(self) -> set[Var]:
-        """Values that reach a marked update through unary equations alone."""
-        feeds: set[Var] = set()
-        for eqn in reversed(self.eqns):
-            if len(_variables(eqn)) == 1 and (
-                eqn.primitive is cheap_p or any(v in feeds for v in eqn.outvars)
-            ):
-                feeds.add(_variables(eqn)[0])
-        return feeds
-
     def _candidates(self) -> set[int]:
         question = self.question
-        if not question.offload or question.scheme.lifetime is not KeyLifetime.KEPT:
+        if not question.offload or question.scheme.key_budget == 0:
             return set()
         cheap = {
             i
@@ -227,6 +224,17 @@ class _Placer:
         self.reasons.update(leaves)
 
 
+def feeds_update(eqns: Sequence[JaxprEqn]) -> set[Var]:
+    """Values that reach a marked update through unary equations alone."""
+    feeds: set[Var] = set()
+    for eqn in reversed(eqns):
+        if len(_variables(eqn)) == 1 and (
+            eqn.primitive is cheap_p or any(v in feeds for v in eqn.outvars)
+        ):
+            feeds.add(_variables(eqn)[0])
+    return feeds
+
+
 def _variables(eqn: JaxprEqn) -> list[Var]:
     return [v for v in eqn.invars if isinstance(v, Var)]
 
@@ -237,7 +245,7 @@ class _Walk:
     def __init__(self, placer: _Placer):
         self.placer = placer
         self.question = placer.question
-        self.keying = Keying()
+        self.keying = Keying(placer.question.scheme.group)
         self.sides: list[Side] = []
         self.axes: dict[Var, Axes] = {}
         self.host: set[Var] = set()
@@ -271,7 +279,7 @@ class _Walk:
         try:
             if is_product(eqn) and len(on_host) < len(variables):
                 self._product(number, eqn)
-            elif on_host:
+            elif on_host and not self.question.scheme.keys_per_product:
                 self._commuting(number, eqn)
             else:
                 return Side.ENCLAVE
@@ -329,20 +337,20 @@ class _Walk:
         question, placer = self.question, self.placer
         if not question.offload:
             raise NotEquivariantError("placement is the enclave")
-        if question.costs is not None:
+        why = placer.stays[number]
+        if why is not None:
+            raise NotEquivariantError(why)
+        if question.costs is not None and question.stays is None:
             costs, scheme = question.costs, question.scheme
             outside = costs.latency
             for v in set(_variables(eqn)) - self.host:
-                outside += costs.crossing(v, scheme) / placer.uses[v]
+                outside += costs.crossing(v.aval, scheme) / placer.uses[v]
             out = eqn.outvars[0]
             if out not in placer.to_update or not placer.resident:
-                outside += costs.crossing(out, scheme)
+                outside += costs.crossing(out.aval, scheme)
             inside = costs.inside(eqn)
-            if inside < outside:
-                raise NotEquivariantError(
-                    f"computing it inside takes about {inside * 1e3:.2g} ms, blinding and moving "
-                    f"its operands {outside * 1e3:.2g} ms"
-                )
+            if not costs.worthwhile(inside, outside):
+                raise NotEquivariantError(too_cheap(inside, outside))
         operands = []
         for v in eqn.invars:
             if isinstance(v, Literal):
@@ -436,7 +444,7 @@ class _Walk:
         return out
 
     def open_crossings(self, pivots: dict[int, int]) -> dict[int, str]:
-        """Selections whose open weight would reach the enclave or an output."""
+        """Values that cannot be unblinded, yet would reach the enclave or an output."""
         leaving = {v for v in self.placer.outputs if v in self.host}
         for eqn, side in zip(self.placer.eqns, self.sides, strict=True):
             if side is Side.ENCLAVE:
@@ -444,10 +452,13 @@ class _Walk:
         out = {}
         for v in leaving:
             for axis in self.axes[v]:
-                if self.keying.signed(axis.node):
-                    culprit = self.keying.left_open(axis.weight, pivots)
-                    if culprit is not None:
-                        out[culprit] = "select_n mixes values whose signs differ"
+                if not self.keying.weighted(axis.node):
+                    continue
+                culprit = self.keying.left_open(axis.weight, pivots)
+                if culprit is not None:
+                    out[culprit] = "select_n mixes values whose signs differ"
+                elif self.keying.group is Group.ORTHOGONAL and axis.weight != ONE:
+                    out[self.placer.order[v]] = "a sum of squares over part of the mixed axes"
         return out
 
     def bare_leaves(self) -> dict[int, str]:

@@ -32,12 +32,13 @@ from enclave_runtime.program import (
 from tempo_jax import _jaxpr
 from tempo_jax._cost import CostModel
 from tempo_jax._jaxpr import ClosedJaxpr, Flattening, Jaxpr, JaxprEqn, Literal, Var
+from tempo_jax._matrix_form import matrix_form, split_polarities
 from tempo_jax._mesh import choose_sharded
-from tempo_jax._placement import Placement, Question, Side, is_product, place
-from tempo_jax._products import work
+from tempo_jax._placement import Placement, Question, Side, place
+from tempo_jax._products import is_product, work
 from tempo_jax._segments import Cut, TrustedSegment, cut
 from tempo_jax.errors import UnsupportedError
-from tempo_jax.schemes import Scheme
+from tempo_jax.schemes import Group, Mixing, Scheme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,16 @@ class Plan:
         """The flat program."""
         return self.flat.jaxpr
 
+    def layout(self, variable: Any) -> Layout:
+        """How a value is blinded on the host."""
+        clear = Layout.clear(len(array_type(variable.aval).shape))
+        return self.layouts.get(variable, clear)
+
+    def blinded(self, variable: Any) -> ArrayType:
+        """A value's type on the host."""
+        array = array_type(variable.aval)
+        return self.layout(variable).blinded(array, self.program.classes)
+
 
 def array_type(aval: Any) -> ArrayType:
     """Shape and dtype of an abstract value in the protocol's terms."""
@@ -125,9 +136,22 @@ def make_plan(request: Request) -> Plan:
             f"the debugging callback at {_jaxpr.source(eqn)} is left out: it would show values"
         )
     flat = _jaxpr.flatten(request.closed, Flattening(worth, notes))
+    scheme = request.scheme
+    stays = None
+    decoys: dict[Var, int] = {}
+    if request.offload and scheme.keys_per_product:
+        assert isinstance(scheme, Mixing), "the only scheme with keys per product"
+        form = matrix_form(flat, scheme, costs, request.carried)
+        flat, stays = form.closed, form.stays
+        products = [eqn for eqn in flat.jaxpr.eqns if is_product(eqn)]
+        for eqn, count in zip(products, form.decoys, strict=True):
+            if count:
+                decoys[eqn.invars[0]] = count
+    elif request.offload and not scheme.group.orthogonal:
+        flat = split_polarities(flat)
     jaxpr = flat.jaxpr
     placement = place(
-        Question(jaxpr, request.carried, request.on_devices, request.scheme, costs, request.offload)
+        Question(jaxpr, request.carried, request.on_devices, scheme, costs, request.offload, stays)
     )
     notes += _notes(jaxpr)
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
@@ -135,17 +159,19 @@ def make_plan(request: Request) -> Plan:
     assert len(outputs) == len(jaxpr.outvars), "flattening leaves no literal output"
     revealed = tuple(i for i, v in enumerate(outputs) if _jaxpr.is_revealed(v, made_by))
     sealed = tuple(i for i in range(len(outputs)) if i not in set(revealed))
-    on_device = {outputs[i] for i in sealed if _stays_blinded(outputs[i], placement)}
+    on_device: set[Var] = set()
+    if not scheme.keys_per_product:  # else keys end with the step
+        on_device = {outputs[i] for i in sealed if _stays_blinded(outputs[i], placement)}
     parts = cut(
         jaxpr,
         placement,
         [outputs[i] for i in revealed],
         [outputs[i] for i in sealed if outputs[i] not in on_device],
     )
-    layouts, classes = _layouts(placement)
+    layouts, classes = _layouts(placement, decoys)
     program = _describe(request, jaxpr, placement, parts, sealed, on_device, layouts, classes)
     resident = [layouts[jaxpr.invars[i]] for i in placement.resident]
-    values = [(layouts[v], array_type(v.aval).nbytes) for v in layouts]
+    values = [(layouts[v], layouts[v].blinded(array_type(v.aval), classes).nbytes) for v in layouts]
     sharded = choose_sharded(classes, values, resident, request.workers)
     return Plan(
         request, flat, placement, parts, program, revealed, sealed, sharded, tuple(notes), layouts
@@ -183,18 +209,30 @@ def _stays_blinded(v: Var, placement: Placement) -> bool:
     return v in placement.host and any(c is not None for c in placement.classes(v))
 
 
-def _layouts(placement: Placement) -> tuple[dict[Var, Layout], tuple[KeyClass, ...]]:
-    """Layouts of all values that exist on the host, with classes numbered from 0."""
+def _layouts(
+    placement: Placement, decoys: Mapping[Var, int]
+) -> tuple[dict[Var, Layout], tuple[KeyClass, ...]]:
+    """Layouts of all values that exist on the host, with classes numbered from 0.
+
+    Args:
+      placement: where everything is.
+      decoys: values to which rows are appended, along the axis before the last.
+    """
+    keying = placement.keying
+    rows = {placement.classes(v)[-2]: count for v, count in decoys.items()}
+    per_copy = keying.group is Group.INVERTIBLE
     numbers: dict[int, int] = {}
     classes: list[KeyClass] = []
     layouts = {}
     for v in placement.axes:
+        shape = v.aval.shape
+        copies = shape[0] if per_copy and len(shape) == 3 else 1
         ids: list[int | None] = []
         for root in placement.classes(v):
             if root is not None and root not in numbers:
                 numbers[root] = len(classes)
-                signed = placement.keying.signed(root)
-                classes.append(KeyClass(placement.keying.size(root), signed))
+                batch = keying.batch(root)
+                classes.append(KeyClass(keying.size(root), batch, rows.get(root, 0), copies))
             ids.append(None if root is None else numbers[root])
         layouts[v] = Layout(tuple(ids), placement.weights(v))
     return layouts, tuple(classes)
@@ -238,17 +276,28 @@ def _describe(
     for index, part in enumerate(parts.segments):
         for v in (*part.inputs, *part.uploads, *part.outputs, *part.downloads):
             last_use[number(v)] = index
+
     # Downloads and uploads lie apart: a worker of a mesh that is ahead may bring its uploads while
     # another still copies its downloads of the segment before.
-    above = max((_room(part.downloads) for part in parts.segments), default=0)
-    arena = above + max((_room(part.uploads) for part in parts.segments), default=0)
+    def room(values: Sequence[Var]) -> int:
+        types = (layout(v).blinded(array_type(v.aval), classes) for v in values)
+        return sum(aligned(t.nbytes) for t in types)
+
+    above = max((room(part.downloads) for part in parts.segments), default=0)
+    arena = above + max((room(part.uploads) for part in parts.segments), default=0)
+    made_by = {v: e.eqn for e in parts.host for v in e.eqn.outvars}
 
     def crossings(values: Sequence[Any], offset: int) -> tuple[Crossing, ...]:
         out = []
         for v in values:
             array = array_type(v.aval)
-            out.append(Crossing(number(v), array, layout(v), offset))
-            offset += aligned(array.nbytes)
+            blinded = layout(v).blinded(array, classes)
+            operands = None
+            if v in made_by and request.scheme.keys_per_product:
+                left, right = map(number, made_by[v].invars)
+                operands = (left, right)
+            out.append(Crossing(number(v), array, blinded, layout(v), offset, operands))
+            offset += aligned(blinded.nbytes)
         return tuple(out)
 
     segments = []
@@ -267,6 +316,7 @@ def _describe(
     arena = max(arena, sum(input_bytes(p.array) for p in (*constants, *inputs)), 1)
     return Program(
         request.scheme.name,
+        request.scheme.parameters,
         classes,
         constants,
         tuple(inputs),
@@ -274,10 +324,6 @@ def _describe(
         tuple(segments),
         aligned(arena),
     )
-
-
-def _room(values: Sequence[Var]) -> int:
-    return sum(aligned(array_type(v.aval).nbytes) for v in values)
 
 
 def input_bytes(array: ArrayType) -> int:

@@ -9,9 +9,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tempo_jax._jaxpr import JaxprEqn, conv_p, dot_general_p
-from tempo_jax._keying import Axes, Axis, Keying
-from tempo_jax._operands import Context, Operand
+import jax.numpy as jnp
+
+from tempo_jax._jaxpr import Jaxpr, JaxprEqn, Var, conv_p, dot_general_p
+from tempo_jax._keying import ONE, Axes, Axis, Keying
+from tempo_jax._operands import Context, NotEquivariantError, Operand
+from tempo_jax.schemes import Group
 
 
 def dot_general(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
@@ -20,32 +23,52 @@ def dot_general(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) ->
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     keying = context.keying
     for i, j in zip(lhs_contract, rhs_contract, strict=True):
-        reason = "dot_general contracts a signed axis with an unsigned one"
-        _pair(context, lhs[i], rhs[j], lhs[i].weight ^ rhs[j].weight, reason)
+        _contract(context, lhs[i], rhs[j], "dot_general")
     out = []
     for i, j in zip(lhs_batch, rhs_batch, strict=True):
-        axis = _pair(context, lhs[i], rhs[j], 0, "")
-        if axis.node is not None:
-            # Both operands would bring the sign, and the product would lose it.
-            keying.strip_signs(axis.node)
+        axis = _pair(context, lhs[i], rhs[j])
+        if axis.node is not None and keying.group is Group.INVERTIBLE:
+            # Every index of the batch has keys of its own instead.
+            keying.strip_key(axis.node)
+        elif axis.node is not None:
+            # Both operands would bring a sign or a scale, and the product would not show one.
+            keying.mark_batch(axis.node)
         out.append(Axis(axis.node, 0))
     out += [a for i, a in enumerate(lhs) if i not in {*lhs_contract, *lhs_batch}]
     out += [a for j, a in enumerate(rhs) if j not in {*rhs_contract, *rhs_batch}]
     return tuple(out)
 
 
-def _pair(context: Context, a: Axis, b: Axis, weight: int, reason: str) -> Axis:
+def _pair(context: Context, a: Axis, b: Axis) -> Axis:
     """Joins two axes that a product brings together."""
-    if a.node is None and b.node is None:
-        return a
     if a.node is None or b.node is None:
-        # One operand is constant along the axis: any permutation of the other is undone.
-        known = a if b.node is None else b
-        context.keying.demand(weight, known.node, context.equation, reason)
-        return known
+        return a if b.node is None else b
     context.keying.join(a.node, b.node)
-    context.keying.demand(weight, a.node, context.equation, reason)
     return a
+
+
+def _contract(context: Context, a: Axis, b: Axis, name: str) -> None:
+    """Two axes that a product sums over, whose keys must cancel."""
+    keying, equation = context.keying, context.equation
+    known = _pair(context, a, b)
+    if known.node is None:
+        return
+    if a.node is None or b.node is None:
+        # One operand is constant along the axis, so this sums the other along it.
+        if not keying.group.orthogonal and keying.keyed(known.node):
+            raise NotEquivariantError(f"{name} sums along an axis whose key is not orthogonal")
+        reason = f"{name} sums along a signed or mixed axis"
+        keying.demand(a.weight ^ b.weight, known.node, equation, reason)
+    elif keying.group is Group.ORTHOGONAL:
+        for axis in (a, b):
+            reason = f"{name} contracts a square along a mixed axis"
+            keying.demand(axis.weight ^ ONE, known.node, equation, reason)
+    elif keying.group.orthogonal:
+        reason = f"{name} contracts a signed axis with an unsigned one"
+        keying.demand(a.weight ^ b.weight, known.node, equation, reason)
+    else:
+        reason = f"{name} contracts two axes of the same polarity"
+        keying.demand(a.weight ^ b.weight ^ ONE, known.node, equation, reason)
 
 
 def conv_general_dilated(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
@@ -62,9 +85,7 @@ def conv_general_dilated(context: Context, eqn: JaxprEqn, operands: Sequence[Ope
         for axis in (lhs[lhs_feature], rhs[rhs_in], rhs[rhs_out]):
             _strip(keying, axis)
     else:
-        reason = "conv_general_dilated contracts a signed axis with an unsigned one"
-        a, b = lhs[lhs_feature], rhs[rhs_in]
-        _pair(context, a, b, a.weight ^ b.weight, reason)
+        _contract(context, lhs[lhs_feature], rhs[rhs_in], "conv_general_dilated")
     if eqn.params["batch_group_count"] > 1:
         for axis in (lhs[lhs_batch], rhs[rhs_out]):
             _strip(keying, axis)
@@ -92,6 +113,28 @@ PRODUCTS: dict[Any, Callable[[Context, JaxprEqn, Sequence[Operand]], Axes]] = {
     dot_general_p: dot_general,
     conv_p: conv_general_dilated,
 }
+
+
+def is_product(eqn: JaxprEqn) -> bool:
+    """Whether this is a product that could be offloaded: real floats in and out."""
+    return eqn.primitive in PRODUCTS and all(
+        jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (*eqn.invars, *eqn.outvars)
+    )
+
+
+def products_above(jaxpr: Jaxpr) -> dict[Var, int]:
+    """For each variable the products that it depends on, as a bit set over equations."""
+    above: dict[Var, int] = {}
+    for number, eqn in enumerate(jaxpr.eqns):
+        bits = 0
+        for v in eqn.invars:
+            if isinstance(v, Var):
+                bits |= above.get(v, 0)
+        if is_product(eqn):
+            bits |= 1 << number
+        for v in eqn.outvars:
+            above[v] = bits
+    return above
 
 
 def work(eqn: JaxprEqn) -> int:

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from enclave_runtime.program import KeyClass
 from tempo_jax import _jaxpr
 from tempo_jax._placement import Side
 from tempo_jax._plan import Plan, array_type, offloaded, offloaded_work
+from tempo_jax.schemes import Group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +47,63 @@ class Report:
     @property
     def bytes_up(self) -> int:
         """Tensor bytes from the host to the enclave in one call."""
-        return sum(c.array.nbytes for s in self.plan.program.segments for c in s.uploads)
+        return sum(c.blinded.nbytes for s in self.plan.program.segments for c in s.uploads)
 
     @property
     def bytes_down(self) -> int:
         """Tensor bytes from the enclave to the host in one call."""
-        return sum(c.array.nbytes for s in self.plan.program.segments for c in s.downloads)
+        return sum(c.blinded.nbytes for s in self.plan.program.segments for c in s.downloads)
+
+    @property
+    def offloaded_work(self) -> tuple[int, int]:
+        """Floating-point operations of the products sent out, and of all products."""
+        return offloaded_work(self.plan)
+
+    @property
+    def encryptions_saved(self) -> int:
+        """Weights that would be blinded anew in every call if the enclave updated them."""
+        plan = self.plan
+        weights = {plan.jaxpr.invars[i]: i for i in plan.placement.resident}
+        for equation in plan.cut.host:
+            source = equation.eqn.invars[0]
+            unary = len(equation.eqn.invars) == 1 and isinstance(source, _jaxpr.Var)
+            if unary and source in weights:
+                weights[equation.eqn.outvars[0]] = weights[source]  # in another layout
+        operands = [v for _, eqn in offloaded(plan) for v in eqn.invars]
+        return len({weights[v] for v in operands if isinstance(v, _jaxpr.Var) and v in weights})
 
     def _keys(self, v: Any) -> str:
-        """The type of a value with its axes' keys, as in `float32[128:k3±, 32, 16:k5]`."""
-        layout = self.plan.layouts[v]
+        """The type of a value with its axes' keys, as in `float32[128+32:k3, 32, 16:k5]`."""
+        layout, classes = self.plan.layouts[v], self.plan.program.classes
         axes = []
         for n, c, w in zip(v.aval.shape, layout.classes, layout.weights, strict=True):
-            axes.append(str(n) if c is None else f"{n}:k{c}{'±' if w else ''}")
+            if c is None:
+                axes.append(str(n))
+                continue
+            decoys = f"+{classes[c].decoys}" if classes[c].decoys else ""
+            copies = f"×{classes[c].copies}" if classes[c].copies > 1 else ""
+            axes.append(f"{n}{decoys}:k{c}{copies}{self._power(w, classes[c])}")
         return f"{v.aval.dtype}[{', '.join(axes)}]"
+
+    def _power(self, weight: int, key_class: KeyClass) -> str:
+        group = self.plan.request.scheme.group
+        if key_class.batch or group is Group.ORTHOGONAL:
+            return ""
+        if group is Group.SIGNED_PERMUTATION:
+            return "±" if weight else ""
+        return "" if weight else "⁻ᵀ"
+
+    def _legend(self) -> str:
+        """What the marks on axes mean under the scheme."""
+        scheme = self.plan.request.scheme
+        marks = ["kN names an axis's key class", "an axis without one carries no key"]
+        if scheme.group is Group.SIGNED_PERMUTATION:
+            marks.append("± that signs apply")
+        if not scheme.group.orthogonal:
+            marks.append("⁻ᵀ the inverse-transpose key")
+        if scheme.keys_per_product:
+            marks.append("+N decoy rows, ×N a key for each index of the batch")
+        return "; ".join(marks)
 
     def _product(self, eqn: Any) -> str:
         operands = " × ".join(self._keys(v) for v in eqn.invars)
@@ -82,12 +127,9 @@ class Report:
     def _products(self) -> list[str]:
         plan = self.plan
         products = offloaded(plan)
-        outside, total = offloaded_work(plan)
+        outside, total = self.offloaded_work
         share = f", {outside / total:.0%} of the arithmetic of all products" if total else ""
-        lines = [
-            f"on the devices: {len(products)} products{share} "
-            "(kN names an axis's key class, ± that signs apply; axes without one carry no key)"
-        ]
+        lines = [f"on the devices: {len(products)} products{share} ({self._legend()})"]
         lines += _grouped(
             (self._pattern(eqn), f"{self._product(eqn)}, {_jaxpr.source(eqn)}")
             for _, eqn in products
@@ -109,6 +151,10 @@ class Report:
     def _leaves(self) -> list[str]:
         lines = [f"device-resident leaves, updated where they lie: {len(self.resident)}"]
         lines += [f"  {name}: {keys}" for name, keys in self.resident.items()]
+        if self.encryptions_saved:
+            lines.append(
+                f"the cheap update saves {self.encryptions_saved} encryptions of weights a call"
+            )
         if self.fallbacks:
             lines.append("marked cheap, but updated in the enclave:")
             lines += _grouped((why, f"{name}: {why}") for name, why in self.fallbacks.items())

@@ -134,7 +134,7 @@ class Runtime:
             run.failure = run.failure or error
             # Wakes the other workers, who wait in the enclave for this one.
             self._tell_aborted(run)
-            return [_poison(self._local(c.array, c.layout)) for c in segment.downloads]
+            return [_poison(self._local(c.blinded, c.layout)) for c in segment.downloads]
 
     def _local(self, array: ArrayType, layout: Any) -> ArrayType:
         shape = local_shape(array.shape, layout, self.plan.sharded, self._workers)
@@ -142,11 +142,11 @@ class Runtime:
 
     def _part(self, run: _Run, crossing: Any, worker: int) -> tuple[np.ndarray, bool]:
         """A worker's part of a crossing in shared memory, and whether it is split at all."""
-        view = run.arena.view(crossing.array, crossing.offset)
+        view = run.arena.view(crossing.blinded, crossing.offset)
         axis = sharded_axis(crossing.layout, self.plan.sharded)
         if axis is None:
             return view, False
-        size = crossing.array.shape[axis] // self._workers
+        size = crossing.blinded.shape[axis] // self._workers
         part = slice(worker * size, (worker + 1) * size)
         return view[(slice(None),) * axis + (part,)], True
 
@@ -172,7 +172,7 @@ class Runtime:
             self.traffic.round_trips += 1
             for view in run.views:
                 for c in (*segment.uploads, *segment.downloads):
-                    view.crossings.append((view.steps, run.arena.view(c.array, c.offset).copy()))
+                    view.crossings.append((view.steps, run.arena.view(c.blinded, c.offset).copy()))
         return downloads
 
     # Begin and commit
@@ -340,7 +340,7 @@ class Runtime:
             lhs, rhs = (np.asarray(x) for x in operands)
             params = dict(eqn.params)
             view.products.append(
-                Product(view.steps, eqn.primitive, params, (lhs, rhs), np.asarray(product))
+                Product(view.steps, number, eqn.primitive, params, (lhs, rhs), np.asarray(product))
             )
         view.revealed += [(view.steps, np.asarray(x)) for x in result.revealed]
         view.leaves += [(view.steps, np.asarray(x)) for x in leaves]

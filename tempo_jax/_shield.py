@@ -20,7 +20,6 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from tempo_jax import _jaxpr
-from tempo_jax._cost import CostModel
 from tempo_jax._enclave import Enclave
 from tempo_jax._observation import active_views
 from tempo_jax._plan import Plan, Request, make_plan
@@ -28,7 +27,7 @@ from tempo_jax._report import Report
 from tempo_jax._runtime import Runtime, Traffic
 from tempo_jax._sealed import BLINDED, is_sealed
 from tempo_jax.errors import SecrecyError, UnsupportedError
-from tempo_jax.schemes import Scheme, SignedPermutation
+from tempo_jax.schemes import Mixing, Scheme
 
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_shield", default=False)
 
@@ -58,8 +57,9 @@ def shield(
     Args:
       function: any function that `jax.jit` takes; omitted when used as a decorator.
       enclave: where the trusted part runs.
-      scheme: how operands are blinded; `schemes.SignedPermutation()` for now, which
-        obfuscates and does not protect (see its documentation).
+      scheme: how operands are blinded; `schemes.Mixing()` by default. The others keep weights
+        on the devices and are cheaper; they obfuscate and do not protect (see their
+        documentation).
       public: names or positions of arguments that the host may know.
       placement: "auto", or "enclave" to run the whole function inside.
       offload: "auto" sends a product out when that is less work for the enclave; "all" sends
@@ -94,9 +94,7 @@ def shield(
             mesh=mesh,
             donate=donate,
         )
-    return Shielded(
-        function, enclave, scheme or SignedPermutation(), public, placement, offload, mesh, donate
-    )
+    return Shielded(function, enclave, scheme or Mixing(), public, placement, offload, mesh, donate)
 
 
 class _Signature:
@@ -171,13 +169,7 @@ class Shielded:
         if not isinstance(scheme, Scheme):
             raise UnsupportedError(
                 f"shield: scheme is a {type(scheme).__name__}, expected an object such as "
-                "`tempo_jax.schemes.SignedPermutation()`"
-            )
-        if scheme.polarities != 1 or scheme.decoy_rows or not scheme.shares_classes:
-            raise UnsupportedError(
-                f"shield: scheme {scheme.name} needs polarities, decoy rows or keys for each "
-                "product, which the planner does not solve for; expected an orthogonal scheme with "
-                "shared classes, such as `tempo_jax.schemes.SignedPermutation()`"
+                "`tempo_jax.schemes.Mixing()`"
             )
         _check_option("placement", placement, ("auto", "enclave"))
         _check_option("offload", offload, ("auto", "all"))
@@ -190,7 +182,7 @@ class Shielded:
         self._scheme = scheme
         self._public = self._public_names(public)
         self._offload = placement == "auto"
-        self._costs = None if offload == "all" else CostModel()
+        self._weighs_costs = placement == "auto" and offload == "auto"
         self._mesh = mesh
         self._donate = donate
         self._programs: dict[Any, list[_Program]] = {}
@@ -296,7 +288,7 @@ class Shielded:
             public=signature.public,
             on_devices=signature.on_devices,
             scheme=self._scheme,
-            costs=self._costs,
+            costs=self._enclave.costs if self._weighs_costs else None,
             offload=self._offload,
             workers=1 if self._mesh is None else self._mesh.size,
         )

@@ -2,11 +2,13 @@
 
 It shares the planner and the blinding schemes with the real thing, and neither the host program,
 the protocol nor the enclave's executor. It is strict where those are lenient: a segment sees the
-values it declares and no others, the host sees what was sent to it and what it computed.
+values it declares and no others, the host sees what was sent to it and what it computed, and
+every value on the host has the type that the plan says.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from enclave_runtime.keys import KeySchedule
-from enclave_runtime.schemes import SCHEMES
+from enclave_runtime.program import ArrayType, Crossing, Layout
+from enclave_runtime.schemes import Scheme, make_scheme
 from tempo_jax import _jaxpr
-from tempo_jax._plan import Plan, Request, make_plan
-from tempo_jax.schemes import SignedPermutation
+from tempo_jax._plan import Plan, Request, array_type, make_plan
+from tests.steps import SIGNED_PERMUTATION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +38,19 @@ class Flat:
     leaves: Sequence[Any]
 
 
-def plan(function: Callable[..., Any], *arguments: Any, stateful: bool = False) -> Flat:
-    """Plans a function as `shield(function, offload="all")` does.
+def plan(
+    function: Callable[..., Any],
+    *arguments: Any,
+    stateful: bool = False,
+    scheme: Scheme = SIGNED_PERMUTATION,
+) -> Flat:
+    """Plans a function as `shield(function, scheme=scheme, offload="all")` does.
 
     Args:
       function: what to plan.
       *arguments: pytrees of arrays.
       stateful: whether the first argument and the first result carry state.
+      scheme: the blinding scheme.
     """
     leaves, structure = jax.tree.flatten(arguments)
     out: list[Any] = []
@@ -57,7 +66,7 @@ def plan(function: Callable[..., Any], *arguments: Any, stateful: bool = False) 
         carried={i: i for i in range(len(jax.tree.leaves(arguments[0])))} if stateful else {},
         public=frozenset(),
         on_devices=frozenset(),
-        scheme=SignedPermutation(),
+        scheme=scheme,
         costs=None,
         offload=True,
         workers=1,
@@ -70,47 +79,94 @@ def interpret(flat: Flat) -> Any:
     return jax.tree.unflatten(flat.structure, _Interpreter(flat.plan).run(flat.leaves))
 
 
+def blind(
+    scheme: Scheme, plain: Any, layout: Layout, keys: Mapping[int, Any], blinded: ArrayType
+) -> tuple[np.ndarray, Any]:
+    """Blinds a value into an array of the type `blinded`.
+
+    Returns:
+      The array, and what unblinding a product of it needs.
+    """
+    # What a scheme forgot to write does not pass for a value.
+    out = np.full(blinded.shape, np.nan, np.dtype(blinded.dtype))
+    stream = functools.partial(KeySchedule().stream, "tensor")
+    secret = scheme.blind(plain, layout, keys, out, stream)
+    return out, secret
+
+
 class _Interpreter:
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.scheme = SCHEMES[plan.program.scheme]
+        self.scheme = make_scheme(plan.program.scheme, plan.program.parameters)
         schedule = KeySchedule()
         self.keys = {
             number: self.scheme.draw(key_class, schedule.stream("class", number))
             for number, key_class in enumerate(plan.program.classes)
         }
+        self.secrets: dict[int, Any] = {}  # of each value that was sent, by its number
         self.inside: dict[Any, Any] = {}
         self.received: dict[Any, Any] = {}
         self.computed: dict[Any, Any] = {}
 
-    def blind(self, variable: Any, plain: Any) -> jax.Array:
-        layout = self.plan.layouts.get(variable)
-        return plain if layout is None else self.scheme.blind(plain, layout, self.keys)
+    # Crossings
 
-    def unblind(self, variable: Any, blinded: Any) -> jax.Array:
-        layout = self.plan.layouts[variable]
-        return self.scheme.unblind(np.asarray(blinded), layout, self.keys)
+    def blind(self, variable: Any, plain: Any) -> tuple[jax.Array, Any]:
+        """A value as the host gets it when it is to lie on the devices."""
+        layout, array = self.plan.layout(variable), self.plan.blinded(variable)
+        out, secret = blind(self.scheme, plain, layout, self.keys, array)
+        return jnp.asarray(out), secret
+
+    def send(self, variable: Any, crossing: Crossing) -> None:
+        assert crossing.layout == self.plan.layout(variable)
+        plain = self.inside[variable]
+        if crossing.layout.keyed:
+            blinded, self.secrets[crossing.value] = self.blind(variable, plain)
+        else:
+            blinded = plain
+        assert array_type(blinded) == crossing.blinded
+        self.received[variable] = blinded
+
+    def receive(self, variable: Any, crossing: Crossing) -> None:
+        assert crossing.layout == self.plan.layout(variable)
+        blinded = self.computed[variable]
+        assert array_type(blinded) == crossing.blinded
+        if not crossing.layout.keyed:
+            self.inside[variable] = blinded
+            return
+        operands = None
+        if crossing.operands is not None:
+            left, right = crossing.operands
+            operands = (self.secrets[left], self.secrets[right])
+        plain = self.unblind(blinded, crossing.layout, operands)
+        assert array_type(plain) == crossing.array
+        self.inside[variable] = plain
+
+    def unblind(self, blinded: Any, layout: Layout, operands: Any = None) -> jax.Array:
+        return self.scheme.unblind(np.asarray(blinded), layout, self.keys, operands)
+
+    # The run
 
     def run(self, arguments: Sequence[Any]) -> list[Any]:
         plan = self.plan
         self.inside.update(zip(plan.jaxpr.constvars, plan.flat.consts, strict=True))
         for index, (variable, x) in enumerate(zip(plan.jaxpr.invars, arguments, strict=True)):
             if index in plan.placement.resident:
-                self.computed[variable] = self.blind(variable, x)
+                self.computed[variable], _ = self.blind(variable, x)
             else:
                 self.inside[variable] = jnp.asarray(x)
         for eqn in plan.cut.constants:
             self.host_equation(eqn, self.computed, self.computed)
         pending = list(plan.cut.host)
-        for level, segment in enumerate(plan.cut.segments):
+        parts = zip(plan.cut.segments, plan.program.segments, strict=True)
+        for level, (segment, described) in enumerate(parts):
             pending = self.host_equations(pending, level)
-            for v in segment.uploads:
-                self.inside[v] = self.unblind(v, self.computed[v])
+            for v, crossing in zip(segment.uploads, described.uploads, strict=True):
+                self.receive(v, crossing)
             seen = {v: self.inside[v] for v in segment.inputs}
             outputs = _jaxpr.evaluate(segment.eqns, seen, segment.outputs)
             self.inside.update(zip(segment.outputs, outputs, strict=True))
-            for v in segment.downloads:
-                self.received[v] = self.blind(v, self.inside[v])
+            for v, crossing in zip(segment.downloads, described.downloads, strict=True):
+                self.send(v, crossing)
         assert not self.host_equations(pending, len(plan.cut.segments))
         return [self.output(i, v) for i, v in enumerate(plan.jaxpr.outvars)]
 
@@ -136,7 +192,7 @@ class _Interpreter:
             return self.received[variable]
         places = dict(zip(self.plan.sealed, self.plan.program.outputs, strict=True))
         if places[position].place == "device":
-            return self.unblind(variable, self.computed[variable])
+            return self.unblind(self.computed[variable], places[position].layout)
         return self.inside[variable]
 
 

@@ -1,6 +1,7 @@
 """Step builders and comparisons that several test modules share."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,12 +14,19 @@ import optax
 
 import tempo_jax as tempo
 from tempo_jax._plan import offloaded
+from tempo_jax.schemes import SignedPermutation
+
+# The scheme that blinds products of any size and keeps weights on the devices.
+SIGNED_PERMUTATION = SignedPermutation()
 
 # Sums of a few hundred terms near 1 in float64, taken in another order.
 TOLERANCE = 1e-10
 
 # The plain step is compiled to be compared with, not to be fast; this halves the time it takes.
 PLAIN_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+# `shield` with every product on the devices, however small: what most tests are about.
+shield_all = functools.partial(tempo.shield, scheme=SIGNED_PERMUTATION, offload="all")
 
 # loss(parameters, rest, batch) -> (loss, (rest, outputs)); `rest` is whatever else is carried.
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, tuple[Any, jax.Array]]]

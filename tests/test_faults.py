@@ -32,7 +32,7 @@ from tempo_jax.errors import (
     SharedMemoryError,
     TempoError,
 )
-from tests.steps import assert_close, uniform
+from tests.steps import assert_close, shield_all, uniform
 from tests.test_enclave import is_running, nothing_left_behind
 
 OPTIMIZER = tempo.cheap_update(optax.sgd(0.1, momentum=0.9))
@@ -77,7 +77,7 @@ CHAIN = jnp.tanh(X @ W) @ V
 @pytest.fixture(scope="module")
 def train(enclave) -> Any:
     """The shielded step."""
-    return tempo.shield(train_step, enclave=enclave, offload="all")
+    return shield_all(train_step, enclave=enclave)
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def promptly(seconds: float = 5.0) -> Iterator[None]:
 def test_killed_enclave_ends_the_step(monkeypatch, visit):
     with nothing_left_behind(), tempo.Enclave.launch() as running:
         process = running.connection.process
-        shielded = tempo.shield(chain, enclave=running, offload="all", donate=False)
+        shielded = shield_all(chain, enclave=running, donate=False)
         shielded.traffic(X, W, V)  # compiles
         at_visit(monkeypatch, visit, lambda: os.kill(process.pid, signal.SIGKILL))
         with promptly(), pytest.raises(EnclaveDiedError, match="was killed by signal 9"):
@@ -136,7 +136,7 @@ def test_killed_enclave_ends_the_step(monkeypatch, visit):
 def test_killed_enclave_ends_a_step_in_jit(monkeypatch):
     with nothing_left_behind(), tempo.Enclave.launch() as running:
         process = running.connection.process
-        shielded = tempo.shield(chain, enclave=running, offload="all", donate=False)
+        shielded = shield_all(chain, enclave=running, donate=False)
         step, sealed = jax.jit(shielded), running.seal((X, W, V))
         assert_close(step(*sealed), CHAIN)
         at_visit(monkeypatch, 1, lambda: os.kill(process.pid, signal.SIGKILL))
@@ -147,7 +147,7 @@ def test_killed_enclave_ends_a_step_in_jit(monkeypatch):
 def test_closing_ends_the_step(monkeypatch):
     with nothing_left_behind():
         running = tempo.Enclave.launch()
-        shielded = tempo.shield(chain, enclave=running, offload="all", donate=False)
+        shielded = shield_all(chain, enclave=running, donate=False)
         shielded.traffic(X, W, V)
         at_visit(monkeypatch, 1, running.close)
         with promptly(), pytest.raises(EnclaveError):
@@ -295,7 +295,7 @@ def test_step_interrupted_twice_still_runs_out(enclave, train, state, monkeypatc
 
 
 def test_two_functions_from_two_threads(enclave, train):
-    shielded = tempo.shield(chain, enclave=enclave, offload="all", donate=False)
+    shielded = shield_all(chain, enclave=enclave, donate=False)
 
     def repeat_chain() -> None:
         for _ in range(10):
@@ -321,7 +321,7 @@ def test_two_functions_from_two_threads(enclave, train):
 
 
 def test_nans_pass_through(enclave, train):
-    shielded = tempo.shield(chain, enclave=enclave, offload="all", donate=False)
+    shielded = shield_all(chain, enclave=enclave, donate=False)
     for values in (jnp.nan, jnp.inf, -jnp.inf):
         x = X.at[2, 1].set(values)
         out = shielded(x, W, V)
@@ -429,7 +429,7 @@ _chains: dict[int, Any] = {}
 
 def _provisioned_chain(enclave: tempo.Enclave) -> Any:
     if id(enclave) not in _chains:
-        _chains[id(enclave)] = tempo.shield(chain, enclave=enclave, offload="all", donate=False)
+        _chains[id(enclave)] = shield_all(chain, enclave=enclave, donate=False)
     return _chains[id(enclave)]
 
 

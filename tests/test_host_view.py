@@ -24,7 +24,7 @@ from tempo_jax._placement import Side
 from tempo_jax._plan import Plan, offloaded
 from tempo_jax.errors import UnsupportedError
 from tempo_jax.testing import HostView
-from tests.steps import assert_close, uniform
+from tests.steps import assert_close, shield_all, uniform
 
 OPTIMIZER = tempo.cheap_update(optax.adamw(1e-2))
 
@@ -137,7 +137,7 @@ def task(enclave, request) -> Task:
     model, shape = MODELS[request.param]
     x, y = uniform(1, *shape), jax.nn.softmax(uniform(2, shape[0], 6))
     step, arguments = train_step(model), (initial_state(model, x), x, y)
-    shielded = tempo.shield(step, enclave=enclave, offload="all", donate=False)
+    shielded = shield_all(step, enclave=enclave, donate=False)
     result, plain = in_the_clear(shielded.explain(*arguments).plan, arguments, 2)
     result = jax.tree.unflatten(jax.tree.structure((arguments[0], 0)), result)
     return Task(step, arguments, shielded, plain, result)
@@ -204,7 +204,7 @@ def without_keys(plan: Plan) -> Plan:
 def test_without_keys_every_operand_is_found(enclave, task, monkeypatch):  # the control
     make_plan = _shield.make_plan
     monkeypatch.setattr(_shield, "make_plan", lambda request: without_keys(make_plan(request)))
-    shielded = tempo.shield(task.step, enclave=enclave, offload="all", donate=False)
+    shielded = shield_all(task.step, enclave=enclave, donate=False)
     view = observe(enclave, task, shielded)
     tensors = [array for array in view.arrays() if array.shape]
     assert len(tensors) > 50
@@ -219,7 +219,7 @@ def test_comparison_is_up_to_rounding_and_shape():
 
 
 def test_blinding_differs_from_run_to_run(enclave):
-    shielded = tempo.shield(lambda x, w: x @ w, enclave=enclave, offload="all", donate=False)
+    shielded = shield_all(lambda x, w: x @ w, enclave=enclave, donate=False)
     with tempo.testing.host_view() as view:
         for _ in range(2):
             shielded(uniform(1, 9, 8), uniform(2, 8, 7))
@@ -234,7 +234,7 @@ def test_blinding_differs_from_run_to_run(enclave):
 
 
 def test_recording_of_a_call_inside_jit_is_refused(enclave):
-    shielded = tempo.shield(lambda x: tempo.reveal(x @ x.T), enclave=enclave, offload="all")
+    shielded = shield_all(lambda x: tempo.reveal(x @ x.T), enclave=enclave)
     sealed = enclave.seal(uniform(1, 4, 4))
     with tempo.testing.host_view() as view:
         with pytest.raises(UnsupportedError, match="outside jit only"):

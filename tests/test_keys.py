@@ -17,8 +17,8 @@ from scipy import stats
 
 from enclave_runtime.keys import KeySchedule, KeyStream
 from enclave_runtime.program import ArrayType, KeyClass, Layout
-from enclave_runtime.schemes import signed_permutation
-from enclave_runtime.store import Blinded, Resident
+from enclave_runtime.schemes import SignedPermutation
+from enclave_runtime.store import Blinded, KeyUses, Resident
 
 KEY = bytes(range(32))
 # A fair generator is rejected once in a million runs; the planted biases lie far beyond.
@@ -66,6 +66,58 @@ def test_signs_are_signs(key, size):
     signs = KeyStream(key).signs(size)
     assert signs.dtype == np.int8 and signs.shape == (size,)
     assert set(signs.tolist()) <= {-1, 1}
+
+
+@given(key=KEYS, count=st.integers(0, 300))
+def test_uniform_and_normal_values_are_determined_by_the_stream(key, count):
+    uniform = KeyStream(key).uniform(count)
+    assert uniform.dtype == np.float64 and uniform.shape == (count,)
+    assert ((uniform > 0) & (uniform < 1)).all()
+    np.testing.assert_array_equal(uniform, KeyStream(key).uniform(count))
+    for dtype in (np.float32, np.float64):
+        normal = KeyStream(key).normal(count, dtype)
+        assert normal.dtype == dtype and normal.shape == (count,)
+        assert (np.abs(normal) < 6.8).all()
+        np.testing.assert_array_equal(normal, KeyStream(key).normal(count, dtype))
+
+
+class _Constant(KeyStream):
+    """Gives one word for ever."""
+
+    def __init__(self, word: int):
+        self._word = word
+
+    def words(self, count: int) -> np.ndarray:
+        return np.full(count, self._word, np.uint64)
+
+
+def test_extreme_words_give_values_inside_the_bounds():
+    lowest, highest = _Constant(0), _Constant(2**64 - 1)
+    assert lowest.uniform(1)[0] == 2.0**-53 and highest.uniform(1)[0] == 1 - 2.0**-53
+    for stream in (lowest, highest):
+        assert (np.abs(stream.normal(2, np.float64)) < 6.8).all()
+        assert np.isfinite(stream.normal(2, np.float64)).all()
+        np.testing.assert_array_equal(np.sort(stream.permutation(99)), np.arange(99))
+
+
+def test_shuffle_is_fisher_and_yates():
+    words, expected = KeyStream(KEY).words(100).tolist(), list(range(100))
+    for i in range(99, 0, -1):
+        j = words[i] * (i + 1) >> 64
+        expected[i], expected[j] = expected[j], expected[i]
+    assert KeyStream(KEY).permutation(100).tolist() == expected
+
+
+def test_normal_values_are_those_of_box_and_muller():
+    words = KeyStream(KEY).words(3 * 4096).reshape(3, 1, 4096)
+    u = ((words & np.uint64(2**32 - 1)) + 0.5) / 2**32
+    quarter = ((words >> np.uint64(32) & np.uint64(2**30 - 1)) + 0.5) / 2**30
+    radius, angle = np.sqrt(-2 * np.log(u)), quarter * np.pi / 2
+    bits = [words >> np.uint64(62) & np.uint64(1), words >> np.uint64(63)]
+    signs = 1.0 - 2 * np.concatenate(bits, 1)
+    expected = signs * radius * np.concatenate([np.cos(angle), np.sin(angle)], 1)
+    got = KeyStream(KEY).normal(3 * 8192, np.float64)
+    np.testing.assert_allclose(got, expected.reshape(-1), rtol=0, atol=1e-10)
 
 
 # Uniformity
@@ -165,11 +217,47 @@ def test_biased_signs_are_rejected(biased):
     assert sign_p_value(biased) < LEVEL
 
 
+def moment_p_value(values: np.ndarray, order: int) -> float:
+    """Whether a moment of supposedly standard normal values is as far off as chance lets it be."""
+    mean, square = (float(stats.norm.moment(n)) for n in (order, 2 * order))
+    error = (np.mean(values**order) - mean) / np.sqrt((square - mean**2) / values.size)
+    return float(2 * stats.norm.sf(abs(error)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_normal_values_are_normal(dtype):
+    values = KeyStream(KEY).normal(1_000_001, dtype).astype(np.float64)
+    assert stats.kstest(values, "norm").pvalue > LEVEL
+    assert min(moment_p_value(values, order) for order in (1, 2, 3, 4, 6)) > LEVEL
+    # Values half a block apart come from one word; they and their squares must not be
+    # correlated.
+    for power in (1, 2):
+        for lag in (1, 2, 4096):
+            first, second = values[:-lag] ** power, values[lag:] ** power
+            correlation = np.corrcoef(first, second)[0, 1]
+            assert 2 * stats.norm.sf(abs(correlation) * np.sqrt(first.size)) > LEVEL
+
+
+@pytest.mark.parametrize("biased", [lambda x: 1.01 * x, lambda x: x + 0.01, np.abs])
+def test_values_that_are_not_normal_are_rejected(biased):
+    values = biased(KeyStream(KEY).normal(1_000_001, np.float64))
+    assert stats.kstest(values, "norm").pvalue < LEVEL
+    assert min(moment_p_value(values, order) for order in (1, 2, 3, 4, 6)) < LEVEL
+
+
+def test_uniform_values_are_uniform():
+    values = KeyStream(KEY).uniform(1_000_000)
+    assert stats.kstest(values, "uniform").pvalue > LEVEL
+    assert stats.kstest(values**1.01, "uniform").pvalue < LEVEL
+    low_bits = (values * 2**52).astype(np.uint64) & np.uint64(255)
+    assert stats.chisquare(np.bincount(low_bits.astype(int), minlength=256)).pvalue > LEVEL
+
+
 def test_permutation_and_signs_of_a_key_are_independent():
     stream, counts = KeyStream(KEY), np.zeros((6, 8))
     number = {p: i for i, p in enumerate(itertools.permutations(range(3)))}
     for _ in range(9600):
-        key = signed_permutation.draw(KeyClass(3, True), stream)
+        key = SignedPermutation().draw(KeyClass(3), stream)
         counts[
             number[tuple(key.permutation.tolist())], (np.asarray(key.signs) < 0) @ [1, 2, 4]
         ] += 1
@@ -179,11 +267,11 @@ def test_permutation_and_signs_of_a_key_are_independent():
 # Keys of the group
 
 
-@given(key=KEYS, size=st.integers(0, 40), signed=st.booleans())
-def test_drawn_keys_are_consistent(key, size, signed):
-    drawn = signed_permutation.draw(KeyClass(size, signed), KeyStream(key))
+@given(key=KEYS, size=st.integers(0, 40), batch=st.booleans())
+def test_drawn_keys_are_consistent(key, size, batch):
+    drawn = SignedPermutation().draw(KeyClass(size, batch), KeyStream(key))
     np.testing.assert_array_equal(drawn.permutation[drawn.inverse], np.arange(size))
-    assert (drawn.signs is not None) == signed
+    assert (drawn.signs is None) == batch
 
 
 # Nothing is shown
@@ -191,7 +279,8 @@ def test_drawn_keys_are_consistent(key, size, signed):
 
 def test_representations_show_nothing():
     stream = KeyStream(KEY)
-    signed = signed_permutation.draw(KeyClass(5, True), stream)
+    scheme = SignedPermutation()
+    signed = scheme.draw(KeyClass(5), stream)
     array, layout = ArrayType((5,), "float64"), Layout((0,), (1,))
     secrets = {
         "KeyStream(<secret>)": stream,
@@ -199,7 +288,7 @@ def test_representations_show_nothing():
         "SignedPermutationKey(<secret>)": signed,
         f"Resident({array}, <secret>)": Resident(array, jnp.arange(5.0)),
         f"Blinded({array}, signed_permutation, <secret>)": Blinded(
-            array, "signed_permutation", layout, {0: signed}
+            array, scheme, layout, {0: signed}, {0: False}, {0: KeyUses()}
         ),
     }
     for text, secret in secrets.items():

@@ -25,7 +25,7 @@ from tempo_jax import _jaxpr
 from tempo_jax._mesh import choose_sharded, local_shape, sharded_axis
 from tempo_jax._runtime import Runtime
 from tempo_jax.errors import EnclaveDiedError
-from tests.steps import assert_close, uniform
+from tests.steps import assert_close, shield_all, uniform
 from tests.test_faults import interrupt
 
 STEPS = 3
@@ -152,7 +152,7 @@ def host_equations(
 @pytest.mark.parametrize("model", ["mlp", "convnet", "attention"])
 def test_workers_equal_one_device(enclave, request, model, workers):
     task = request.getfixturevalue(model)
-    shielded = tempo.shield(task.step, enclave=enclave, offload="all", mesh=mesh_of(workers))
+    shielded = shield_all(task.step, enclave=enclave, mesh=mesh_of(workers))
     report = shielded.explain(task.state, *task.batch)
     sharded = report.plan.sharded
     assert sharded and report.resident
@@ -175,7 +175,7 @@ def test_workers_equal_one_device(enclave, request, model, workers):
 
 def test_traffic_is_that_of_one_device(enclave, mlp):
     # Each worker brings its part, so together they move each tensor once.
-    shielded = tempo.shield(mlp.step, enclave=enclave, offload="all", mesh=mesh_of(2))
+    shielded = shield_all(mlp.step, enclave=enclave, mesh=mesh_of(2))
     report = shielded.explain(mlp.state, *mlp.batch)
     shielded(enclave.seal(mlp.state), *mlp.batch)
     traffic = shielded.traffic(mlp.state, *mlp.batch)
@@ -184,14 +184,14 @@ def test_traffic_is_that_of_one_device(enclave, mlp):
 
 
 def test_mesh_of_one_worker(enclave, mlp):
-    shielded = tempo.shield(mlp.step, enclave=enclave, offload="all", mesh=mesh_of(1))
+    shielded = shield_all(mlp.step, enclave=enclave, mesh=mesh_of(1))
     assert not shielded.explain(mlp.state, *mlp.batch).plan.sharded
     assert_equals_one_device(enclave, shielded, mlp)
 
 
 def test_batch_that_does_not_divide(enclave):
     task = make_task(MLP(), (7, 6), ADAMW)
-    shielded = tempo.shield(task.step, enclave=enclave, offload="all", mesh=mesh_of(4))
+    shielded = shield_all(task.step, enclave=enclave, mesh=mesh_of(4))
     report = shielded.explain(task.state, *task.batch)
     assert not report.plan.sharded and "classes split over them: none" in str(report)
     assert_equals_one_device(enclave, shielded, task)
@@ -201,7 +201,7 @@ def test_workers_divide_only_some_classes(enclave):
     # Nothing is resident, so features could be split too; of 7 rows, 6, 8 and 5 features only the
     # 8 hidden ones divide by 4: local in the first layer, contracted in the second.
     task = make_task(MLP(), (7, 6), optax.adamw(1e-2))
-    shielded = tempo.shield(task.step, enclave=enclave, offload="all", mesh=mesh_of(4))
+    shielded = shield_all(task.step, enclave=enclave, mesh=mesh_of(4))
     report = shielded.explain(task.state, *task.batch)
     classes = report.plan.program.classes
     assert report.plan.sharded and not report.resident
@@ -213,7 +213,7 @@ def test_workers_divide_only_some_classes(enclave):
 
 
 def test_steps_in_jit_and_scan(enclave, mlp):
-    shielded = tempo.shield(mlp.step, enclave=enclave, offload="all", mesh=mesh_of(2))
+    shielded = shield_all(mlp.step, enclave=enclave, mesh=mesh_of(2))
     batch = enclave.seal(mlp.batch)
     state, first = shielded(enclave.seal(mlp.state), *batch)
 
@@ -227,8 +227,7 @@ def test_steps_in_jit_and_scan(enclave, mlp):
 
 def test_state_moves_between_meshes(enclave, mlp):
     steps = [
-        tempo.shield(mlp.step, enclave=enclave, offload="all", mesh=mesh)
-        for mesh in (mesh_of(2), None, mesh_of(4))
+        shield_all(mlp.step, enclave=enclave, mesh=mesh) for mesh in (mesh_of(2), None, mesh_of(4))
     ]
     state, losses = enclave.seal(mlp.state), []
     for step in steps:
@@ -262,7 +261,7 @@ def watched(enclave: tempo.Enclave, seconds: float = 20.0) -> Iterator[None]:
 def fragile(mlp) -> Iterator[tuple[tempo.Enclave, Any]]:
     """An enclave that a test may lose, and the step of an MLP on four workers."""
     with tempo.Enclave.launch() as running:
-        shielded = tempo.shield(mlp.step, enclave=running, offload="all", mesh=mesh_of(4))
+        shielded = shield_all(mlp.step, enclave=running, mesh=mesh_of(4))
         shielded.traffic(running.seal(mlp.state), *mlp.batch)
         yield running, shielded
 
@@ -338,7 +337,7 @@ def test_killed_enclave_ends_all_workers(fragile, mlp, monkeypatch):
 # The choice of classes
 
 
-CLASSES = (KeyClass(8, True), KeyClass(6, True), KeyClass(4, True), KeyClass(3, True))
+CLASSES = (KeyClass(8), KeyClass(6), KeyClass(4), KeyClass(3), KeyClass(9, decoys=1))
 
 
 def layout(*classes: int | None) -> Layout:
@@ -361,6 +360,9 @@ def layout(*classes: int | None) -> Layout:
         ([(layout(0, 0), 10)], [], 2, set()),
         ([(layout(0, 1), 10), (layout(0, 0), 1)], [], 2, {1}),
         ([(layout(None, 2), 10)], [], 4, {2}),
+        # What is split is the axis together with its decoys.
+        ([(layout(4, 1), 10)], [], 5, {4}),
+        ([(layout(4, 1), 10)], [], 3, {1}),
         ([], [], 4, set()),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 import tempo_jax as tempo
-from tests.steps import assert_close, offloaded_products, uniform
+from tests.steps import assert_close, offloaded_products, shield_all, uniform
 
 X = uniform(1, 8, 12)
 W = uniform(2, 12, 8)
@@ -475,7 +475,7 @@ def precision_and_formats(x, w):
 def test_shielded_equals_jitted(enclave, name):
     function, arguments = CASES[name]
     expected = jax.jit(function)(*arguments)
-    shielded = tempo.shield(function, enclave=enclave, offload="all", donate=False)
+    shielded = shield_all(function, enclave=enclave, donate=False)
     assert_close(enclave.open(shielded(*arguments)), expected)
 
 
@@ -483,7 +483,7 @@ def test_keyword_arguments(enclave):
     def function(x, w, *, scale=2.0, bias=None):
         return (x @ w) * scale if bias is None else x @ w + bias
 
-    shielded = tempo.shield(function, enclave=enclave, offload="all", donate=False)
+    shielded = shield_all(function, enclave=enclave, donate=False)
     assert_close(enclave.open(shielded(X, w=W, scale=3)), function(X, W, scale=3))
     assert_close(enclave.open(shielded(X, W, bias=X[:, :8])), function(X, W, bias=X[:, :8]))
 
@@ -495,8 +495,8 @@ def test_methods_and_partial_functions(enclave):
         def apply(self, x):
             return x @ self.weights
 
-    bound = tempo.shield(Layer().apply, enclave=enclave, offload="all", donate=False)
-    partial = tempo.shield(functools.partial(jnp.matmul, X), enclave=enclave, offload="all")
+    bound = shield_all(Layer().apply, enclave=enclave, donate=False)
+    partial = shield_all(functools.partial(jnp.matmul, X), enclave=enclave)
     assert_close(enclave.open(bound(X)), X @ W)
     assert_close(enclave.open(partial(W)), X @ W)
 
@@ -510,14 +510,14 @@ def test_products_of_small_integers_are_exact_in_every_format(enclave, dtype):
     def function(x, w):
         return jnp.matmul(x, w), lax.dot(x, w, preferred_element_type=jnp.float32)
 
-    shielded = tempo.shield(function, enclave=enclave, offload="all", donate=False)
+    shielded = shield_all(function, enclave=enclave, donate=False)
     assert offloaded_products(shielded, x, w) == 2
     assert_close(enclave.open(shielded(x, w)), jax.jit(function)(x, w), tolerance=0)
 
 
 def test_debugging_callbacks_are_left_out_with_a_note(enclave, capfd):
     function, arguments = CASES["printing_in_loops"]
-    shielded = tempo.shield(function, enclave=enclave, offload="all", donate=False)
+    shielded = shield_all(function, enclave=enclave, donate=False)
     shielded(*arguments)
     jax.effects_barrier()
     assert "secret" not in capfd.readouterr().out
@@ -526,7 +526,7 @@ def test_debugging_callbacks_are_left_out_with_a_note(enclave, capfd):
 
 def test_values_without_a_key_stay_inside(enclave):
     # A scalar product of vectors would show its result, whatever the blinding of its operands.
-    shielded = tempo.shield(lambda x, y: x @ y, enclave=enclave, offload="all", donate=False)
+    shielded = shield_all(lambda x, y: x @ y, enclave=enclave, donate=False)
     assert offloaded_products(shielded, X[0], X[1]) == 0
     report = str(shielded.explain(X[0], X[1]))
     assert "no axis of an operand or of the result can carry a key" in report

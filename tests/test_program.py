@@ -19,12 +19,18 @@ from enclave_runtime.program import (
     MAX_RANK,
     MAX_VALUES,
     ArrayType,
+    KeyClass,
     Layout,
     Program,
     ProgramError,
     aligned,
 )
-from tests.steps import uniform
+from enclave_runtime.schemes import SCHEMES, make_scheme
+from enclave_runtime.wire import Kind
+from tempo_jax.errors import EnclaveError
+from tempo_jax.schemes import Mixing, Orthogonal, SignedPermutation, Tempo
+from tests.interpreter import plan
+from tests.steps import shield_all, uniform
 
 HASH = "0123456789abcdef" * 4
 
@@ -48,32 +54,76 @@ def program(enclave) -> Program:
     constant = uniform(9, 3, 2)
     params = {"first": uniform(1, 5, 4), "bias": uniform(2, 4), "second": uniform(3, 4, 2)}
     state = params, optax.sgd(0.1, momentum=0.9).init(params)
-    shielded = tempo.shield(
-        lambda state, x, y: _train_step(state, x, y + constant),
-        enclave=enclave,
-        offload="all",
-        public=("y",),
+    shielded = shield_all(
+        lambda state, x, y: _train_step(state, x, y + constant), enclave=enclave, public=("y",)
     )
-    plan = shielded.explain(state, uniform(4, 3, 5), uniform(5, 3, 2)).plan
-    segments = tuple(dataclasses.replace(s, executable=HASH) for s in plan.program.segments)
-    return dataclasses.replace(plan.program, segments=segments)
+    planned = shielded.explain(state, uniform(4, 3, 5), uniform(5, 3, 2)).plan
+    return with_executables(planned.program)
+
+
+def _products(x: jax.Array, w: jax.Array, y: jax.Array, v: jax.Array) -> Any:
+    return jnp.tanh(x @ w), jnp.tanh(y @ v)
+
+
+@pytest.fixture(scope="module")
+def product_program() -> Program:
+    """A program with keys per product, one of them for a batch of matrices."""
+    shapes = (130, 64), (64, 65), (2, 128, 64), (2, 64, 66)
+    operands = (uniform(i, *shape) for i, shape in enumerate(shapes))
+    return with_executables(plan(_products, *operands, scheme=Mixing()).plan.program)
+
+
+@pytest.fixture(scope="module", params=["program", "product_program"])
+def any_program(request) -> Program:
+    """Either of them."""
+    return request.getfixturevalue(request.param)
+
+
+def with_executables(program: Program) -> Program:
+    """The same program with a name for each executable."""
+    segments = tuple(dataclasses.replace(s, executable=HASH) for s in program.segments)
+    return dataclasses.replace(program, segments=segments)
+
+
+def as_it_crosses(program: Program) -> Any:
+    """Parsed JSON, for a test to change."""
+    return json.loads(json.dumps(program.encode()))
 
 
 @pytest.fixture
 def fields(program) -> Any:
-    """The program as it crosses: parsed JSON, for a test to change."""
-    return json.loads(json.dumps(program.encode()))
+    """The first program's description."""
+    return as_it_crosses(program)
 
 
-def test_program_has_every_part(program):  # else the mutations below would miss some
+@pytest.fixture
+def product_fields(product_program) -> Any:
+    """The second program's description."""
+    return as_it_crosses(product_program)
+
+
+def test_programs_have_every_part(program, product_program):  # else the changes would miss some
     assert {p.place for p in program.inputs} == {"enclave", "device", "public"}
     assert {p.place for p in program.outputs} == {"enclave", "device"}
     assert program.constants and program.classes
     assert any(s.uploads for s in program.segments) and any(s.dead for s in program.segments)
+    assert {c.decoys > 0 for c in product_program.classes} == {False, True}
+    assert {c.copies for c in product_program.classes} == {1, 2} and product_program.parameters
+    uploads = [c for s in product_program.segments for c in s.uploads]
+    assert len(uploads) == 2 and all(c.operands for c in uploads)
 
 
-def test_decoding_inverts_encoding(program, fields):
-    assert Program.decode(fields) == program
+def test_decoding_inverts_encoding(any_program):
+    assert Program.decode(as_it_crosses(any_program)) == any_program
+
+
+def test_blinding_lengthens_axes_by_their_decoys(product_program):
+    crossings = [c for s in product_program.segments for c in (*s.downloads, *s.uploads)]
+    sizes = {(c.array.shape, c.blinded.shape) for c in crossings}
+    assert sizes == {
+        *(((130, 64), (192, 64)), ((64, 65), (64, 65)), ((130, 65), (192, 65))),
+        *(((2, 128, 64), (2, 192, 64)), ((2, 64, 66), (2, 64, 66)), ((2, 128, 66), (2, 192, 66))),
+    }
 
 
 def test_encoded_form_is_frozen():  # what both ends write down; change them together
@@ -83,6 +133,9 @@ def test_encoded_form_is_frozen():  # what both ends write down; change them tog
     layout = Layout((0, None), (1, 0))
     assert dataclasses.asdict(layout) == {"classes": (0, None), "weights": (1, 0)}
     assert layout.keyed and not Layout((None,), (0,)).keyed
+    key_class = KeyClass(3)
+    described = {"size": 3, "batch": False, "decoys": 0, "copies": 1}
+    assert dataclasses.asdict(key_class) == described and KeyClass.decode(described) == key_class
 
 
 def test_narrow_floats_are_known():
@@ -145,9 +198,21 @@ def _kill_early(fields: Any) -> None:
     fields["segments"][0]["dead"] += fields["segments"][-1]["inputs"]
 
 
-def _resize_class(fields: Any) -> None:
+def _class_of_a_port(fields: Any) -> Any:
     number = next(c for p in fields["inputs"] for c in p["layout"]["classes"] if c is not None)
-    fields["classes"][number]["size"] += 1
+    return fields["classes"][number]
+
+
+def _resize_class(fields: Any) -> None:
+    _class_of_a_port(fields)["size"] += 1
+
+
+def _decoys_on_port(fields: Any) -> None:
+    _class_of_a_port(fields)["decoys"] = 3
+
+
+def _copies_on_port(fields: Any) -> None:
+    _class_of_a_port(fields)["copies"] = 3
 
 
 def _unknown_class(fields: Any) -> None:
@@ -162,7 +227,18 @@ REFUSALS: list[tuple[str, Callable[[Any], None]]] = [
     ("a scheme is not a name", drop("scheme")),
     ("classes is not a list", change("classes", to={})),
     ("a key class is not an object", change("classes", 0, to=[4, True])),
-    ("signs are not a flag", change("classes", 0, "signed", to=1)),
+    ("a scheme's parameters are not an object", change("parameters", to=[])),
+    ("a scheme's parameters are not an object", change("parameters", to=None)),
+    ("a scheme's parameters are not an object", drop("parameters")),
+    ("a key class's batch is not a flag", change("classes", 0, "batch", to=1)),
+    ("a key class's batch is not a flag", drop("classes", 0, "batch")),
+    ("decoys is out of range", change("classes", 0, "decoys", to=-1)),
+    ("decoys is out of range", change("classes", 0, "decoys", to=1 << 16)),
+    ("decoys is out of range", drop("classes", 0, "decoys")),
+    ("copies is out of range", change("classes", 0, "copies", to=-1)),
+    ("copies is out of range", change("classes", 0, "copies", to=1 << 31)),
+    ("copies is out of range", change("classes", 0, "copies", to=True)),
+    ("copies is out of range", drop("classes", 0, "copies")),
     ("size is out of range", change("classes", 0, "size", to=-1)),
     ("size is out of range", change("classes", 0, "size", to=1 << 31)),
     ("size is out of range", change("classes", 0, "size", to=True)),
@@ -182,6 +258,7 @@ REFUSALS: list[tuple[str, Callable[[Any], None]]] = [
     ("a value is out of range", change(*INPUT, "value", to=MAX_VALUES)),
     ("a value is out of range", drop(*INPUT, "value")),
     ("place", change("outputs", 0, "place", to="public")),
+    ("a port's key has decoys", _decoys_on_port),
     # Arrays
     ("an array type is not an object", drop(*ARRAY)),
     ("a shape is not a list", change(*ARRAY, "shape", to=3)),
@@ -213,6 +290,7 @@ REFUSALS: list[tuple[str, Callable[[Any], None]]] = [
     ("a layout has the wrong rank", change(*INPUT, "layout", "weights", to=[0] * 9)),
     ("a key class is out of range", _unknown_class),
     ("another size than its axis", _resize_class),
+    ("another number of copies than its batch axis", _copies_on_port),
     # Segments
     ("a program has no segment", change("segments", to=[])),
     ("a segment is not an object", change(*SEGMENT, to=0)),
@@ -241,6 +319,91 @@ def test_contradiction_is_refused(fields, text, alter):
         Program.decode(fields)
 
 
+def _upload(fields: Any) -> Any:
+    return next(c for s in fields["segments"] for c in s["uploads"])
+
+
+def _sent(fields: Any) -> list[int]:
+    return [c["value"] for s in fields["segments"] for c in s["downloads"]]
+
+
+def on_upload(key: str, to: Any) -> Callable[[Any], None]:
+    """A change of one entry of the first crossing that comes back."""
+    return lambda fields: _upload(fields).update({key: to})
+
+
+def _shorten(fields: Any) -> None:
+    _upload(fields)["blinded"]["shape"][0] -= 1
+
+
+def _blind_in_another_format(fields: Any) -> None:
+    _upload(fields)["blinded"]["dtype"] = "float32"
+
+
+def _more_decoys(fields: Any) -> None:
+    for key_class in fields["classes"]:
+        key_class["decoys"] += bool(key_class["decoys"])
+
+
+def _other_copies(fields: Any) -> None:
+    for key_class in fields["classes"]:
+        key_class["copies"] += key_class["copies"] > 1
+
+
+def _operand_not_sent(fields: Any) -> None:
+    unsent = next(p["value"] for p in fields["inputs"] if p["value"] not in _sent(fields))
+    _upload(fields)["operands"][1] = unsent
+
+
+def _operand_never_made(fields: Any) -> None:
+    _upload(fields)["operands"][0] = MAX_VALUES - 1
+
+
+def _operand_is_the_product(fields: Any) -> None:
+    _upload(fields)["operands"][0] = _upload(fields)["value"]
+
+
+def _operand_sent_in_the_clear(fields: Any) -> None:
+    crossing = next(
+        c for s in fields["segments"] for c in s["downloads"] if len(c["layout"]["classes"]) == 2
+    )
+    crossing["layout"]["classes"] = [None, None]
+    crossing["blinded"] = crossing["array"]
+
+
+def _operands_sent_too_late(fields: Any) -> None:
+    first, later = fields["segments"][0], fields["segments"][-1]
+    later["downloads"] += first["downloads"]
+    first["downloads"] = []
+
+
+PRODUCT_REFUSALS: list[tuple[str, Callable[[Any], None]]] = [
+    ("a crossing has the wrong blinded type", _shorten),
+    ("a crossing has the wrong blinded type", _blind_in_another_format),
+    ("a crossing has the wrong blinded type", _more_decoys),
+    ("an array type is not an object", on_upload("blinded", None)),
+    ("another number of copies than its batch axis", _other_copies),
+    ("a pair has another length", on_upload("operands", [])),
+    ("a pair has another length", on_upload("operands", [1, 2, 3])),
+    ("a pair has another length", on_upload("operands", {"left": 0, "right": 1})),
+    ("an operand is out of range", on_upload("operands", [0, -1])),
+    ("an operand is out of range", on_upload("operands", [MAX_VALUES, 0])),
+    ("an operand is out of range", on_upload("operands", [None, 0])),
+    ("a product comes back before its operands are sent", _operand_not_sent),
+    ("a product comes back before its operands are sent", _operand_never_made),
+    ("a product comes back before its operands are sent", _operand_is_the_product),
+    ("a product comes back before its operands are sent", _operand_sent_in_the_clear),
+    ("a product comes back before its operands are sent", _operands_sent_too_late),
+]
+
+
+@pytest.mark.parametrize(("text", "alter"), PRODUCT_REFUSALS)
+def test_contradiction_about_a_product_is_refused(product_fields, text, alter):
+    alter(product_fields)
+    with pytest.raises(ProgramError, match=text):
+        Program.decode(product_fields)
+
+
 def test_weight_out_of_range_is_refused(fields):
     layout = next(p["layout"] for p in fields["inputs"] if p["layout"]["weights"])
     layout["weights"][0] = 2
@@ -252,6 +415,54 @@ def test_weight_out_of_range_is_refused(fields):
 def test_program_that_is_not_an_object_is_refused(whole):
     with pytest.raises(ProgramError, match="not an object"):
         Program.decode(whole)
+
+
+# Schemes
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *(Mixing(), Mixing(condition=1, decoy_rows=0), Orthogonal(), Orthogonal(budget=7)),
+        *(SignedPermutation(), Tempo(), Tempo(coefficients="integers")),
+    ],
+    ids=str,
+)
+def test_scheme_is_found_by_name_and_parameters(scheme):
+    parameters = json.loads(json.dumps(scheme.parameters))
+    assert make_scheme(scheme.name, parameters) == scheme
+    assert SCHEMES[scheme.name] is type(scheme)
+
+
+SCHEME_REFUSALS: list[tuple[str, Any, str]] = [
+    ("", {}, "the scheme is not one of mixing, orthogonal, signed_permutation, tempo"),
+    ("contract", {}, "the scheme is not one of"),
+    ("SignedPermutation", {}, "the scheme is not one of"),
+    ("signed_permutation", {"budget": 1}, "signed_permutation takes the parameters"),
+    ("orthogonal", {}, "orthogonal takes the parameters budget"),
+    ("orthogonal", {"budget": 1, "name": "tempo"}, "orthogonal takes the parameters budget"),
+    ("mixing", {"condition": 4.0}, "mixing takes the parameters condition, decoy_rows"),
+    *(("orthogonal", {"budget": x}, "out of range") for x in (0, -1, 1.0, True, None, "1", [])),
+    *(
+        ("mixing", {"condition": x, "decoy_rows": 32}, "out of range")
+        for x in (0.5, 1e7, float("nan"), None, "4", [4.0])
+    ),
+    *(
+        ("mixing", {"condition": 4.0, "decoy_rows": x}, "out of range")
+        for x in (-1, 4097, 32.0, None, [])
+    ),
+    *(("tempo", {"coefficients": x}, "out of range") for x in ("", "reals", None, [], {})),
+]
+
+
+@pytest.mark.parametrize(("name", "parameters", "text"), SCHEME_REFUSALS, ids=repr)
+def test_unknown_scheme_or_parameter_is_refused(enclave, fields, name, parameters, text):
+    with pytest.raises(ProgramError, match=text):
+        make_scheme(name, parameters)
+    fields.update(scheme=name, parameters=parameters)
+    attachment = enclave._encrypted(json.dumps(fields).encode(), "provision")
+    with pytest.raises(EnclaveError, match=text):
+        enclave.connection.request(Kind.PROVISION, {"arena": "", "offsets": []}, attachment)
 
 
 # Any change
@@ -284,8 +495,8 @@ REPLACEMENTS = st.recursive(
 
 @settings(max_examples=500)
 @given(data=st.data())
-def test_any_change_is_refused_or_gives_a_valid_program(program, data):
-    changed = json.loads(json.dumps(program.encode()))
+def test_any_change_is_refused_or_gives_a_valid_program(any_program, data):
+    changed = as_it_crosses(any_program)
     for _ in range(data.draw(st.integers(1, 3), "changes")):
         path = data.draw(st.sampled_from(list(places(changed))), "path")
         action = data.draw(st.sampled_from(["replace", "replace", "drop", "repeat"]), "action")
@@ -304,8 +515,11 @@ def test_any_change_is_refused_or_gives_a_valid_program(program, data):
         decoded = Program.decode(changed)
     except ProgramError:
         return
-    assert Program.decode(json.loads(json.dumps(decoded.encode()))) == decoded
-    hash(decoded)
+    # Compared as text, because a scheme's parameter may have become NaN.
+    assert json.dumps(Program.decode(as_it_crosses(decoded)).encode()) == json.dumps(
+        decoded.encode()
+    )
+    hash((decoded.classes, decoded.constants, decoded.inputs, decoded.outputs, decoded.segments))
 
 
 @given(data=st.recursive(VALUES, lambda s: st.lists(s) | st.dictionaries(st.text(), s)))

@@ -18,13 +18,11 @@ import pytest
 from hypothesis import strategies as st
 from jax import lax
 
-import tempo_jax as tempo
 from enclave_runtime.keys import KeySchedule
 from enclave_runtime.program import KeyClass, Layout
-from enclave_runtime.schemes import signed_permutation
-from tempo_jax._plan import Plan, offloaded
-from tests.interpreter import interpret, plan
-from tests.steps import assert_close, training, uniform
+from tempo_jax._plan import Plan, array_type, offloaded
+from tests.interpreter import blind, interpret, plan
+from tests.steps import SIGNED_PERMUTATION, assert_close, shield_all, training, uniform
 
 # Sums of at most a few hundred products of values in [-1, 1), by the format they are made in.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.1}
@@ -147,7 +145,7 @@ def test_dot_general_in_lower_precision(product, dtype):
 @hypothesis.given(product=st.one_of(dot_generals(), convolutions()))
 def test_products_through_the_enclave(enclave, product):
     operands = product.operands()
-    shielded = tempo.shield(product.with_gradients, enclave=enclave, offload="all", donate=False)
+    shielded = shield_all(product.with_gradients, enclave=enclave, donate=False)
     assert_close(enclave.open(shielded(*operands)), product.with_gradients(*operands))
 
 
@@ -360,7 +358,8 @@ def blindings(draw: Any) -> tuple[np.ndarray, Layout, dict[int, Any]]:
     keys = {}
     for (size, _), number in numbers.items():
         stream = schedule.stream("test", number)
-        keys[number] = signed_permutation.draw(KeyClass(size, draw(st.booleans())), stream)
+        key_class = KeyClass(size, batch=draw(st.booleans()))
+        keys[number] = SIGNED_PERMUTATION.draw(key_class, stream)
     dtype = jnp.dtype(draw(st.sampled_from(["float64", "float32", "float16", "bfloat16"])))
     values = draw(
         st.lists(
@@ -375,6 +374,11 @@ def blindings(draw: Any) -> tuple[np.ndarray, Layout, dict[int, Any]]:
     return x, Layout(tuple(layout_classes), weights), keys
 
 
+def blind_signed(x: Any, layout: Layout, keys: dict[int, Any]) -> np.ndarray:
+    blinded, _ = blind(SIGNED_PERMUTATION, x, layout, keys, array_type(x))
+    return blinded
+
+
 def bits(x: Any) -> np.ndarray:
     """The array's bits, with every NaN made the same."""
     x = np.array(x)
@@ -386,23 +390,23 @@ def bits(x: Any) -> np.ndarray:
 @hypothesis.given(blindings())
 def test_unblinding_inverts_blinding_bit_for_bit(blinding):
     x, layout, keys = blinding
-    blinded = np.asarray(signed_permutation.blind(x, layout, keys))
+    blinded = blind_signed(x, layout, keys)
     assert (blinded.shape, blinded.dtype) == (x.shape, x.dtype)
     # Only order and signs change.
     np.testing.assert_array_equal(
         np.sort(np.abs(blinded.astype(float)), axis=None),
         np.sort(np.abs(x.astype(float)), axis=None),
     )
-    restored = signed_permutation.unblind(blinded, layout, keys)
+    restored = SIGNED_PERMUTATION.unblind(blinded, layout, keys, None)
     np.testing.assert_array_equal(bits(restored), bits(x))
 
 
 def test_subnormal_values_survive_blinding():
     x = np.array([5e-324, -5e-324, 2e-310, 1.0])
-    key = signed_permutation.draw(KeyClass(4, True), KeySchedule().stream("test"))
+    key = SIGNED_PERMUTATION.draw(KeyClass(4), KeySchedule().stream("test"))
     layout = Layout((0,), (1,))
-    blinded = np.asarray(signed_permutation.blind(x, layout, {0: key}))
-    restored = signed_permutation.unblind(blinded, layout, {0: key})
+    blinded = blind_signed(x, layout, {0: key})
+    restored = SIGNED_PERMUTATION.unblind(blinded, layout, {0: key}, None)
     np.testing.assert_array_equal(bits(restored), bits(x))
 
 
@@ -410,7 +414,7 @@ def test_blinding_changes_what_it_should():
     """A key that did nothing would pass every test above."""
     x = uniform(1, 32, 16)
     stream = KeySchedule().stream("test")
-    keys = {n: signed_permutation.draw(KeyClass(s, True), stream) for n, s in enumerate((32, 16))}
-    blinded = signed_permutation.blind(x, Layout((0, 1), (1, 1)), keys)
-    assert np.mean(np.asarray(blinded) == np.asarray(x)) < 0.1
+    keys = {n: SIGNED_PERMUTATION.draw(KeyClass(s), stream) for n, s in enumerate((32, 16))}
+    blinded = blind_signed(x, Layout((0, 1), (1, 1)), keys)
+    assert np.mean(blinded == np.asarray(x)) < 0.1
     assert 0.25 < np.mean(np.sign(blinded) != np.sign(x)) < 0.75

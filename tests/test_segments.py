@@ -9,8 +9,8 @@ import pytest
 
 import tempo_jax as tempo
 from tempo_jax import _segments
-from tempo_jax._placement import is_product
 from tempo_jax._plan import Plan, array_type, export_segments
+from tempo_jax._products import is_product
 from tests.interpreter import Flat, interpret, is_variable, plan
 from tests.steps import assert_close, training, uniform
 

@@ -17,7 +17,13 @@ from jax.experimental import io_callback
 import tempo_jax as tempo
 from tempo_jax import _shield
 from tempo_jax.errors import SealedValueError, SecrecyError, UnsupportedError
-from tests.steps import assert_close, offloaded_products, uniform
+from tests.steps import (
+    SIGNED_PERMUTATION,
+    assert_close,
+    offloaded_products,
+    shield_all,
+    uniform,
+)
 
 OPTIMIZER = tempo.cheap_update(optax.adamw(1e-2))
 X, Y = uniform(1, 8, 6), jax.nn.one_hot(jnp.arange(8) % 4, 4)
@@ -58,7 +64,7 @@ def plain_steps(count: int) -> tuple[Any, tuple[float, ...]]:
 @pytest.fixture(scope="module")
 def train(enclave) -> Any:
     """The shielded step; tests share it, so that it is compiled once."""
-    return tempo.shield(train_step, enclave=enclave, offload="all")
+    return shield_all(train_step, enclave=enclave)
 
 
 @pytest.fixture
@@ -257,7 +263,7 @@ def test_arguments_other_than_the_state_are_not_donated(enclave, train, state):
 
 
 def test_state_is_kept_without_donation(enclave):
-    train = tempo.shield(train_step, enclave=enclave, offload="all", donate=False)
+    train = shield_all(train_step, enclave=enclave, donate=False)
     first, _ = train(enclave.seal(initial_state()), *BATCHES[0])
     for _ in range(2):
         second, _ = train(first, *BATCHES[1])
@@ -302,7 +308,7 @@ def test_structure_of_the_state_may_change(enclave, train, state):
         return (params, count + 1), tempo.reveal(logits(params, x).sum())
 
     expected = plain_steps(1)[0][0]
-    evaluated, total = tempo.shield(evaluate, enclave=enclave, offload="all")((state[0], 0), X)
+    evaluated, total = shield_all(evaluate, enclave=enclave)((state[0], 0), X)
     assert_close(total, logits(expected, X).sum())
     assert_close(enclave.open(evaluated), (expected, jnp.asarray(1)))
     restarted, _ = train((evaluated[0], enclave.seal(OPTIMIZER.init(expected))), *BATCHES[1])
@@ -344,9 +350,7 @@ def test_other_dtypes_work_and_keep_the_state(enclave, train, state):
 
 
 def test_trained_parameters_stay_on_the_devices(enclave, train, state, monkeypatch):
-    predict = tempo.shield(
-        lambda params, x: tempo.reveal(logits(params, x)), enclave=enclave, offload="all"
-    )
+    predict = shield_all(lambda params, x: tempo.reveal(logits(params, x)), enclave=enclave)
     params = state[0]
     report = predict.explain(params, X)
     assert set(report.resident) == {"params['first']", "params['second']"}
@@ -362,9 +366,12 @@ def test_trained_parameters_stay_on_the_devices(enclave, train, state, monkeypat
     assert not plans
 
 
-def test_parameters_on_the_devices_meet_a_function_that_wants_them_inside(enclave, train, state):
+@pytest.mark.parametrize("scheme", [SIGNED_PERMUTATION, None], ids=["same scheme", "another"])
+def test_parameters_on_the_devices_meet_a_function_that_wants_them_inside(
+    enclave, train, state, scheme
+):
     inside = tempo.shield(
-        lambda params: tempo.reveal(jnp.exp(params["first"]).sum()), enclave=enclave
+        lambda params: tempo.reveal(jnp.exp(params["first"]).sum()), enclave=enclave, scheme=scheme
     )
     assert_close(inside(state[0]), jnp.exp(plain_steps(1)[0][0]["first"]).sum())
     state, _ = train(state, *BATCHES[1])
@@ -382,7 +389,7 @@ def test_parameters_blinded_apart_are_blinded_again(enclave, train, state):
 def test_shielded_function_called_in_another(enclave):
     inner = tempo.shield(lambda x, w: (jnp.tanh(x @ w), tempo.reveal(w.sum())), enclave=enclave)
 
-    @functools.partial(tempo.shield, enclave=enclave, offload="all")
+    @functools.partial(shield_all, enclave=enclave)
     def outer(x, w):
         hidden, total = inner(x, w)
         return inner(hidden, w.T)[0], total
@@ -534,7 +541,7 @@ def test_debugging_prints_nothing(enclave, capfd):
         jax.debug.print("secret {}", y.sum())
         return jnp.tanh(y)
 
-    shielded = tempo.shield(function, enclave=enclave, offload="all")
+    shielded = shield_all(function, enclave=enclave)
     assert_close(enclave.open(shielded(X)), jnp.tanh(X @ X.T))
     (note,) = shielded.explain(X).plan.notes
     assert "debugging callback" in note and "test_shield.py" in note
@@ -547,7 +554,7 @@ def test_debugging_prints_nothing(enclave, capfd):
 
 
 def test_placement_in_the_enclave(enclave):
-    shielded = tempo.shield(train_step, enclave=enclave, placement="enclave", offload="all")
+    shielded = shield_all(train_step, enclave=enclave, placement="enclave")
     state, losses = enclave.seal(initial_state()), []
     for batch in BATCHES[:2]:
         state, loss = shielded(state, *batch)
@@ -561,10 +568,18 @@ def test_placement_in_the_enclave(enclave):
     assert report.bytes_down == 8  # the loss
 
 
-def test_small_products_stay_inside_by_default(enclave):
-    shielded = tempo.shield(train_step, enclave=enclave)
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        (SIGNED_PERMUTATION, "computing it inside takes"),
+        (None, "8 rows, and fewer than 128 mix too little to hide"),
+    ],
+    ids=["signed permutations", "default"],
+)
+def test_small_products_stay_inside_by_default(enclave, scheme, reason):
+    shielded = tempo.shield(train_step, enclave=enclave, scheme=scheme)
     report = shielded.explain(initial_state(), X, Y)
-    assert report.round_trips == 1 and "stays inside: computing it inside takes" in str(report)
+    assert report.round_trips == 1 and f"stays inside: {reason}" in str(report)
 
 
 def test_report_has_its_sections(enclave, train):
@@ -585,7 +600,7 @@ def test_report_has_its_sections(enclave, train):
 
 
 def test_report_equals_the_measured_traffic(enclave):
-    train = tempo.shield(train_step, enclave=enclave, offload="all")
+    train = shield_all(train_step, enclave=enclave)
     state = enclave.seal(initial_state())
     report = train.explain(state, X, Y)
     assert report.bytes_up > 0 and report.bytes_down > 0 and report.round_trips == 4

@@ -68,7 +68,7 @@ def test_frame_layout_is_frozen():  # golden bytes; bump the version before chan
 def test_kinds_are_frozen():  # numbers on the wire; append, never renumber
     assert [kind.name for kind in Kind] == [
         *("REPLY", "ERROR", "HELLO", "PROOF", "MAP", "UNMAP", "COMPILE", "PROVISION", "BEGIN"),
-        *("SETTLE", "SEGMENT", "COMMIT", "ABORT", "OPEN", "FREE", "STATISTICS"),
+        *("SETTLE", "SEGMENT", "COMMIT", "ABORT", "OPEN", "FREE", "STATISTICS", "CALIBRATE"),
     ]
     assert [int(kind) for kind in Kind] == list(range(len(Kind)))
 

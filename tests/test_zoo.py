@@ -1,7 +1,7 @@
 """Shielded training equals plain training, over models, optimizers and ways to write a step.
 
 All in float64 unless said otherwise. Products are offloaded however small they are
-(``offload="all"``), over several steps, so that leaves come back in their blinded form.
+(`shield_all`), over several steps, so that leaves come back in their blinded form.
 """
 
 import functools
@@ -25,6 +25,7 @@ from tests.steps import (
     is_matrix,
     leaf_names,
     offloaded_products,
+    shield_all,
     training,
     uniform,
     uniform_like,
@@ -326,14 +327,14 @@ MODELS = [
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
 def test_models(enclave, model):
     case = model(optax.adamw(1e-2))
-    shielded = tempo.shield(case.step, enclave=enclave, offload="all")
+    shielded = shield_all(case.step, enclave=enclave)
     assert offloaded_products(shielded, case.state, case.batches[0]) >= 3
     assert_trains_alike(shielded, enclave, case)
 
 
 def test_everything_inside(enclave):
     case = mlp(optax.adamw(1e-2))
-    shielded = tempo.shield(case.step, enclave=enclave, placement="enclave")
+    shielded = shield_all(case.step, enclave=enclave, placement="enclave")
     assert offloaded_products(shielded, case.state, case.batches[0]) == 0
     assert_trains_alike(shielded, enclave, case)
 
@@ -354,7 +355,7 @@ def test_mixed_precision(enclave, dtype, tolerance):
     # Momentum is linear in the gradient; Adam would blow up the error of small gradients.
     shapes = {"w1": (FEATURES, 16), "w2": (16, CLASSES)}
     case = plain_model(apply, shapes, vectors(), optax.sgd(0.1, momentum=0.9))
-    shielded = tempo.shield(case.step, enclave=enclave, offload="all")
+    shielded = shield_all(case.step, enclave=enclave)
     assert leaf_names("state", case.state, is_matrix) == set(
         shielded.explain(case.state, case.batches[0]).resident
     )
@@ -413,7 +414,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(enclave, name):
     case = small_conv_net(OPTIMIZERS[name])
-    shielded = tempo.shield(case.step, enclave=enclave, offload="all")
+    shielded = shield_all(case.step, enclave=enclave)
     assert_trains_alike(shielded, enclave, case)
     # Every kernel and every moment of one stays on the devices.
     resident = set(shielded.explain(case.state, case.batches[0]).resident)
@@ -429,7 +430,7 @@ def test_unsuitable_optimizer_falls_back_leaf_by_leaf(enclave):
     labels = {"conv": "usual", "b1": "usual", "w1": "odd", "b2": "usual", "w2": "usual"}
     tx = optax.partition({"usual": optax.adam(0.01), "odd": exponentials()}, labels)
     case = small_conv_net(tx)
-    shielded = tempo.shield(case.step, enclave=enclave, offload="all")
+    shielded = shield_all(case.step, enclave=enclave)
     report = shielded.explain(case.state, case.batches[0])
     weight = "state['params']['w1']"
     assert leaf_names("state", case.state, is_matrix) - {weight} <= set(report.resident)
@@ -448,7 +449,7 @@ def test_update_that_is_not_marked_stays_inside(enclave):
 
     w = uniform(1, FEATURES, 10)
     case = Training(step, (w, tx.init(w)), [uniform(2, BATCH, FEATURES)])
-    shielded = tempo.shield(step, enclave=enclave, offload="all")
+    shielded = shield_all(step, enclave=enclave)
     report = shielded.explain(case.state, case.batches[0])
     assert not report.resident and not report.fallbacks
     assert offloaded_products(shielded, case.state, case.batches[0]) >= 2
@@ -471,7 +472,7 @@ def test_two_optimizers_of_one_model(enclave):
     w = uniform(1, FEATURES, 10)
     state = (w, tx.init(w), average.init(w))
     case = Training(step, state, [uniform(2, BATCH, FEATURES)])
-    shielded = tempo.shield(step, enclave=enclave, offload="all")
+    shielded = shield_all(step, enclave=enclave)
     assert leaf_names("state", state, is_matrix) <= set(
         shielded.explain(state, case.batches[0]).resident
     )

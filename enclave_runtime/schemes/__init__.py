@@ -1,47 +1,40 @@
 """Blinding schemes: one module each, found by name.
 
-A scheme draws one key for each key class and applies it along axes. To add one, write a
-module here with the `Scheme` functions and name it in `SCHEMES`; the planner's view of it
-(key lifetimes, cost, what commutes with it) is a class in `tempo_jax.schemes`.
+To add one, write a module here with a `Scheme` class and name the class in `SCHEMES`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import dataclasses
+from typing import Any
 
-import jax
-import numpy as np
+from enclave_runtime.program import ProgramError
+from enclave_runtime.schemes.contract import Group, Scheme
+from enclave_runtime.schemes.mixing import Mixing
+from enclave_runtime.schemes.orthogonal import Orthogonal
+from enclave_runtime.schemes.signed_permutation import SignedPermutation
+from enclave_runtime.schemes.tempo import Tempo
 
-from enclave_runtime.keys import KeyStream
-from enclave_runtime.program import ArrayType, KeyClass, Layout
-from enclave_runtime.schemes import signed_permutation
+SCHEMES: dict[str, type[Scheme]] = {
+    s.name: s for s in (Mixing, Orthogonal, SignedPermutation, Tempo)
+}
+
+__all__ = ["SCHEMES", "Group", "Mixing", "Orthogonal", "Scheme", "SignedPermutation", "Tempo"]
 
 
-class Scheme(Protocol):
-    """What a scheme's module provides.
+def make_scheme(name: str, parameters: dict[str, Any]) -> Scheme:
+    """The scheme of that name; inverse of `Scheme.name` and `Scheme.parameters`.
 
-    Laws, for keys drawn for the classes of a product's axes:
-      ``unblind(blind(x, layout, keys), layout, keys) == x`` and
-      ``unblind(product(blind(x), blind(w))) == product(x, w)``.
+    Raises:
+      ProgramError: there is no such scheme, or it does not take these parameters.
     """
-
-    def draw(self, key_class: KeyClass, stream: KeyStream) -> Any:
-        """Draws the key of one class from a cryptographic stream."""
-        ...
-
-    def blind(
-        self, plain: jax.Array | np.ndarray, layout: Layout, keys: dict[int, Any]
-    ) -> jax.Array:
-        """Blinds a value; `keys` maps each class of the layout to its key."""
-        ...
-
-    def unblind(self, blinded: np.ndarray, layout: Layout, keys: dict[int, Any]) -> jax.Array:
-        """Inverse of `blind`; reads each element of shared memory once."""
-        ...
-
-    def warm_up(self, array: ArrayType, layout: Layout, classes: tuple[KeyClass, ...]) -> None:
-        """Compiles what `blind` and `unblind` need for such values."""
-        ...
-
-
-SCHEMES: dict[str, Scheme] = {"signed_permutation": signed_permutation}
+    known = SCHEMES.get(name)
+    if known is None:
+        raise ProgramError(f"the scheme is not one of {', '.join(sorted(SCHEMES))}")
+    fields = {f.name for f in dataclasses.fields(known)}
+    if set(parameters) != fields:
+        raise ProgramError(f"the scheme {name} takes the parameters {', '.join(sorted(fields))}")
+    try:
+        return known(**parameters)
+    except (TypeError, ValueError) as error:
+        raise ProgramError(f"the scheme {name} was given parameters out of range") from error

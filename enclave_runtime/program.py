@@ -161,11 +161,11 @@ class Layout:
         _require(isinstance(fields, dict), "a layout is not an object")
         ids, weights = (_items(fields.get(name), name) for name in ("classes", "weights"))
         _require(len(ids) == len(weights) == len(array.shape), "a layout has the wrong rank")
-        for number, size in zip(ids, array.shape, strict=True):
+        for axis, (number, size) in enumerate(zip(ids, array.shape, strict=True)):
             if number is not None:
                 found = classes[_natural(number, len(classes), "a key class")]
                 _require(found.size == size, "a key class has another size than its axis")
-                copies = found.copies in (1, array.shape[0])
+                copies = found.copies == 1 or (axis > 0 and found.copies == array.shape[0] > 0)
                 _require(copies, "a key class has another number of copies than its batch axis")
         return cls(tuple(ids), tuple(_natural(w, 2, "a weight") for w in weights))
 

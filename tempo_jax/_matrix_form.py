@@ -137,8 +137,8 @@ def _descendants(jaxpr: Jaxpr, primitive: Any) -> frozenset[Var]:
 
 
 def _data(jaxpr: Jaxpr, carried: Mapping[int, int]) -> frozenset[Var]:
-    """Variables that depend on an input other than the carried state."""
-    data = {v for i, v in enumerate(jaxpr.invars) if i not in carried}
+    """Variables that depend on something other than the carried state."""
+    data = {v for i, v in enumerate(jaxpr.invars) if i not in carried} | set(jaxpr.constvars)
     for eqn in jaxpr.eqns:
         if any(isinstance(v, Var) and v in data for v in eqn.invars):
             data |= set(eqn.outvars)

@@ -279,7 +279,7 @@ class _Walk:
         try:
             if is_product(eqn) and len(on_host) < len(variables):
                 self._product(number, eqn)
-            elif on_host and not self.question.scheme.keys_per_product:
+            elif on_host and self._may_commute(eqn):
                 self._commuting(number, eqn)
             else:
                 return Side.ENCLAVE
@@ -294,6 +294,17 @@ class _Walk:
             sources = [self.leaves[v] for v in variables if v in self.leaves]
             self.leaves[out] = frozenset().union(*sources)
         return Side.HOST
+
+    def _may_commute(self, eqn: JaxprEqn) -> bool:
+        """Whether the scheme leaves equations besides products to the host."""
+        scheme = self.question.scheme
+        if scheme.keys_per_product:
+            return False
+        if scheme.group.orthogonal:
+            return True
+        # A value has one polarity, and what comes of an activation may be needed in the other.
+        related = self.placer.cheap | self.placer.to_update | set(self.leaves)
+        return any(v in related for v in (*_variables(eqn), *eqn.outvars))
 
     def _refuse(self, eqn: JaxprEqn, reason: str) -> None:
         if any(v in self.host for v in _variables(eqn)):

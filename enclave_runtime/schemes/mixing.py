@@ -94,7 +94,7 @@ class Mixing(Scheme):
 
     def __post_init__(self) -> None:
         """Checks the parameters."""
-        if not isinstance(self.condition, (int, float)) or not 1 <= self.condition <= 1e6:
+        if type(self.condition) not in (int, float) or not 1 <= self.condition <= 1e6:
             raise ValueError("Mixing: condition is a number between 1 and 1e6")
         if type(self.decoy_rows) is not int or not 0 <= self.decoy_rows <= 4096:
             raise ValueError("Mixing: decoy_rows is an int between 0 and 4096")

@@ -1,0 +1,292 @@
+"""The schemes through a real enclave: exact, keys as fresh as promised, nothing in the clear."""
+
+import ast
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen
+from jax.sharding import Mesh
+
+import enclave_runtime
+import tempo_jax as tempo
+from tempo_jax.schemes import Mixing, Orthogonal, Tempo
+from tests.steps import assert_close, uniform
+
+TOLERANCE = 1e-9
+
+
+class Convolutional(linen.Module):
+    """Two convolutions wide enough to go out, batch normalization, and a classifier."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for strides in (1, 2):
+            x = linen.Conv(64, (3, 3), (strides, strides), param_dtype=jnp.float64)(x)
+            x = linen.LayerNorm(param_dtype=jnp.float64)(jax.nn.relu(x))
+        return linen.Dense(10, param_dtype=jnp.float64)(x.mean((1, 2)))
+
+
+class Block(linen.Module):
+    """A transformer block with its head."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kind = {"param_dtype": jnp.float64}
+        h = linen.LayerNorm(**kind)(x)
+        x = x + linen.MultiHeadDotProductAttention(num_heads=2, **kind)(h, h)
+        h = linen.gelu(linen.Dense(256, **kind)(linen.LayerNorm(**kind)(x)))
+        return linen.Dense(64, **kind)(x + linen.Dense(128, **kind)(h))
+
+
+def training_step(model: Any, tx: Any) -> Any:
+    def loss_fn(parameters, x, y):
+        logits = model.apply(parameters, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(state[0], *batch)
+        updates, moments = tx.update(grads, state[1], state[0])
+        return (optax.apply_updates(state[0], updates), moments), tempo.reveal(loss)
+
+    return step
+
+
+def started(model: Any, tx: Any, batch: Any) -> Any:
+    parameters = model.init(jax.random.key(0), batch[0])
+    return parameters, tx.init(parameters)
+
+
+MODELS = {
+    "cnn": (Convolutional(), (uniform(1, 2, 12, 12, 64), jnp.arange(2))),
+    "transformer": (Block(), (uniform(2, 1, 128, 128), jnp.arange(128)[None] % 64)),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("scheme", "tx"),
+    [
+        (None, optax.adamw(1e-3)),
+        (Tempo(), tempo.cheap_update(optax.sgd(0.1, momentum=0.9))),
+        (Tempo("integers"), tempo.cheap_update(optax.sgd(0.1))),
+        (
+            Orthogonal(2),
+            tempo.cheap_update(optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, 0.9))),
+        ),
+    ],
+    ids=["mixing", "tempo", "integers", "orthogonal"],
+)
+def test_new_state_equals_the_plain_steps(model, scheme, tx, enclave):
+    network, batch = MODELS[model]
+    step = training_step(network, tx)
+    state = started(network, tx, batch)
+    shielded = tempo.shield(step, enclave=enclave, scheme=scheme, offload="all")
+    sealed = enclave.seal(state)
+    for _ in range(3):
+        state, loss = jax.jit(step)(state, batch)
+        sealed, revealed = shielded(sealed, batch)
+        assert_close(revealed, loss, tolerance=TOLERANCE)
+    assert_close(enclave.open(sealed), state, tolerance=TOLERANCE)
+
+
+def two_layers(p, x):
+    h = jnp.tanh(x @ p["a"])
+    return jnp.square(jnp.tanh(h @ p["b"]) @ p["c"]).mean()
+
+
+def small() -> tuple[Any, jax.Array]:
+    p = {n: uniform(i, 64, 64) for i, n in enumerate("abc")}
+    return p, uniform(7, 128, 64)
+
+
+def test_runs_under_jit_and_on_a_mesh(enclave):
+    arguments = small()
+    expected = jax.grad(two_layers)(*arguments)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("workers",))
+    for options in ({}, {"mesh": mesh}):
+        shielded = tempo.shield(jax.grad(two_layers), enclave=enclave, offload="all", **options)
+        if options:
+            assert shielded.explain(*arguments).plan.sharded
+        result = enclave.open(shielded(*arguments))
+        assert_close(result, expected, tolerance=TOLERANCE)
+    shielded = tempo.shield(jax.grad(two_layers), enclave=enclave, offload="all")
+    result = enclave.open(jax.jit(shielded)(*map(enclave.seal, arguments)))
+    assert_close(result, expected, tolerance=TOLERANCE)
+
+
+def test_product_that_is_an_output_can_be_opened(enclave):
+    x, w = uniform(1, 128, 64), uniform(2, 64, 64)
+    shielded = tempo.shield(lambda x, w: x @ w, enclave=enclave, offload="all", donate=False)
+    assert_close(enclave.open(shielded(x, w)), x @ w, tolerance=TOLERANCE)
+
+
+def views_of(enclave: tempo.Enclave, calls: int, scheme: Any = None) -> list[Any]:
+    arguments = small()
+    shielded = tempo.shield(
+        jax.grad(two_layers), enclave=enclave, scheme=scheme, offload="all", donate=False
+    )
+    views = []
+    for _ in range(calls):
+        with tempo.testing.host_view() as view:
+            shielded(*arguments)
+        views.append(view)
+    return views
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = np.sort(np.abs(a), axis=None), np.sort(np.abs(b), axis=None)
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def test_every_step_has_keys_of_its_own(enclave):
+    first, second = views_of(enclave, 2)
+    for one, other in zip(first.products, second.products, strict=True):
+        for a, b in zip(one.operands, other.operands, strict=True):
+            cosine = np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
+            assert abs(cosine) < 0.1
+            # Not even the singular values repeat, as they would under orthogonal keys.
+            s, t = (np.linalg.svd(v, compute_uv=False) for v in (a, b))
+            assert np.abs(s / s[0] - t / t[0]).max() > 1e-3
+
+
+def test_rows_have_decoys_and_norms_are_hidden(enclave):
+    (view,) = views_of(enclave, 1)
+    p, x = small()
+    rows = {n for product in view.products for v in product.operands for n in v.shape if n > 64}
+    assert rows == {192}
+    norms = {
+        round(float(np.sqrt(np.mean(v**2))), 6)
+        for product in view.products
+        for v in product.operands
+    }
+    plain = {round(float(np.sqrt(np.mean(np.square(v)))), 6) for v in (x, *p.values())}
+    assert not norms & plain
+
+
+def test_host_sees_no_plain_value(enclave):
+    (view,) = views_of(enclave, 1)
+    p, x = small()
+    h = np.tanh(np.asarray(x @ p["a"]))
+    for plain in map(np.asarray, (x, h, *p.values())):
+        for seen in view.arrays():
+            if seen.size == plain.size:
+                assert correlation(plain, seen) < 0.999
+
+
+def test_tempos_view_is_the_plain_value_permuted_and_scaled(enclave):
+    """The weak control of the test above."""
+    (view,) = views_of(enclave, 1, tempo.schemes.SignedPermutation())
+    p, _ = small()
+    found = [
+        correlation(np.asarray(w), v) for w in p.values() for v in view.arrays() if v.size == w.size
+    ]
+    assert sum(c > 0.999999 for c in found) >= 3
+
+
+def test_zero_gradient_comes_back_as_zero(enclave):
+    p, x = small()
+
+    def loss(p, x):
+        return two_layers(p, x) * 0.0
+
+    shielded = tempo.shield(jax.grad(loss), enclave=enclave, offload="all")
+    assert_close(enclave.open(shielded(p, x)), jax.tree.map(jnp.zeros_like, p), tolerance=0.0)
+
+
+def test_cheap_update_saves_encryptions(enclave):
+    p, x = small()
+    counts = {}
+    for name, mark in (("kept", tempo.cheap_update), ("anew", lambda tx: tx)):
+        tx = mark(optax.sgd(0.1))
+
+        def step(state, x, tx=tx):
+            grads = jax.grad(two_layers)(state, x)
+            return optax.apply_updates(state, tx.update(grads, tx.init(state), state)[0])
+
+        shielded = tempo.shield(step, enclave=enclave, scheme=Tempo(), offload="all")
+        saved = shielded.explain(p, x).encryptions_saved
+        state = shielded(p, x)
+        before = enclave.statistics()["blindings"]
+        shielded(state, x)
+        counts[name] = saved, enclave.statistics()["blindings"] - before
+    assert counts["kept"][0] == 3 and counts["anew"][0] == 0
+    # Each weight is blinded for its products; the copies for its gradient come on top.
+    assert counts["anew"][1] + 2 * 3 - counts["kept"][1] >= 3
+
+
+def test_budget_of_orthogonal_keys(enclave):
+    p, x = small()
+    tx = tempo.cheap_update(optax.sgd(0.0))
+
+    def step(state, x):
+        grads = jax.grad(two_layers)(state, x)
+        return optax.apply_updates(state, tx.update(grads, tx.init(state), state)[0])
+
+    shielded = tempo.shield(step, enclave=enclave, scheme=Orthogonal(budget=2), offload="all")
+    state, leaves = p, []
+    for _ in range(5):
+        with tempo.testing.host_view() as view:
+            state = shielded(state, x)
+        leaves.append(np.asarray(view.leaves[0][1]))
+    # A learning rate of zero: what lies on the devices changes with its keys alone.
+    changed = [not np.allclose(a, b) for a, b in zip(leaves, leaves[1:], strict=False)]
+    assert changed == [False, True, False, True]
+    assert_close(enclave.open(state), p)
+
+
+def test_budget_counts_runs_that_return_no_weights(enclave):
+    p, x = small()
+    tx = tempo.cheap_update(optax.sgd(0.0))
+
+    def step(state, x):
+        grads = jax.grad(two_layers)(state, x)
+        return optax.apply_updates(state, tx.update(grads, tx.init(state), state)[0])
+
+    scheme = Orthogonal(budget=3)
+    train = tempo.shield(step, enclave=enclave, scheme=scheme, offload="all", donate=False)
+    evaluate = tempo.shield(
+        lambda state, x: tempo.reveal(two_layers(state, x)),
+        enclave=enclave,
+        scheme=scheme,
+        offload="all",
+        donate=False,
+    )
+    state = train(p, x)
+    leaves = []
+    for _ in range(4):
+        with tempo.testing.host_view() as view:
+            evaluate(state, x)
+        leaves.append(np.asarray(view.leaves[0][1]))
+    assert np.array_equal(leaves[0], leaves[1])
+    assert not np.allclose(leaves[1], leaves[2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_narrow_formats(dtype, enclave):
+    x, w = (uniform(i, *s, dtype=dtype) for i, s in ((1, (128, 64)), (2, (64, 64))))
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    shielded = tempo.shield(lambda x, w: x @ w, enclave=enclave, offload="all", donate=False)
+    blinded = np.asarray(enclave.open(shielded(x, w)), np.float64)
+    plain = np.asarray(x @ w, np.float64)
+    # SECURITY.md: about 5 times plain's rounding; the bound leaves room for one draw's luck.
+    error, usual = (np.linalg.norm(v - exact) for v in (blinded, plain))
+    assert error < 10 * usual
+
+
+def test_enclave_draws_from_no_other_generator():
+    for path in pathlib.Path(enclave_runtime.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == "random":
+                assert not isinstance(node.value, ast.Name) or node.value.id not in ("np", "jax")
+            if isinstance(node, ast.Import):
+                assert not {a.name for a in node.names} & {"random", "numpy.random", "jax.random"}
+
+
+def test_default_is_mixing(enclave):
+    report = tempo.shield(jax.grad(two_layers), enclave=enclave).explain(*small())
+    assert report.plan.request.scheme == Mixing()

@@ -360,10 +360,12 @@ class Runtime:
         """
         leaves, structure = jax.tree.flatten(list(inputs))
         ports = self._program.inputs
+        # Keys with a budget may run out in any run, and the leaves under them come back anew.
+        renewed = self.plan.request.scheme.key_budget is not None
         arriving = [
             i
             for i, (port, x) in enumerate(zip(ports, inputs, strict=True))
-            if port.place == DEVICE and x.form != BLINDED
+            if port.place == DEVICE and (x.form != BLINDED or renewed)
         ]
         results = (
             jax.ShapeDtypeStruct((), np.uint32),
@@ -383,6 +385,8 @@ class Runtime:
                 self._enclave.connection.give_back(reserved)
                 raise
             run.reserved = reserved
+            given = {i: concrete[i].content for i in arriving if concrete[i].form == BLINDED}
+            blinded = given | blinded
             if set(blinded) != set(arriving):
                 self._abort(run)
                 self._enclave.connection.give_back(reserved)
@@ -402,7 +406,7 @@ class Runtime:
         function = build_host_program(self.plan, self._exchange, self._mesh, observe=False)
         result = function(number, resident)
 
-        def commit(number: Any, token: Any) -> Any:
+        def commit(number: Any, token: Any, *revealed: Any) -> Any:
             run = self._runs.get(int(number))
             if run is None:
                 raise EnclaveError("the run is over; JAX repeated one of its callbacks too late")
@@ -415,12 +419,22 @@ class Runtime:
             finally:
                 # No worker is under way any more.
                 self._enclave.connection.give_back(run.reserved)
-            return np.stack([handle_array(h) for h in handles] or [np.zeros(4, np.uint32)])
+            named = np.stack([handle_array(h) for h in handles] or [np.zeros(4, np.uint32)])
+            return named, *(np.asarray(x) for x in revealed)
 
         count = max(1, len(self._program.outputs))
-        handles = jax.pure_callback(
-            commit, jax.ShapeDtypeStruct((count, 4), np.uint32), number, result.token
+        # What is revealed passes through: JAX drops a callback on which nothing depends.
+        handles, *revealed = jax.pure_callback(
+            commit,
+            (
+                jax.ShapeDtypeStruct((count, 4), np.uint32),
+                *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in result.revealed),
+            ),
+            number,
+            result.token,
+            *result.revealed,
         )
+        result = dataclasses.replace(result, revealed=list(revealed))
         named = [
             lax.index_in_dim(handles, i, keepdims=False) for i in range(len(self._program.outputs))
         ]

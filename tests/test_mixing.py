@@ -239,6 +239,24 @@ def test_budget_of_orthogonal_keys(enclave):
     assert_close(enclave.open(state), p)
 
 
+def test_budget_runs_out_inside_jit(enclave):
+    p, x = small()
+    tx = tempo.cheap_update(optax.sgd(0.1))
+
+    def step(state, x):
+        grads = jax.grad(two_layers)(state, x)
+        return optax.apply_updates(state, tx.update(grads, tx.init(state), state)[0])
+
+    shielded = tempo.shield(step, enclave=enclave, scheme=Orthogonal(budget=1), offload="all")
+    jitted = jax.jit(shielded)
+    sealed = shielded(enclave.seal(p), x)
+    x_sealed = enclave.seal(x)
+    p = step(p, x)
+    for _ in range(3):
+        sealed, p = jitted(sealed, x_sealed), step(p, x)
+    assert_close(enclave.open(sealed), p)
+
+
 def test_budget_counts_runs_that_return_no_weights(enclave):
     p, x = small()
     tx = tempo.cheap_update(optax.sgd(0.0))

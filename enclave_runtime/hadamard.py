@@ -1,6 +1,7 @@
 """Mixing: dense, well-conditioned maps of an axis that cost a few passes over memory.
 
-An axis of size n is multiplied by ``A = G3 H G2 H G1``. Each G is a gather with scale,
+An axis of size n is multiplied by ``A = G3 H G2 H G1``, or by one round ``G H`` more on the
+left. Each G is a gather with scale,
 ``(G x)[i] = scale[i] * x[order[i]]``, and H is the normalised Hadamard transform of blocks
 of ``b = min(64, largest power of two <= n)`` positions. Where b does not divide n, one more
 block, the *tail*, covers the last b positions, so that every position lies in a full block.
@@ -54,11 +55,11 @@ _pool = concurrent.futures.ThreadPoolExecutor(THREADS, "hadamard")
 
 
 class AxisMap(NamedTuple):
-    """A map ``G3 H G2 H G1`` of an axis, or `copies` of them, one for each batch index.
+    """A map ``G … H G2 H G1`` of an axis, or `copies` of them, one for each batch index.
 
     Attributes:
-      order: int32[copies, 3, n], permutations; the first is applied first.
-      scale: float64[copies, 3, n], none of them 0, indexed as the gather's result is.
+      order: int32[copies, gathers, n], permutations; the first is applied first.
+      scale: float64[copies, gathers, n], none of them 0, indexed as the gather's result is.
       tail_first: whether H transforms the tail before the blocks, and not after them.
     """
 
@@ -96,29 +97,32 @@ class AxisMap(NamedTuple):
     def scaled(self, factor: float) -> AxisMap:
         """The map ``factor * A``."""
         scale = self.scale.copy()
-        scale[:, 2] *= factor
+        scale[:, -1] *= factor
         return self._replace(scale=scale)
 
     def dense(self, copy: int = 0) -> np.ndarray:
         """The matrix of one copy, float64[n, n], made without the kernels: for audits."""
         matrix = np.eye(self.size)
-        for stage in range(3):
+        for stage in range(self.order.shape[1]):
             if stage:
                 matrix = _dense_transform(self.size, self.tail_first) @ matrix
             matrix = self.scale[copy, stage, :, None] * matrix[self.order[copy, stage]]
         return matrix
 
 
-def draw(stream: KeyStream, size: int, *, condition: float, copies: int = 1) -> AxisMap:
+def draw(
+    stream: KeyStream, size: int, *, condition: float, copies: int = 1, rounds: int = 2
+) -> AxisMap:
     """Draws maps with uniform permutations and signs.
 
     Args:
       stream: the only source of randomness.
       size: the axis's length, at least 1.
-      condition: at least 1; bounds the condition number of each map. The middle gather's
+      condition: at least 1; bounds the condition number of each map. The second gather's
         scales are log-uniform in ``[condition**-0.5, condition**0.5]``; 1 gives
         orthogonal maps.
       copies: how many independent maps to draw.
+      rounds: transforms H, at least 1, of which one comes before the second gather.
 
     >>> a = draw(KeyStream(bytes(32)), 5, condition=1)
     >>> bool(np.allclose(a.inverse().dense() @ a.dense(), np.eye(5)))
@@ -126,8 +130,9 @@ def draw(stream: KeyStream, size: int, *, condition: float, copies: int = 1) -> 
     """
     if size < 1 or not 1 <= condition < math.inf:
         raise ValueError(f"draw: size {size} or condition {condition} is below 1")
-    order = stream.permutations(3 * copies, size).reshape(copies, 3, size)
-    scale = stream.signs(3 * copies * size).astype(np.float64).reshape(copies, 3, size)
+    shape = copies, rounds + 1, size
+    order = stream.permutations(shape[0] * shape[1], size).reshape(shape)
+    scale = stream.signs(math.prod(shape)).astype(np.float64).reshape(shape)
     if condition != 1:
         exponents = stream.uniform(copies * size).reshape(copies, size) - 0.5
         scale[:, 1] *= np.exp(exponents * math.log(condition))
@@ -139,11 +144,12 @@ def _reversed(order, scale):
     """The transposed gathers, last first."""
     undo, taken = np.empty_like(order), np.empty_like(scale)
     for copy in range(order.shape[0]):
-        for stage in range(3):
+        for stage in range(order.shape[1]):
+            last = order.shape[1] - 1 - stage
             for i in range(order.shape[2]):
                 place = order[copy, stage, i]
-                undo[copy, 2 - stage, place] = i
-                taken[copy, 2 - stage, place] = scale[copy, stage, i]
+                undo[copy, last, place] = i
+                taken[copy, last, place] = scale[copy, stage, i]
     return undo, taken
 
 
@@ -404,7 +410,7 @@ def _mix_strips(source, extra, target, rows, kept, inner, prepared, scratch, sta
     rows of the result are written. Tasks `start` to `stop` are outer index times group.
     """
     order, scale, plan, level, same = prepared
-    copies, _, size = order.shape
+    copies, gathers, size = order.shape
     orders, scales, level, same = _pointer(order), _pointer(scale), _pointer(level), _pointer(same)
     outer, more = target.size // (kept * inner), size - rows
     source, extra, target = _pointer(source), _pointer(extra), _pointer(target)
@@ -415,7 +421,7 @@ def _mix_strips(source, extra, target, rows, kept, inner, prepared, scratch, sta
     groups = (inner + group - 1) // group
     for task in range(start, stop):
         index, column = task // groups, task % groups * group
-        table = index * copies // outer * 3 * size
+        table = index * copies // outer * gathers * size
         width = min(group, inner - column)
         place = _offset(source, index * rows * inner + column)
         _copy_rows(place, inner, lanes, tiles, lanes, apart, rows, width)
@@ -424,13 +430,14 @@ def _mix_strips(source, extra, target, rows, kept, inner, prepared, scratch, sta
         for strip in range(0, width, lanes):
             tile = _offset(tiles, strip * size)
             order, scale = _offset(orders, table), _offset(scales, table)
-            _round(tile, size, order, scale, plan, level, same, buffer, first)
-            order, scale = _offset(order, size), _offset(scale, size)
-            _round(first, size, order, scale, plan, level, same, buffer, second)
-            order, scale = _offset(order, size), _offset(scale, size)
+            mixed, spare, current = first, second, tile
+            for _ in range(gathers - 1):
+                _round(current, size, order, scale, plan, level, same, buffer, mixed)
+                current, mixed, spare = mixed, spare, mixed
+                order, scale = _offset(order, size), _offset(scale, size)
             for i in range(kept):
                 for v in range(0, lanes, VECTOR):
-                    _store(tile, i * lanes + v, lanes, _gather(second, v, order, scale, i, 1))
+                    _store(tile, i * lanes + v, lanes, _gather(current, v, order, scale, i, 1))
         place = _offset(target, index * kept * inner + column)
         _copy_rows(tiles, lanes, apart, place, inner, lanes, kept, width)
 
@@ -442,7 +449,7 @@ def _mix_rows(source, target, rows, prepared, scratch, start, stop):
     Tasks `start` to `stop` are copy times group.
     """
     order, scale, plan, level, same = prepared
-    size = order.shape[2]
+    _, gathers, size = order.shape
     orders, scales, level, same = _pointer(order), _pointer(scale), _pointer(level), _pointer(same)
     source, target = _pointer(source), _pointer(target)
     first, second, buffer = _pointer(scratch[0]), _pointer(scratch[1]), _pointer(scratch[2])
@@ -453,7 +460,8 @@ def _mix_rows(source, target, rows, prepared, scratch, start, stop):
         base = (copy * rows + row) * size
         height = min(lanes, rows - row)
         whole = size - size % lanes if height == lanes else 0
-        order, scale = _offset(orders, copy * 3 * size), _offset(scales, copy * 3 * size)
+        table = copy * gathers * size
+        order, scale = _offset(orders, table), _offset(scales, table)
         for j in range(0, whole, lanes):
             for v in range(0, lanes, VECTOR):
                 for u in range(j, j + lanes, VECTOR):
@@ -462,18 +470,19 @@ def _mix_rows(source, target, rows, prepared, scratch, start, stop):
         for v in range(height):
             for j in range(whole, size):
                 second[j * lanes + v] = source[base + v * size + j]
-        _round(second, size, order, scale, plan, level, same, buffer, first)
-        order, scale = _offset(order, size), _offset(scale, size)
-        _round(first, size, order, scale, plan, level, same, buffer, second)
-        order, scale = _offset(order, size), _offset(scale, size)
+        mixed, spare, current = first, second, second
+        for _ in range(gathers - 1):
+            _round(current, size, order, scale, plan, level, same, buffer, mixed)
+            current, mixed, spare = mixed, spare, mixed
+            order, scale = _offset(order, size), _offset(scale, size)
         for j in range(0, whole, lanes):
             for v in range(0, lanes, VECTOR):
                 for u in range(j, j + lanes, VECTOR):
-                    square = _gather(second, v, order, scale, u, VECTOR)
+                    square = _gather(current, v, order, scale, u, VECTOR)
                     _store(target, base + v * size + u, size, _transposed(square))
         for j in range(whole, size):
             for v in range(height):
-                target[base + v * size + j] = second[order[j] * lanes + v] * scale[j]
+                target[base + v * size + j] = current[order[j] * lanes + v] * scale[j]
 
 
 # Application
@@ -483,8 +492,8 @@ class _Prepared(NamedTuple):
     """What the kernels read of a map.
 
     Attributes:
-      order: int32[copies, 3, n].
-      scale: dtype[copies, 3, n], with ``b**-0.5`` multiplied in where a block is gathered.
+      order: int32[copies, gathers, n].
+      scale: dtype[copies, gathers, n], with ``b**-0.5`` multiplied in where a block is gathered.
       plan: b; where the last gathered block starts; where the ``n % b`` rows start that
         are gathered bare; where the block starts that overlaps them, done last and in place.
       level: dtype[b], all ``b**-0.5``: the scale of the last.
@@ -511,7 +520,7 @@ def _prepare(axis_map: AxisMap, dtype: np.dtype) -> _Prepared:
     level = np.full(size, block**-0.5)
     level[plan[2] : plan[2] + size % block] = 1
     scale = axis_map.scale.copy()
-    scale[:, :2] *= level
+    scale[:, :-1] *= level
     order = np.ascontiguousarray(axis_map.order, np.int32)
     same = np.arange(block, dtype=np.int32)
     return _Prepared(order, scale.astype(dtype), plan, np.full(block, block**-0.5, dtype), same)

@@ -14,6 +14,10 @@ from jax.sharding import Mesh
 
 import enclave_runtime
 import tempo_jax as tempo
+from benchmarks.attacks import structure
+from enclave_runtime import hadamard
+from enclave_runtime.keys import KeySchedule
+from enclave_runtime.program import KeyClass
 from tempo_jax.schemes import Mixing, Orthogonal, Tempo
 from tests.steps import assert_close, uniform
 
@@ -303,6 +307,23 @@ def test_enclave_draws_from_no_other_generator():
                 assert not isinstance(node.value, ast.Name) or node.value.id not in ("np", "jax")
             if isinstance(node, ast.Import):
                 assert not {a.name for a in node.names} & {"random", "numpy.random", "jax.random"}
+
+
+@pytest.mark.parametrize(("rounds", "found"), [(2, True), (3, False)])
+def test_blocks_of_a_key_show_under_two_rounds_only(rounds, found):
+    """The Gram matrix of a blinded tensor must not show which rows share a Hadamard block."""
+    key = hadamard.draw(KeySchedule().stream("test"), 256, condition=4.0, rounds=rounds)
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=(2, 256, 256))
+    seen = hadamard.mix(x, {0: key}), hadamard.mix(g, {0: key.inverse_transpose()})
+    blocks = structure.find_blocks(seen[:1], seen[1:], rng)
+    share = structure.share_right(blocks, key.order[0, -1] // 64)
+    assert share > 0.95 if found else share < 0.45
+
+
+def test_mixing_uses_three_rounds():
+    key = Mixing().draw(KeyClass(64, decoys=64), KeySchedule().stream("test"))
+    assert key.element.order.shape == (1, 4, 128)
 
 
 def test_default_is_mixing(enclave):

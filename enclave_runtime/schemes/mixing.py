@@ -6,8 +6,10 @@ With a key matrix for each axis, A for rows, B for what is contracted, C for col
     Ĝ = t_g A⁻ᵀ [G; Q] C⁻¹   dX̂ = Ĝ Ŵᵀ             dŴ = X̂ᵀ Ĝ
 
 R and Q are decoy rows in the same places; unblinding cuts them off Ŷ and dX̂, and takes
-RᵀQ off dŴ. Each key is ``P S H P S D H P S`` in fast form (`enclave_runtime.hadamard`) with
-D log-uniform of condition 4. The scalars t hide norms.
+RᵀQ off dŴ. Each key is ``P S H P S H P S D H P S`` in fast form (`enclave_runtime.hadamard`)
+with D log-uniform of condition 4. With a single transform outside D, the Gram matrix of a
+blinded tensor would show which rows share a block; with two, every row meets every other.
+The scalars t hide norms.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from enclave_runtime.schemes.orthogonal import mix_into, rounded, to_mixable
 
 DECOY_ENERGY = 4.0  # of all decoy rows, over the signal's
 _SAMPLED_ROWS = 512  # at most so many rows of the signal go into covariance-matched decoys
+_ROUNDS = 3  # Hadamard transforms of a key: one inside D, two outside
 _FAINT = 2.0**-6  # of a decoy's length, in directions that the signal may not have
 _LEAST_ENERGY = 1e-25  # below, squares of float32 may have lost digits
 _TINY = 2.0**-90  # a scalar this far from 1 would leave float32's range
@@ -108,7 +111,11 @@ class Mixing(Scheme):
         """Draws an element for each copy, over the axis with its decoys."""
         size = key_class.size + key_class.decoys
         element = hadamard.draw(
-            stream, size, condition=float(self.condition), copies=key_class.copies
+            stream,
+            size,
+            condition=float(self.condition),
+            copies=key_class.copies,
+            rounds=_ROUNDS,
         )
         return MixingKey(element, key_class.decoys)
 

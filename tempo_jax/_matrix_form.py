@@ -92,8 +92,10 @@ def matrix_form(
     for number, product in sequence:
         if is_product(jaxpr.eqns[number]):
             reasons.append(None if product else stays.get(number, _NO_FAMILY))
-            forward = product is not None and number == product.primary
-            decoys.append(decoy_count(product.sizes[0], scheme.decoy_rows) if forward else 0)
+            if product is not None and number == product.primary:
+                decoys.append(decoy_count(product.sizes[0], scheme.decoy_rows))
+            else:
+                decoys.append(0)
     return MatrixForm(_rewrite(closed, sequence), tuple(reasons), tuple(decoys))
 
 

@@ -112,6 +112,7 @@ def test_runs_under_jit_and_on_a_mesh(enclave):
     arguments = small()
     expected = jax.grad(two_layers)(*arguments)
     mesh = Mesh(np.array(jax.devices()[:2]), ("workers",))
+    options: dict[str, Any]
     for options in ({}, {"mesh": mesh}):
         shielded = tempo.shield(jax.grad(two_layers), enclave=enclave, offload="all", **options)
         if options:

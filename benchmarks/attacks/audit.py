@@ -1,0 +1,134 @@
+"""Keys of the library's own runs, derived again by an evaluator who knows the enclave's root.
+
+Used to score attacks, never by one: `launch` starts an enclave whose root secret this process
+chose, and `Auditor` derives from it what the enclave drew, by the numbers of run and key class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from unittest import mock
+
+import numpy as np
+
+import tempo_jax as tempo
+from benchmarks.attacks.blinding import Key
+from benchmarks.attacks.open_enclave import ROOT_VARIABLE
+from benchmarks.attacks.traces import ProductTruth, ProductView
+from enclave_runtime.hadamard import AxisMap
+from enclave_runtime.keys import KeySchedule
+from enclave_runtime.program import DEVICE, Layout
+from tempo_jax import _connection
+from tempo_jax._plan import Plan
+from tempo_jax.testing import Product
+
+
+class DenseKey(Key):
+    """A key given as its matrix."""
+
+    def __init__(self, matrix: np.ndarray):
+        """Keeps the matrix, (n, n)."""
+        object.__setattr__(self, "size", len(matrix))
+        object.__setattr__(self, "stages", ())
+        object.__setattr__(self, "matrix", matrix)
+
+    def apply(self, x: np.ndarray, *, polar: bool = False) -> np.ndarray:
+        """See `Key.apply`."""
+        return np.linalg.solve(self.matrix.T, x) if polar else self.matrix @ x
+
+
+@contextlib.contextmanager
+def launch(root: bytes) -> Iterator[tempo.Enclave]:
+    """Starts an enclave with this root secret, 32 bytes."""
+    with (
+        mock.patch.dict(os.environ, {ROOT_VARIABLE: root.hex()}),
+        mock.patch.object(_connection, "ENCLAVE_MODULE", "benchmarks.attacks.open_enclave"),
+    ):
+        enclave = tempo.Enclave.launch()
+    with enclave:
+        yield enclave
+
+
+class Auditor:
+    """Derives the keys of one plan's runs, for schemes that keep none.
+
+    Kept keys were drawn by the run that first blinded a weight, which is the first run here.
+    """
+
+    def __init__(self, plan: Plan, root: bytes):
+        """Takes the shielded step's plan and the enclave's root secret."""
+        self._plan = plan
+        self._scheme = plan.request.scheme
+        self._schedule = KeySchedule()
+        self._schedule._root = root
+        self._kept = {
+            c for port in plan.program.inputs if port.place == DEVICE for c in port.layout.classes
+        }
+
+    def _key(self, run: int, layout: Layout, axis: int, copy: int) -> DenseKey:
+        """The matrix that acts on an axis, in the polarity of the first operand."""
+        number = layout.classes[axis]
+        assert number is not None, "every axis of a matrix carries a key"
+        budget = self._scheme.key_budget or 1 << 62
+        first = run - (run - 1) % budget if number in self._kept else run
+        stream = self._schedule.stream("class", first, number)
+        key = self._scheme.draw(self._plan.program.classes[number], stream)
+        element = getattr(key, "element", key)
+        if isinstance(element, AxisMap):
+            matrix = element.dense(copy if element.copies > 1 else 0)
+        else:
+            matrix = np.eye(len(element.permutation))[element.permutation]
+            factors = getattr(element, "signs", None)
+            factors = getattr(element, "scales", None) if factors is None else factors
+            if factors is not None:
+                matrix *= np.asarray(factors, np.float64)[:, None]
+        if not self._scheme.group.orthogonal and not layout.weights[axis]:
+            matrix = np.linalg.inv(matrix).T
+        return DenseKey(matrix)
+
+    def fill_in(
+        self, run: int, product: Product, copy: int, view: ProductView, truth: ProductTruth
+    ) -> bool:
+        """Completes the truth on a forward product of matrices that was seen in a run.
+
+        Args:
+          run: the run's number in its enclave, from 1.
+          product: the forward equation as recorded.
+          copy: index in its batch.
+          view: what the host saw of it.
+          truth: the plain operands; gets keys, scalars and decoys.
+        """
+        eqn = self._plan.jaxpr.eqns[product.equation]
+        x, w = (self._plan.layout(v) for v in eqn.invars)
+        if len(x.classes) != (3 if self._scheme.keys_per_product and x.classes[0] is None else 2):
+            return True
+        a, b = self._key(run, x, -2, copy), self._key(run, x, -1, copy)
+        c = self._key(run, w, -1, copy)
+        truth.keys = (a, b, c)
+        assert view.x is not None and view.w is not None
+        # What was drawn for a tensor alone follows from what the host saw and the keys.
+        clear_x = np.linalg.solve(a.matrix, view.x) @ np.linalg.inv(b.matrix).T
+        clear_w = b.matrix.T @ view.w @ np.linalg.inv(c.matrix).T
+        t_x, t_w, t_g = _ratio(clear_x, truth.x), _ratio(clear_w, truth.w), 1.0
+        if not np.allclose(clear_w, t_w * truth.w, atol=1e-6 * np.abs(clear_w).max()):
+            truth.keys = None
+            return False
+        if len(clear_x) > len(truth.x):
+            truth.decoys_x = clear_x[len(truth.x) :] / t_x
+        if view.g is not None:
+            clear_g = a.matrix.T @ view.g @ c.matrix
+            t_g = _ratio(clear_g, truth.g)
+            # Without dX, Ĝ has a key of its own for its columns.
+            own = not np.allclose(clear_g[: len(truth.g)], t_g * truth.g, atol=1e-6)
+            if len(clear_g) > len(truth.g) and not own:
+                truth.decoys_g = clear_g[len(truth.g) :] / t_g
+        truth.scales = (t_x, t_w, t_g)
+        return True
+
+
+def _ratio(blinded: np.ndarray, plain: np.ndarray) -> float:
+    """The scalar t with ``blinded = t plain``, up to rows that are not the plain's."""
+    energy = float((plain**2).sum())
+    return float((blinded[: len(plain)] * plain).sum()) / energy if energy else 1.0

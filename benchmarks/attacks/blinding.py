@@ -1,0 +1,182 @@
+"""Blinding in NumPy: every scheme and weak control of the suite, with its keys known.
+
+Written from the formulas alone, apart from `enclave_runtime`, so that controls no shipped scheme
+offers can be attacked, and so that a fault of the library is not repeated here:
+``X̂ = t A [X; R] Bᵀ``, ``Ŵ = t B⁻ᵀ W Cᵀ``, ``Ĝ = t A⁻ᵀ [G; Q] C⁻¹``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+
+BLOCK = 64  # rows that one Hadamard block mixes
+CONDITION = 4.0
+DECOYS = 32
+DECOY_ENERGY = 4.0
+
+
+class Stage(NamedTuple):
+    """``x ↦ M diag(factors) x[permutation]``, M orthogonal: none, one block repeated, or whole."""
+
+    permutation: np.ndarray
+    factors: np.ndarray
+    mixing: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Key:
+    """An invertible matrix K as a product of stages."""
+
+    size: int
+    stages: tuple[Stage, ...]
+
+    def apply(self, x: np.ndarray, *, polar: bool = False) -> np.ndarray:
+        """``K x``, or ``K⁻ᵀ x`` if `polar`."""
+        for permutation, factors, mixing in self.stages:
+            x = x[permutation] * (1 / factors if polar else factors)[:, None]
+            if mixing is not None:
+                blocks = x.reshape(-1, len(mixing), x.shape[1])
+                x = (mixing @ blocks).reshape(x.shape)
+        return x
+
+    @functools.cached_property
+    def matrix(self) -> np.ndarray:
+        """K, float64 (size, size)."""
+        return self.apply(np.eye(self.size))
+
+
+def permutation_key(rng: np.random.Generator, size: int) -> Key:
+    """A uniform permutation."""
+    return Key(size, (Stage(rng.permutation(size), np.ones(size), None),))
+
+
+def signed_key(rng: np.random.Generator, size: int) -> Key:
+    """A uniform signed permutation."""
+    return Key(size, (Stage(rng.permutation(size), rng.choice([-1.0, 1.0], size), None),))
+
+
+def scaled_key(rng: np.random.Generator, size: int) -> Key:
+    """A permutation with positive powers of two."""
+    return Key(size, (Stage(rng.permutation(size), 2.0 ** rng.integers(-3, 4, size), None),))
+
+
+def orthogonal_key(rng: np.random.Generator, size: int) -> Key:
+    """Two rounds of fast Hadamard mixing, or Haar matrices where the size does not allow them."""
+    return _mixing_key(rng, size, np.ones(size), 2)
+
+
+def invertible_key(rng: np.random.Generator, size: int) -> Key:
+    """``P S H P S H P S D H P S`` with D log-uniform, so that the condition is at most 4."""
+    return _mixing_key(rng, size, _scales(rng, size), 3)
+
+
+def two_round_key(rng: np.random.Generator, size: int) -> Key:
+    """``P S H P S D H P S``: the same with a single transform outside D, which shows its blocks."""
+    return _mixing_key(rng, size, _scales(rng, size), 2)
+
+
+def _scales(rng: np.random.Generator, size: int) -> np.ndarray:
+    return np.exp(rng.uniform(-0.5, 0.5, size) * np.log(CONDITION))
+
+
+def _mixing_key(rng: np.random.Generator, size: int, scales: np.ndarray, rounds: int) -> Key:
+    if size % BLOCK:
+        mixings = [_haar(rng, size) for _ in range(rounds)]
+    else:
+        mixings = [scipy.linalg.hadamard(BLOCK) / np.sqrt(BLOCK)] * rounds
+    factors = [np.ones(size), scales, *[np.ones(size)] * (rounds - 1)]
+    signs = rng.choice([-1.0, 1.0], (rounds + 1, size))
+    return Key(
+        size,
+        tuple(
+            Stage(rng.permutation(size), s * f, m)
+            for s, f, m in zip(signs, factors, [*mixings, None], strict=True)
+        ),
+    )
+
+
+def _haar(rng: np.random.Generator, size: int) -> np.ndarray:
+    q, r = np.linalg.qr(rng.normal(size=(size, size)))
+    return q * np.sign(np.diag(r))
+
+
+GROUPS = {
+    "permutation": permutation_key,
+    "signed": signed_key,
+    "scaled": scaled_key,
+    "orthogonal": orthogonal_key,
+    "invertible": invertible_key,
+    "two rounds": two_round_key,
+}
+FOREVER = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Blinding:
+    """What a scheme or a control does.
+
+    Attributes:
+      rows: group of row keys, drawn for every product and step.
+      features: group of the keys of W's axes.
+      lifetime: steps for which feature keys are kept.
+      decoys: `none`; `coupled`: rows below X and G; `x`: below X only, with zeros below G.
+      shared_rows: whether all products of a step use one row key.
+      scalars: whether every tensor gets a random scalar.
+      keeps_inside: whether the classifier and thin products stay in the enclave.
+      dual: whether dW is computed from second versions of X and G, in the other polarity.
+    """
+
+    rows: str
+    features: str
+    lifetime: int
+    decoys: str = "none"
+    shared_rows: bool = False
+    scalars: bool = False
+    keeps_inside: bool = False
+    dual: bool = False
+
+
+_MIXING = Blinding("invertible", "invertible", 1, decoys="coupled", scalars=True, keeps_inside=True)
+SCHEMES = {
+    "signed_permutation": Blinding("signed", "signed", FOREVER),
+    "tempo": Blinding("scaled", "scaled", FOREVER, dual=True),
+    "orthogonal": Blinding("orthogonal", "orthogonal", 1),  # the library's default budget
+    "mixing": _MIXING,
+}
+CONTROLS = {
+    "kept_orthogonal": Blinding("orthogonal", "orthogonal", FOREVER),
+    "fresh_orthogonal": Blinding("orthogonal", "orthogonal", 1),
+    "permuted_rows": Blinding("permutation", "orthogonal", FOREVER),
+    "shared_rows": Blinding("orthogonal", "orthogonal", FOREVER, shared_rows=True),
+    "mixing_without_decoys": dataclasses.replace(_MIXING, decoys="none"),
+    "mixing_uncoupled": dataclasses.replace(_MIXING, decoys="x"),
+    # What is left of mixing for a host that finds the diagonals in its keys.
+    "orthogonal_decoys": dataclasses.replace(_MIXING, rows="orthogonal", features="orthogonal"),
+    "mixing_two_rounds": dataclasses.replace(_MIXING, rows="two rounds", features="two rounds"),
+    "mixing_kept": dataclasses.replace(_MIXING, lifetime=FOREVER),
+}
+BLINDINGS = SCHEMES | CONTROLS
+
+
+def decoy_count(rows: int) -> int:
+    """How many decoys fill `rows` and `DECOYS` more up to whole blocks."""
+    return -(rows + DECOYS) % BLOCK + DECOYS
+
+
+def draw_decoys(rng: np.random.Generator, x: np.ndarray, count: int) -> np.ndarray:
+    """Rows like X's: half combine its rows, half have its spectrum in a fresh random basis."""
+    half = count // 2
+    matched = rng.normal(size=(half, len(x))) @ x
+    spectrum = np.linalg.svd(x, compute_uv=False)
+    width = x.shape[1]
+    spectrum = np.pad(spectrum, (0, width - len(spectrum)))
+    fresh = (rng.normal(size=(count - half, width)) * spectrum) @ _haar(rng, width)
+    rows = np.concatenate([matched, fresh])
+    energy = np.sqrt((rows**2).sum(1, keepdims=True))
+    rows *= rng.uniform(0.5, 1.5, (count, 1)) / np.where(energy > 0, energy, 1)
+    return rows * np.sqrt(DECOY_ENERGY * (x**2).sum() / (rows**2).sum())

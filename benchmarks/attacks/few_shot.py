@@ -1,0 +1,119 @@
+"""S9: one step and a hundred public labels.
+
+The link between two layers is estimated from the one step, as in S3. What it leaves unknown, gains
+along the principal directions of ŷ and an offset, is trained on public labels through the blinded
+weights. The control trains the same gains on random frames: what labels alone give.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.attacks import congruence, scoring
+from benchmarks.attacks.results import Measurement, measure
+from benchmarks.attacks.traces import Trace
+
+LABELS = 100
+STEPS = 6
+RESTARTS = 6
+FIT_STEPS = 150
+# Gains to train: few leave the work to the link, many let labels repair it.
+GAINS = (1, 16, 128)
+
+
+def fit(
+    trace: Trace, step: int, link: scoring.Link, maps: list[np.ndarray], chosen: np.ndarray
+) -> np.ndarray:
+    """Trains gains and an offset on public examples, for every map and sign.
+
+    Args:
+      trace: with keys.
+      step: whose blinded weights it takes.
+      link: two dense products of an MLP.
+      maps: candidates for ``x̂ ≈ ± ŷ M``.
+      chosen: which training examples are public.
+
+    Returns:
+      (maps, gains, 2): loss on the public labels, in nats, and stolen accuracy, the better sign's.
+    """
+    model, data = trace.model, trace.model.data()
+    y = trace.views[step][link[0]].y
+    assert y is not None
+    axes = np.linalg.eigh(y.T @ y)[1][:, ::-1]
+    size = len(axes)
+    # Neighbouring directions share a gain.
+    bands = [np.arange(size) * min(gains, size) // size for gains in GAINS]
+    shares = [np.eye(size)[:, band] for band in bands]
+    scaled = [sign * congruence.rescale(trace, step, link, m) for m in maps for sign in (1, -1)]
+    optimizer = optax.adam(0.05)
+
+    def apply(weights, m, share, inputs):
+        def surrogate(rows):
+            return ((rows @ axes) * (weights[0] @ share)) @ (axes.T @ m) + weights[1]
+
+        products = scoring.Replaced(trace, step, link, surrogate)
+        return model.apply(trace.parameters, inputs, products)
+
+    def loss(weights, m, share, inputs):
+        logits = apply(weights, m, share, inputs)
+        labels = jnp.asarray(data.labels[chosen])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def train(m, share, public_inputs, test_inputs):
+        def update(carry, _):
+            weights, state = carry
+            gradients = jax.grad(loss)(weights, m, share, public_inputs)
+            updates, state = optimizer.update(gradients, state)
+            return (optax.apply_updates(weights, updates), state), None
+
+        weights = (jnp.ones(size), jnp.zeros(m.shape[1]))
+        (weights, _), _ = jax.lax.scan(update, (weights, optimizer.init(weights)), None, FIT_STEPS)
+        guessed = apply(weights, m, share, test_inputs).argmax(-1)
+        accuracy = (guessed == jnp.asarray(data.test_labels)).mean()
+        return jnp.stack([loss(weights, m, share, public_inputs), accuracy])
+
+    # Inputs are arguments, since XLA would spend seconds on folding constants of their size.
+    every = jax.jit(
+        jax.vmap(jax.vmap(train, in_axes=(None, 0, None, None)), in_axes=(0, None, None, None))
+    )
+    inputs = data.inputs[chosen], data.test_inputs
+    found = np.asarray(every(np.stack(scaled), np.stack(shares), *inputs))
+    found = found.reshape(len(maps), 2, len(GAINS), 2)
+    better = found[..., 0].argmin(1)
+    return np.take_along_axis(found, better[:, None, :, None], axis=1)[:, 0]
+
+
+def attack(
+    trace: Trace, rng: np.random.Generator, restarts: int = RESTARTS, steps: int = STEPS
+) -> list[Measurement]:
+    """Steals with as many gains as help most over what they reach on random frames."""
+    if not scoring.can_steal(trace):
+        return []
+    link, total = trace.links()[0], len(trace.views)
+    stolen: dict[int, list[float]] = {gains: [] for gains in GAINS}
+    control: dict[int, list[float]] = {gains: [] for gains in GAINS}
+    for step in range(max(0, total - steps), total):
+        chosen = rng.choice(len(trace.model.data().labels), LABELS, replace=False)
+        span = range(step, step + 1)
+        maps = [m for m, _ in congruence.link_layers(trace, link, span, rng, restarts)]
+        guesses = congruence.random_maps(trace, link, span, rng, len(maps))
+        fitted = fit(trace, step, link, maps + guesses, chosen)
+        for kept, part in ((stolen, fitted[: len(maps)]), (control, fitted[len(maps) :])):
+            for i, gains in enumerate(GAINS):
+                kept[gains].append(float(part[part[:, i, 0].argmin(), i, 1]))
+    best = max(GAINS, key=lambda n: np.mean(stolen[n]) - np.mean(control[n]))
+    chance = float(np.mean(control[best]))
+    every = ", ".join(f"{np.mean(stolen[n]):.2f}/{np.mean(control[n]):.2f}" for n in GAINS)
+    return [
+        measure(
+            "S9",
+            "stolen",
+            float(np.mean(stolen[best])),
+            chance=chance,
+            threshold=chance + 0.10,
+            note=f"{best} gains on {len(stolen[best])} steps; all, with random frames: {every}",
+        )
+    ]

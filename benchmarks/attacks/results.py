@@ -1,0 +1,215 @@
+"""What an attack measured, and the tables, JSON and plot made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One figure of one attack on one trace.
+
+    Attributes:
+      attack: `S1` to `S9`.
+      metric: what was counted.
+      value: what the attack reached.
+      chance: what guessing reaches.
+      threshold: the scheme withstands the attack as long as `value` is at most this.
+      passed: whether it did.
+      note: anything a reader must know beside it.
+      best: value of a perfect attack, for the plot; may be less than chance.
+      lower_is_leak: whether small values are the leak, so that `threshold` is a lower bound.
+    """
+
+    attack: str
+    metric: str
+    value: float
+    chance: float
+    threshold: float
+    passed: bool
+    note: str = ""
+    best: float = 1.0
+    lower_is_leak: bool = False
+
+    @property
+    def leak(self) -> float:
+        """Where the value lies between chance (0) and a perfect attack (1)."""
+        span = self.best - self.chance
+        return min(1.0, max(0.0, (self.value - self.chance) / span)) if span else 0.0
+
+
+def measure(
+    attack: str,
+    metric: str,
+    value: float,
+    *,
+    chance: float,
+    threshold: float,
+    note: str = "",
+    best: float = 1.0,
+    lower_is_leak: bool = False,
+) -> Measurement:
+    """A measurement, judged against its threshold; what is not a number does not pass."""
+    value = float(value)
+    passed = bool(value >= threshold if lower_is_leak else value <= threshold)
+    return Measurement(
+        attack, metric, value, float(chance), float(threshold), passed, note, best, lower_is_leak
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A measurement, and the trace it was made on.
+
+    Attributes:
+      scheme: name of the scheme or control.
+      victim: key of `VICTIMS`.
+      seed: of the trace.
+      measurement: what was measured.
+      recorded: whether the library made the trace, not the simulation.
+    """
+
+    scheme: str
+    victim: str
+    seed: int
+    measurement: Measurement
+    recorded: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """What an attack must reach on a weak control, else the suite says nothing.
+
+    Attributes:
+      attack: `S1` to `S9`.
+      scheme: the weak control.
+      victim: key of `VICTIMS`.
+      metric: which of the attack's metrics.
+      reach: the least value that counts, or the largest if `lower_is_leak`.
+      value: the worst of the seeds; not a number if nothing was measured.
+      lower_is_leak: as in `Measurement`.
+    """
+
+    attack: str
+    scheme: str
+    victim: str
+    metric: str
+    reach: float
+    value: float = math.nan
+    lower_is_leak: bool = False
+
+    @property
+    def reached(self) -> bool:
+        """Whether the attack works; False if it was not measured."""
+        return self.value <= self.reach if self.lower_is_leak else self.value >= self.reach
+
+
+def worst(rows: Iterable[Row]) -> list[Row]:
+    """The worst seed of every scheme, attack, metric and victim, in order of first appearance."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        m = row.measurement
+        key = (row.scheme, m.attack, m.metric, row.victim)
+        kept = found.get(key)
+        if kept is None or _badness(m) > _badness(kept.measurement):
+            found[key] = row
+    return list(found.values())
+
+
+def _badness(m: Measurement) -> float:
+    margin = m.threshold - m.value if m.lower_is_leak else m.value - m.threshold
+    return math.inf if math.isnan(margin) else margin
+
+
+def table(rows: Sequence[Row], controls: Sequence[Control]) -> str:
+    """Markdown: the controls, then every scheme, attack, metric and victim, worst of the seeds."""
+    void = [c for c in controls if not c.reached]
+    lines = []
+    if controls:
+        lines += ["| control | attack | victim | metric | reached | must reach | |"]
+        lines += ["|:--|:--|:--|:--|--:|--:|:--|"]
+        for c in controls:
+            sign = "≤" if c.lower_is_leak else "≥"
+            verdict = "ok" if c.reached else "**VOID**"
+            lines.append(
+                f"| {c.scheme} | {c.attack} | {c.victim} | {c.metric} | {c.value:.3g} "
+                f"| {sign} {c.reach:.3g} | {verdict} |"
+            )
+        lines.append("")
+    lines += ["| scheme | attack | victim | metric | value | chance | passes at | verdict | |"]
+    lines += ["|:--|:--|:--|:--|--:|--:|--:|:--|:--|"]
+    for row in worst(rows):
+        m = row.measurement
+        sign = "≥" if m.lower_is_leak else "≤"
+        verdict = "passes" if m.passed else "**broken**"
+        lines.append(
+            f"| {row.scheme} | {m.attack} | {row.victim} | {m.metric} | {m.value:.3g} "
+            f"| {m.chance:.3g} | {sign} {m.threshold:.3g} | {verdict} | {m.note} |"
+        )
+    if void:
+        names = sorted({c.attack for c in void})
+        lines += ["", f"VOID: {', '.join(names)} did not succeed where it must."]
+    return "\n".join(lines)
+
+
+def to_json(rows: Sequence[Row], controls: Sequence[Control], environment: dict[str, Any]) -> str:
+    """All rows, all seeds, as JSON."""
+    return json.dumps(
+        {
+            "environment": environment,
+            "void": not all(c.reached for c in controls),
+            "controls": [dataclasses.asdict(c) | {"reached": c.reached} for c in controls],
+            "rows": [
+                {"scheme": r.scheme, "victim": r.victim, "seed": r.seed, "recorded": r.recorded}
+                | dataclasses.asdict(r.measurement)
+                | {"leak": r.measurement.leak}
+                for r in rows
+            ],
+        },
+        indent=2,
+    )
+
+
+def leaks(rows: Sequence[Row]) -> dict[str, tuple[float, str]]:
+    """For each scheme its worst leak, 0 to 1, and the attack that found it."""
+    found: dict[str, tuple[float, str]] = {}
+    for row in rows:
+        m = row.measurement
+        if row.scheme not in found or m.leak > found[row.scheme][0]:
+            found[row.scheme] = (m.leak, m.attack)
+    return found
+
+
+def plot(rows: Sequence[Row], costs: dict[str, float], path: pathlib.Path) -> None:
+    """Draws leak against cost, every scheme a point; the file's ending says the format.
+
+    Args:
+      rows: all measurements.
+      costs: enclave nanoseconds for each blinded element, by scheme; others are left out.
+      path: where to save.
+    """
+    # A figure of its own, without pyplot, draws with Agg and needs no display.
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for scheme, (leak, attack) in leaks(rows).items():
+        if scheme in costs:
+            axes.plot(costs[scheme], leak, "o", markersize=9)
+            axes.annotate(
+                f"{scheme} ({attack})", (costs[scheme], leak), (6, 6), textcoords="offset points"
+            )
+    axes.set(
+        xlabel="enclave time, ns per blinded element",
+        ylabel="worst leak (0 chance, 1 all)",
+        ylim=(-0.05, 1.1),
+        title="What each scheme leaks, and what it costs",
+    )
+    axes.margins(x=0.3)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,126 @@
+"""Scores attacks against the truth: columns linked, directions linked, stolen accuracy.
+
+An attack hands over what it believes of the host's own coordinates; only these functions read the
+keys. "Stolen" is the test accuracy of the victim with the second of two adjacent products fed by
+the attacker's guess; the keys of the first's input and of the second's output, and everything
+else of the model, are given away. That isolates whether the attacker can link layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.attacks.blinding import BLINDINGS, FOREVER
+from benchmarks.attacks.traces import Trace
+from benchmarks.attacks.victims import Plain
+
+Surrogate = Callable[[Any], Any]
+Link = tuple[str, str]
+
+
+def lifetime(trace: Trace) -> int:
+    """Steps for which feature keys are kept; the scheme is public, so the attacker knows it."""
+    return BLINDINGS[trace.scheme].lifetime
+
+
+def windows(trace: Trace, longest: int = FOREVER) -> list[range]:
+    """Steps that share feature keys, at most `longest` at a time."""
+    total, size = len(trace.views), min(lifetime(trace), longest)
+    return [range(i, min(i + size, total)) for i in range(0, total, size)]
+
+
+def frames(trace: Trace, step: int, link: Link) -> tuple[np.ndarray, np.ndarray]:
+    """Key matrices of the first product's columns and of the second's inner axis."""
+    first, second = (trace.truth[step][name] for name in link)
+    if first.c is None or second.b is None:
+        raise ValueError(
+            f"{trace.victim}, {link}: the keys are not known, so nothing can be scored"
+        )
+    return first.c, second.b
+
+
+def columns_linked(
+    trace: Trace, step: int, link: Link, pairs: tuple[np.ndarray, np.ndarray]
+) -> float:
+    """Share of pairs whose columns carry the same neuron.
+
+    A column carries the neuron that weighs most in it. The inner axis of a convolution holds nine
+    shifts of every channel, and any of them counts.
+
+    Args:
+      trace: with keys.
+      step: whose keys.
+      link: the two products.
+      pairs: columns of the first's y and of the second's x.
+    """
+    c, b = frames(trace, step, link)
+    sources = np.abs(c).argmax(1)[pairs[0]], np.abs(b).argmax(1)[pairs[1]] % len(c)
+    return float(np.mean(sources[0] == sources[1]))
+
+
+def directions_linked(
+    trace: Trace, step: int, link: Link, u: np.ndarray, v: np.ndarray, least: float = 0.5
+) -> int:
+    """How many pairs of directions belong together.
+
+    ``ŷ u_k`` and ``x̂ v_k`` read the plain neurons with weights ``Cᵀ u_k`` and ``Bᵀ v_k``; a pair
+    counts if their cosine is at least `least`. Under a convolution the second has nine shifts,
+    whose cosines are joined.
+
+    Args:
+      trace: with keys.
+      step: whose keys.
+      link: the two products.
+      u: (p, k) directions in the first's columns.
+      v: (n, k) directions in the second's inner axis.
+      least: cosine from which a pair is linked.
+    """
+    c, b = frames(trace, step, link)
+    first = c.T @ u
+    second = (b.T @ v).reshape(-1, *first.shape)
+    norms = np.linalg.norm(first, axis=0) * np.sqrt((second**2).sum((0, 1))) + 1e-300
+    cosines = np.linalg.norm((first * second).sum(1), axis=0) / norms
+    return int((cosines >= least).sum())
+
+
+class Replaced(Plain):
+    """Plain products, but the second of a link gets what an attacker's surrogate predicts."""
+
+    def __init__(self, trace: Trace, step: int, link: Link, surrogate: Surrogate):
+        self.link, self.surrogate = link, surrogate
+        first, second = (trace.truth[step][name] for name in link)
+        c, b = frames(trace, step, link)
+        self.into = c.T * (first.scales[0] * first.scales[1])
+        self.weight = np.linalg.solve(b.T, second.w) / second.scales[0]
+        self.y = jnp.zeros(0)
+
+    def dense(self, name: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        """See `Products`."""
+        if name == self.link[1]:
+            return self.surrogate(self.y @ self.into) @ self.weight
+        y = x @ w
+        if name == self.link[0]:
+            self.y = y
+        return y
+
+
+def stolen(trace: Trace, step: int, link: Link, surrogate: Surrogate) -> float:
+    """Test accuracy of the model that the attacker builds, see the module's docstring.
+
+    Args:
+      trace: with keys.
+      step: whose blinded weights it takes.
+      link: two dense products of an MLP.
+      surrogate: maps rows in the blinded frame of the first's y to rows in that of the second's x.
+    """
+    return trace.model.accuracy(trace.parameters, Replaced(trace, step, link, surrogate))
+
+
+def can_steal(trace: Trace) -> bool:
+    """Whether `stolen` is defined: in a residual model the rest does the work without the link."""
+    return trace.victim.startswith("mlp")

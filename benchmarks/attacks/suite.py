@@ -1,0 +1,292 @@
+"""What the suite runs: attacks, the victims and steps each is given, and the controls it must beat.
+
+An attack that does not succeed on its weak control proves nothing where it fails, so a missed
+control makes the whole run void.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+
+import tempo_jax as tempo
+from benchmarks.attacks import blinding, congruence, few_shot, labels, linkage, rows, store, traces
+from benchmarks.attacks.results import Control, Measurement, Row
+from benchmarks.attacks.traces import Trace
+
+Run = Callable[[Trace, np.random.Generator], list[Measurement]]
+
+SCHEMES: dict[str, Callable[[], tempo.schemes.Scheme]] = {
+    "signed_permutation": tempo.schemes.SignedPermutation,
+    "tempo": tempo.schemes.Tempo,
+    "orthogonal": tempo.schemes.Orthogonal,
+    "mixing": tempo.schemes.Mixing,
+}
+DEFAULT = "mixing"
+MLPS = ("mlp", "mlp_bn", "mlp_ln")
+ALL = (*MLPS, "cnn", "transformer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How a trace is made.
+
+    Attributes:
+      steps: recorded steps.
+      batch: examples in a step; the victim's own if None.
+      repeat: whether all steps see one batch; such traces are always simulated.
+      simulate: whether the trace is simulated in any case, for the form of its keys.
+    """
+
+    steps: int
+    batch: int | None = None
+    repeat: bool = False
+    simulate: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One attack of the suite.
+
+    Attributes:
+      attack: `S1` to `S9`, `theft` or `information`.
+      run: the attack.
+      victims: on which it runs.
+      setting: of the traces.
+      controls: (control, victim, metric, reach, whether small is strong) for each metric that must
+        reach a value on a weak control; a metric's beginning is enough.
+    """
+
+    attack: str
+    run: Run
+    victims: tuple[str, ...]
+    setting: Setting
+    controls: tuple[tuple[str, str, str, float, bool], ...] = ()
+
+
+def _module(name: str) -> Run:
+    """The attack of a module of this package."""
+    return importlib.import_module(f"benchmarks.attacks.{name}").attack
+
+
+def plans(*, quick: bool) -> list[Plan]:
+    """All attacks, in the order in which the table shows them."""
+    few = Setting(2) if quick else Setting(6)
+    many = Setting(12) if quick else Setting(60)
+    large = Setting(2 if quick else 4, batch=1024)
+    repeated = Setting(2 if quick else 4, batch=1024, repeat=True)
+    some = ("mlp",) if quick else ALL
+    linked = ("mlp", "transformer") if quick else ALL
+    dense = ("mlp",) if quick else (*MLPS, "mlp_large")
+    align: Run = congruence.attack
+    shoot: Run = few_shot.attack
+    if quick:
+        align = functools.partial(congruence.attack, lengths=(4,), restarts=3, singles=2)
+        shoot = functools.partial(few_shot.attack, restarts=3, steps=2)
+    return [
+        Plan(
+            "S1",
+            linkage.attack,
+            linked,
+            many,
+            (
+                ("signed_permutation", "mlp", "columns linked", 0.9, False),
+                ("signed_permutation", "transformer", "columns linked", 0.9, False),
+            ),
+        ),
+        Plan("S2", rows.attack, dense, few, (("permuted_rows", "mlp", "stolen", 0.905, False),)),
+        Plan("S3", align, some, many, (("kept_orthogonal", "mlp", "stolen, max", 0.85, False),)),
+        Plan(
+            "S4",
+            _module("steps"),
+            some,
+            few,
+            (("fresh_orthogonal", "mlp", "w directions linked by rank", 30, False),),
+        ),
+        Plan(
+            "S4",
+            _module("steps"),
+            ("mlp",),
+            large,
+            (("mixing_without_decoys", "mlp", "dual subspace", 0.93, False),),
+        ),
+        Plan(
+            "S4",
+            _module("steps"),
+            ("mlp",),
+            repeated,
+            (("mixing_without_decoys", "mlp", "eig directions linked by rank", 15, False),),
+        ),
+        Plan(
+            "S4",
+            _module("structure"),
+            some,
+            dataclasses.replace(few, simulate=True),
+            (("mixing_two_rounds", "mlp", "blocks of row keys", 0.9, False),),
+        ),
+        Plan(
+            "S5",
+            _module("checkpoint"),
+            some,
+            few,
+            (
+                ("signed_permutation", "mlp", "key rows and columns, 0%", 0.9, False),
+                ("fresh_orthogonal", "mlp", "w directions by rank, 0%", 30, False),
+                ("fresh_orthogonal", "mlp", "key directions with signs, 0%", 128, False),
+            ),
+        ),
+        Plan(
+            "S6",
+            _module("inputs"),
+            some,
+            few,
+            (("signed_permutation", "mlp", "columns matched, dense1", 0.9, False),),
+        ),
+        Plan(
+            "S7", labels.attack, some, few, (("signed_permutation", "mlp", "labels", 0.4, False),)
+        ),
+        Plan(
+            "S8",
+            _module("plaintext"),
+            some,
+            few,
+            (
+                ("fresh_orthogonal", "mlp", "key directions, 127", 26, False),
+                ("fresh_orthogonal", "mlp", "membership mismatch", 1e-10, True),
+            ),
+        ),
+        Plan("S9", shoot, dense, few, (("fresh_orthogonal", "mlp", "stolen", 0.20, False),)),
+        Plan("theft", _module("theft"), some[:1], few),
+        Plan("information", _module("information"), some[:1], few),
+    ]
+
+
+def restrict(plan: Plan, victims: Sequence[str]) -> Plan:
+    """The same attack on those of its victims that are named; its controls stay."""
+    return dataclasses.replace(plan, victims=tuple(v for v in plan.victims if v in victims))
+
+
+def make_trace(
+    scheme: str,
+    victim: str,
+    seed: int,
+    setting: Setting,
+    cache: pathlib.Path | None,
+    *,
+    simulate: bool,
+) -> Trace:
+    """Records a scheme of the library, or simulates it, or a control.
+
+    Args:
+      scheme: key of `blinding.BLINDINGS`.
+      victim: key of `VICTIMS`.
+      seed: of the trace.
+      setting: how it is made.
+      cache: folder for traces, or None.
+      simulate: whether schemes of the library are simulated, too.
+    """
+    if scheme in blinding.CONTROLS or simulate or setting.repeat or setting.simulate:
+        return traces.simulate(
+            victim,
+            scheme,
+            seed,
+            setting.steps,
+            batch=setting.batch,
+            repeat=setting.repeat,
+            cache=cache,
+        )
+    return store.recorded(
+        victim, SCHEMES[scheme](), seed, setting.steps, batch=setting.batch, cache=cache
+    )
+
+
+def run_attack(plan: Plan, trace: Trace) -> list[Row]:
+    """Runs one attack on one trace; chance in it depends on the trace's seed alone."""
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        # An attack that did not converge has failed, which its figure says.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = plan.run(trace, np.random.default_rng([trace.seed, 9]))
+    seconds = time.perf_counter() - started
+    print(
+        f"{plan.attack} {trace.victim} {trace.scheme} seed {trace.seed}: {seconds:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
+    batch, size = trace.model.batch, len(trace.inputs[0])
+    victim = trace.victim if size == batch else f"{trace.victim}, batch {size}"
+    if len(trace.inputs) > 1 and np.array_equal(trace.inputs[0], trace.inputs[1]):
+        victim += ", repeated"
+    return [Row(trace.scheme, victim, trace.seed, m, trace.recorded) for m in found]
+
+
+def _jobs(
+    chosen: Sequence[Plan], schemes: Sequence[str]
+) -> Iterator[tuple[str, str, Setting, list[Plan]]]:
+    """Groups plans that share traces, so that every trace is made once."""
+    groups: dict[tuple[str, str, Setting], list[Plan]] = {}
+    for plan in chosen:
+        wanted = {(scheme, victim) for scheme in schemes for victim in plan.victims}
+        wanted |= {(control[0], control[1]) for control in plan.controls}
+        for scheme, victim in sorted(wanted):
+            groups.setdefault((scheme, victim, plan.setting), []).append(plan)
+    for (scheme, victim, setting), members in groups.items():
+        yield scheme, victim, setting, members
+
+
+def run(
+    chosen: Sequence[Plan],
+    schemes: Sequence[str],
+    seeds: Sequence[int],
+    cache: pathlib.Path | None,
+    *,
+    simulate: bool,
+) -> tuple[list[Row], list[Control]]:
+    """Runs attacks on schemes and on their controls.
+
+    Returns:
+      What was measured on the schemes, and the controls with the worst seed's value.
+    """
+    found: list[Row] = []
+    reached: dict[tuple[int, int], list[float]] = {}
+    numbers = {id(plan): i for i, plan in enumerate(chosen)}
+    for scheme, victim, setting, members in _jobs(chosen, schemes):
+        for seed in seeds:
+            trace = make_trace(scheme, victim, seed, setting, cache, simulate=simulate)
+            for plan in members:
+                made = run_attack(plan, trace)
+                if scheme in schemes and victim in plan.victims:
+                    found += made
+                for i, control in enumerate(plan.controls):
+                    if control[:2] == (scheme, victim):
+                        values = [
+                            _strength(plan, r.measurement)
+                            for r in made
+                            if r.measurement.metric.startswith(control[2])
+                        ]
+                        reached.setdefault((numbers[id(plan)], i), []).extend(values or [np.nan])
+    return found, _controls(chosen, reached)
+
+
+def _strength(plan: Plan, m: Measurement) -> float:
+    """What a control is judged by: the value, for S9 what it gains on random frames."""
+    return m.value - m.chance if plan.attack == "S9" else m.value
+
+
+def _controls(chosen: Sequence[Plan], reached: dict[tuple[int, int], list[float]]) -> list[Control]:
+    found = []
+    for number, plan in enumerate(chosen):
+        for i, (scheme, victim, metric, reach, lower) in enumerate(plan.controls):
+            values = reached.get((number, i), [np.nan])
+            worst = float(np.max(values) if lower else np.min(values))
+            found.append(Control(plan.attack, scheme, victim, metric, reach, worst, lower))
+    return found

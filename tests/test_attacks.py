@@ -1,0 +1,262 @@
+"""The attack suite: every attack succeeds on its weak control and fails on the default scheme.
+
+Traces are simulated and short. The library itself is attacked by `python -m benchmarks.attacks`.
+"""
+
+import functools
+import json
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.attacks import (
+    __main__,
+    blinding,
+    congruence,
+    few_shot,
+    labels,
+    linkage,
+    results,
+    rows,
+    scoring,
+    store,
+    suite,
+    traces,
+)
+from benchmarks.attacks.results import Control, Row, measure
+
+STEPS = 4
+
+
+@functools.cache
+def history():
+    """Plain training of the smallest victim, shared by all tests."""
+    return traces.train(traces.VICTIMS["mlp"], 0, STEPS)
+
+
+@functools.cache
+def trace(scheme: str) -> Any:
+    """The same training under one of the schemes."""
+    return traces.blind_history(history(), traces.VICTIMS["mlp"], scheme, 0)
+
+
+def strongest(attack, scheme, metric):
+    """The measurement with this name."""
+    found = attack(trace(scheme), np.random.default_rng(0))
+    return next(m for m in found if m.metric == metric)
+
+
+# Traces
+
+
+def relative_error(actual, expected):
+    """Largest difference over the largest value."""
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("scheme", blinding.BLINDINGS)
+def test_blinded_products_are_the_plain_ones_under_their_keys(scheme):
+    for name, view in trace(scheme).views[-1].items():
+        truth = trace(scheme).truth[-1][name]
+        rows, (t_x, t_w, t_g) = len(truth.x), truth.scales
+        undo_c = np.linalg.inv(truth.c)
+        y = np.linalg.solve(truth.a, view.y) @ undo_c.T / (t_x * t_w)
+        assert relative_error(y[:rows], truth.y) < 1e-10
+        dx = truth.a.T @ view.dx @ truth.b / (t_g * t_w)
+        assert relative_error(dx[:rows], truth.dx) < 1e-10
+        if view.x_dual is None:
+            dw = np.linalg.solve(truth.b, view.dw) @ truth.c / (t_x * t_g)
+            if truth.decoys_x is not None:
+                dw -= truth.decoys_x.T @ truth.decoys_g
+        else:
+            dw = truth.b.T @ view.dw @ undo_c.T  # the layout of w
+        assert relative_error(dw, truth.dw) < 1e-10
+
+
+def test_mixing_has_the_shape_that_was_studied():
+    view, truth = (side[-1]["dense2"] for side in (trace("mixing").views, trace("mixing").truth))
+    assert len(view.x) % blinding.BLOCK == 0 and len(view.x) >= len(truth.x) + blinding.DECOYS
+    assert max(np.linalg.cond(k) for k in (truth.a, truth.b, truth.c)) <= blinding.CONDITION
+    assert not trace("mixing").outside("head")
+    for decoys, signal in ((truth.decoys_x, truth.x), (truth.decoys_g, truth.g)):
+        assert (decoys**2).sum() / (signal**2).sum() == pytest.approx(blinding.DECOY_ENERGY)
+
+
+def test_keys_live_as_long_as_the_scheme_says():
+    def same(scheme):
+        first, second = (trace(scheme).truth[t]["dense1"].c for t in (0, 1))
+        return np.array_equal(first, second)
+
+    assert same("signed_permutation") and same("kept_orthogonal")
+    assert not same("mixing") and not same("fresh_orthogonal")
+    rows = [trace("signed_permutation").truth[t]["dense1"].a for t in (0, 1)]
+    assert not np.array_equal(*rows)
+
+
+def test_patches_multiply_as_a_convolution():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, 5, 4, 3)), rng.normal(size=(3, 3, 3, 7))
+    expected = traces.Plain().convolve("", jax.numpy.asarray(x), jax.numpy.asarray(w))
+    actual = traces.patches(x) @ w.reshape(-1, 7)
+    np.testing.assert_allclose(actual.reshape(expected.shape), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_recorded_operands_give_the_weights_gradients():
+    victim, plain = traces.VICTIMS["mlp"], history()
+    gradients = jax.grad(victim.loss)(
+        plain.parameters, plain.inputs[-1], plain.labels[-1], traces.Plain()
+    )
+    for name, (x, w, g) in plain.steps[-1].items():
+        np.testing.assert_array_equal(w, plain.parameters[name])
+        np.testing.assert_allclose(x.T @ g, gradients[name], rtol=1e-9, atol=1e-14)
+
+
+def test_a_plain_history_is_read_back_from_the_cache(tmp_path, monkeypatch):
+    victim = traces.VICTIMS["mlp"]
+    monkeypatch.setattr(traces, "train", lambda *_, **__: history())
+    first = traces.cached_train(victim, 0, STEPS, cache=tmp_path)
+    monkeypatch.setattr(traces, "train", None)
+    second = traces.cached_train(victim, 0, STEPS, cache=tmp_path)
+    assert first.names == second.names
+    for a, b in zip(first.steps, second.steps, strict=True):
+        for name in first.names:
+            for before, after in zip(a[name], b[name], strict=True):
+                np.testing.assert_array_equal(before, after)
+
+
+def test_a_recorded_trace_is_read_back_with_its_keys(tmp_path):
+    store.save(trace("mixing"), tmp_path / "trace.npz")
+    read = store.load(tmp_path / "trace.npz")
+    for name, truth in trace("mixing").truth[2].items():
+        again = read.truth[2][name]
+        np.testing.assert_array_equal(again.x, truth.x)
+        assert again.scales == truth.scales
+        if truth.keys is not None:
+            np.testing.assert_array_equal(again.b, truth.b)
+            np.testing.assert_array_equal(read.views[2][name].dw, trace("mixing").views[2][name].dw)
+
+
+# Attacks
+
+
+CASES = [
+    (linkage.attack, "signed_permutation", "columns linked", 0.85),
+    (rows.attack, "permuted_rows", "stolen", 0.9),
+    (rows.attack, "shared_rows", "stolen", 0.9),
+    (labels.attack, "signed_permutation", "labels", 0.9),
+    (
+        functools.partial(congruence.attack, lengths=(4,), restarts=2, singles=0),
+        "kept_orthogonal",
+        "stolen, max",
+        0.85,
+    ),
+    (functools.partial(few_shot.attack, restarts=2, steps=1), "fresh_orthogonal", "stolen", 0.8),
+]
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize(("attack", "control", "metric", "reach"), CASES)
+def test_an_attack_succeeds_on_its_control_and_fails_on_mixing(attack, control, metric, reach):
+    weak = strongest(attack, control, metric)
+    assert weak.value >= reach and not weak.passed
+    strong = strongest(attack, "mixing", metric)
+    # A single step is luckier than the mean that the suite judges.
+    assert strong.value < strong.chance + 0.3 < weak.value
+
+
+def test_the_right_link_steals_everything_and_a_wrong_one_nothing():
+    step, link = STEPS - 1, ("dense1", "dense2")
+    first, second = (trace("mixing").truth[step][name] for name in link)
+    bias = trace("mixing").parameters["dense1.bias"]
+    into = np.linalg.inv(first.c).T / (first.scales[0] * first.scales[1])
+
+    def right(rows):
+        return second.scales[0] * np.maximum(rows @ into + bias, 0) @ second.b.T
+
+    victim = trace("mixing").model.accuracy(trace("mixing").parameters)
+    assert scoring.stolen(trace("mixing"), step, link, right) == pytest.approx(victim)
+    assert scoring.stolen(trace("mixing"), step, link, lambda rows: 0 * rows) < 0.3
+
+
+def test_the_right_columns_and_directions_count():
+    kept, link = trace("signed_permutation"), ("dense1", "dense2")
+    c, b = scoring.frames(kept, 0, link)
+    pairs = np.arange(128), (np.abs(b) @ np.abs(c.T)).argmax(0)
+    assert scoring.columns_linked(kept, 0, link, pairs) == 1
+    assert scoring.directions_linked(kept, 0, link, c, b) == 128
+    assert scoring.directions_linked(kept, 0, link, c, np.roll(b, 1, axis=1)) == 0
+
+
+# The suite
+
+
+def row(value, threshold, seed=0, scheme="mixing"):
+    """A made-up measurement."""
+    made = measure("S1", "columns linked", value, chance=0.1, threshold=threshold)
+    return Row(scheme, "mlp", seed, made)
+
+
+def test_the_worst_seed_is_reported():
+    found = results.worst([row(0.1, 0.5), row(0.6, 0.5, seed=1), row(0.2, 0.5, seed=2)])
+    assert [(r.seed, r.measurement.passed) for r in found] == [(1, False)]
+    lower = [
+        Row("mixing", "mlp", i, measure("S8", "m", v, chance=1, threshold=0.5, lower_is_leak=True))
+        for i, v in enumerate((0.9, 0.1))
+    ]
+    assert results.worst(lower)[0].seed == 1
+
+
+def test_what_is_not_a_number_does_not_pass():
+    assert not row(math.nan, 0.5).measurement.passed
+    assert not Control("S1", "signed_permutation", "mlp", "columns linked", 0.9).reached
+
+
+def test_a_missed_control_makes_the_run_void():
+    def control(value):
+        return Control("S1", "signed_permutation", "mlp", "columns linked", 0.9, value)
+
+    assert __main__.status([row(0.1, 0.5)], [control(0.95)]) == 0
+    assert __main__.status([row(0.6, 0.5)], [control(0.95)]) == 1
+    assert __main__.status([row(0.6, 0.5, scheme="tempo")], [control(0.95)]) == 0
+    assert __main__.status([row(0.1, 0.5)], [control(0.5)]) == 2
+    assert "VOID: S1" in results.table([row(0.1, 0.5)], [control(0.5)])
+    assert "VOID" not in results.table([row(0.1, 0.5)], [control(0.95)])
+    assert json.loads(results.to_json([row(0.1, 0.5)], [control(0.5)], {}))["void"]
+
+
+def test_controls_are_run_and_judged(monkeypatch, tmp_path):
+    def attack(made, _):
+        return [
+            measure("S1", "linked", {"mixing": 0.1}.get(made.scheme, 0.8), chance=0, threshold=0.2)
+        ]
+
+    monkeypatch.setattr(suite, "make_trace", lambda scheme, *_, **__: trace(scheme))
+    controls = (("signed_permutation", "mlp", "linked", 0.9, False),)
+    plan = suite.Plan("S1", attack, ("mlp",), suite.Setting(STEPS), controls)
+    found, judged = suite.run([plan], ["mixing"], [0, 1], tmp_path, simulate=True)
+    assert [r.scheme for r in found] == ["mixing"] * 2
+    assert [(c.value, c.reached) for c in judged] == [(0.8, False)]
+
+
+def test_options():
+    options = __main__.parse_options(["--quick", "--attacks", "S1", "S3", "--schemes", "mixing"])
+    assert options.seeds == 1 and options.attacks == ["S1", "S3"] and options.schemes == ["mixing"]
+    assert __main__.parse_options([]).seeds == 3
+    with pytest.raises(SystemExit):
+        __main__.parse_options(["--attacks", "S99"])
+
+
+def test_every_attack_has_a_control_or_is_an_evaluation():
+    for quick in (True, False):
+        plans = suite.plans(quick=quick)
+        controlled = {plan.attack for plan in plans if plan.controls}
+        assert controlled >= {f"S{i}" for i in range(1, 10)}
+        assert {plan.attack for plan in plans} <= set(__main__.ATTACKS)
+
+
+def test_plot(tmp_path):
+    results.plot([row(0.4, 0.5), row(0.9, 0.5, scheme="tempo")], __main__.COSTS, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000

@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import example, given, settings
 
 from enclave_runtime.evidence import MAX_QUOTE
-from tempo_jax import _certificates, _tcb
-from tempo_jax._certificates import Platform, read_extension
+from tempo_jax import _certificates, _pck, _tcb
+from tempo_jax._pck import Platform, read_extension
 from tempo_jax._quote import Quote, Report, parse_quote, verify_quote
 from tempo_jax._tcb import Collateral, Status
 from tempo_jax.errors import AttestationError
@@ -105,7 +105,7 @@ def test_public_sample_agrees_with_dcap_qvl():
 
 def test_platform_of_public_sample_agrees_with_dcap_qvl():
     pck = x509.load_der_x509_certificate(parse_quote(SAMPLE).certificates[0])
-    ours, theirs = _certificates.platform_of(pck), dcap_qvl.parse_quote(SAMPLE).pck_extension()
+    ours, theirs = _pck.platform_of(pck), dcap_qvl.parse_quote(SAMPLE).pck_extension()
     assert theirs is not None
     assert ours == Platform(theirs.fmspc, theirs.pce_id, tuple(theirs.cpu_svn), theirs.pce_svn)
 

@@ -299,6 +299,9 @@ def test_any_evidence_is_decoded_or_refused(content):
         ({"accepted_tcb": ("Revoked",)}, "`accepted_tcb` takes one or more of UpToDate"),
         ({"accepted_tcb": ("uptodate",)}, "`accepted_tcb` takes one or more of UpToDate"),
         ({"accepted_tcb": "UpToDate"}, "`accepted_tcb` is a tuple of statuses"),
+        ({"insecure_accept_no_sgx": "false"}, "`insecure_accept_no_sgx` is True or False"),
+        ({"insecure_accept_no_sgx": 1}, "`insecure_accept_no_sgx` is True or False"),
+        ({"mrenclave": MRENCLAVE, "collateral": "{}"}, "`collateral` is a `Collateral`"),
     ],
 )
 def test_policy_that_admits_anybody_is_refused(arguments, text):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
-from enclave_runtime import program
+from enclave_runtime import program, schemes
 from enclave_runtime.program import Program, ProgramError
 from tests.fuzz import harness
 
@@ -19,9 +20,11 @@ def one_input(data: bytes) -> None:
         decoded = Program.decode(fields)
     except ProgramError:
         return
+    with contextlib.suppress(ProgramError):
+        schemes.make_scheme(decoded.scheme, decoded.parameters)
     again = json.loads(json.dumps(decoded.encode()))
     assert Program.decode(again) == decoded
 
 
 if __name__ == "__main__":
-    harness.fuzz(one_input, (program,), harness.mutate_json)
+    harness.fuzz(one_input, (program, schemes), harness.mutate_json)

@@ -169,7 +169,8 @@ def _match_duals(matrices: list[_Matrices], view: ProductView) -> None:
     for m in matrices:
         if m.used or len(m.left) != 1:
             continue
-        for left, right in ((m.left[0].T, m.right[0]), (m.right[0], m.left[0].T)):
+        # JAX writes the gradient of y first, which tells them apart where both are square.
+        for left, right in ((m.right[0], m.left[0].T), (m.left[0].T, m.right[0])):
             if left.shape == view.x.shape and right.shape == (len(view.x), view.w.shape[1]):
                 m.used = True
                 view.x_dual, view.g_dual, view.dw = left, right, left.T @ right

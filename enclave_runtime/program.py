@@ -12,6 +12,8 @@ or enters the enclave through shared memory.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from typing import Any
 
@@ -313,6 +315,15 @@ class Program:
     def encode(self) -> dict[str, Any]:
         """The program as JSON fields."""
         return dataclasses.asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the description as canonical JSON, in hex: what a client agrees to.
+
+        It covers the code of every segment, by hash, and of closed-over arrays their types alone.
+        """
+        text = json.dumps(self.encode(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
     def decode(cls, fields: Any) -> Program:

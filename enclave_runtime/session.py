@@ -30,9 +30,16 @@ from enclave_runtime.schemes import Scheme, make_scheme
 from enclave_runtime.store import Blinded, Resident, Store
 from enclave_runtime.wire import Frame, Kind
 
+# A reply's fields, with its attachment where it has one.
+Answer = dict[str, Any] | tuple[dict[str, Any], bytes]
+
 
 class RequestError(Exception):
     """A request that the session refuses; its text goes to the peer."""
+
+
+class UnprovisionedError(RequestError):
+    """The host asks for a program that the client did not provision."""
 
 
 class Session:
@@ -45,13 +52,16 @@ class Session:
         self._executor = Executor()
         self._store = Store()
         self._programs: list[tuple[Program, Scheme, dict[int, jax.Array]]] = []
+        self._numbers: dict[str, int] = {}  # by digest; of equal ones the latest
+        self._costs: dict[str, Any] | None = None
+        self._measuring = threading.Lock()
         self._arenas: dict[str, Arena] = {}
         self._runs: dict[int, Run] = {}
         self._run_numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._busy_seconds = 0.0
         self._blindings = 0
-        self._handlers: dict[Kind, Callable[[dict[str, Any], bytes], dict[str, Any]]] = {
+        self._handlers: dict[Kind, Callable[[dict[str, Any], bytes], Answer]] = {
             Kind.MAP: self._map,
             Kind.UNMAP: self._unmap,
             Kind.COMPILE: self._compile,
@@ -65,10 +75,11 @@ class Session:
             Kind.FREE: self._free,
             Kind.STATISTICS: self._statistics,
             Kind.CALIBRATE: self._calibrate,
+            Kind.FIND: self._find,
         }
 
-    def handle(self, frame: Frame) -> dict[str, Any]:
-        """Answers one request.
+    def handle(self, frame: Frame) -> tuple[dict[str, Any], bytes]:
+        """Answers one request, with the reply's fields and attachment.
 
         Raises:
           Exception: the request was refused or failed; see `server` for what leaves.
@@ -76,7 +87,8 @@ class Session:
         handler = self._handlers.get(frame.kind)
         if handler is None:
             raise RequestError(f"a frame of kind {frame.kind.name} is not a request")
-        return handler(frame.fields, frame.attachment)
+        answer = handler(frame.fields, frame.attachment)
+        return answer if isinstance(answer, tuple) else (answer, b"")
 
     # Shared memory
 
@@ -107,13 +119,29 @@ class Session:
         return {"executable": self._executor.compile(self._decrypt(attachment, "compile"))}
 
     def _provision(self, fields: dict[str, Any], attachment: bytes) -> dict[str, Any]:
-        program = Program.decode(json.loads(self._decrypt(attachment, "provision")))
+        """Takes a program and its constants: from the arena, or behind the program itself.
+
+        A client on another machine shares no memory; it says in `program_bytes` where in the
+        attachment its constants begin.
+        """
+        separate = "program_bytes" in fields
+        size = fields["program_bytes"] if separate else len(attachment)
+        description, inline = _split(attachment, size)
+        program = Program.decode(json.loads(self._decrypt(description, "provision")))
         scheme = make_scheme(program.scheme, program.parameters)
         for segment in program.segments:
             if not self._executor.has(segment.executable):
                 raise RequestError("a segment's executable was not provisioned")
         constants = {}
-        if program.constants:
+        if separate:
+            for port in program.constants:
+                own, inline = _split(inline, port.array.nbytes + encryption.OVERHEAD_BYTES)
+                constants[port.value] = self._decrypted_copy(
+                    np.frombuffer(own, np.uint8), port.array
+                )
+            if inline:
+                raise RequestError("more bytes follow the program's constants")
+        elif program.constants:
             arena = self._arena(fields)
             offsets = fields["offsets"]
             for port, offset in zip(program.constants, offsets, strict=True):
@@ -126,7 +154,15 @@ class Session:
                 self._executor.warm_up(scheme, port.array, port.layout, program.classes)
         with self._lock:
             self._programs.append((program, scheme, constants))
-            return {"program": len(self._programs) - 1}
+            number = self._numbers[program.digest] = len(self._programs) - 1
+            return {"program": number, "digest": program.digest}
+
+    def _find(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+        """The number of the program that the client provisioned under this digest."""
+        number = self._numbers.get(fields["digest"])
+        if number is None:
+            raise UnprovisionedError("the client provisioned no such program")
+        return {"program": number}
 
     def _decrypted(self, arena: Arena, array: ArrayType, offset: Any) -> jax.Array:
         if type(offset) is not int:
@@ -134,6 +170,9 @@ class Session:
         size = array.nbytes + encryption.OVERHEAD_BYTES
         # A private copy first: the host may change shared memory while it is being decrypted.
         private = arena.view(ArrayType((size,), "uint8"), offset).copy()
+        return self._decrypted_copy(private, array)
+
+    def _decrypted_copy(self, private: np.ndarray, array: ArrayType) -> jax.Array:
         plain = encryption.decrypt_array(
             self._keys.to_enclave, private, self._identity, array.shape, np.dtype(array.dtype)
         )
@@ -261,9 +300,15 @@ class Session:
 
     # Values
 
-    def _open(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
-        """Encrypts a value to the client, at `offset`; a blinded one is read there first."""
+    def _open(self, fields: dict[str, Any], attachment: bytes) -> Answer:
+        """Encrypts a value to the client, at `offset`; a blinded one is read there first.
+
+        Without an arena both travel as attachments: a client on another machine shares no memory,
+        and brings a blinded value from the file in which the host sent it.
+        """
         entry = self._store.get(fields["handle"])
+        if "arena" not in fields:
+            return {}, self._opened(entry, attachment)
         arena, offset = self._arena(fields), fields["offset"]
         if isinstance(entry, Blinded):
             value = _unblinded(entry, arena, offset)
@@ -275,13 +320,32 @@ class Session:
         np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), offset), encrypted)
         return {}
 
+    def _opened(self, entry: Resident | Blinded, content: bytes) -> bytes:
+        """A value encrypted to the client; the content of a blinded one comes from it."""
+        if isinstance(entry, Blinded):
+            if len(content) != entry.array.nbytes:
+                raise RequestError(
+                    f"a blinded value of {entry.array.nbytes} bytes comes with {len(content)}"
+                )
+            blinded = np.frombuffer(content, np.dtype(entry.array.dtype)).reshape(entry.array.shape)
+            value = entry.scheme.unblind(blinded, entry.layout, entry.keys, operands=None)
+        else:
+            value = entry.value
+        return encryption.encrypt_array(
+            self._keys.to_client, np.asarray(value), self._identity
+        ).tobytes()
+
     def _free(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         for handle in fields["handles"]:
             self._store.free(handle)
         return {}
 
     def _calibrate(self, _: dict[str, Any], __: bytes) -> dict[str, Any]:
-        return calibration.measure()
+        # Once: client and host must make the same plan from the same figures.
+        with self._measuring:
+            if self._costs is None:
+                self._costs = calibration.measure()
+            return self._costs
 
     def _statistics(self, _: dict[str, Any], __: bytes) -> dict[str, Any]:
         return {
@@ -307,6 +371,13 @@ def _unblinded(entry: Blinded, arena: Arena, offset: int) -> jax.Array:
     return entry.scheme.unblind(
         arena.view(entry.array, offset), entry.layout, entry.keys, operands=None
     )
+
+
+def _split(content: bytes, size: Any) -> tuple[bytes, bytes]:
+    """The first `size` bytes, and the rest."""
+    if not _is_index(size, len(content) + 1):
+        raise RequestError("an attachment is shorter than what it is said to hold")
+    return content[:size], content[size:]
 
 
 def _is_index(value: Any, count: int) -> bool:

@@ -52,6 +52,8 @@ class Kind(enum.IntEnum):
     FREE = 14
     STATISTICS = 15
     CALIBRATE = 16
+    OWN = 17
+    FIND = 18
 
 
 class Frame(NamedTuple):

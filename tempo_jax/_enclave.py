@@ -1,8 +1,16 @@
-"""The enclave as the user meets it: launch, seal, open.
+"""The enclave as the user meets it: launch, connect or attach; seal, open.
 
-In development client and host share this process, and with it the session's keys; the
-path of every byte is the same as it would be between machines. Untrusted, but for the two
-methods that encrypt and decrypt for the client. Called by users and by `_shield`.
+Three ways lead to one, and each gives a role. `connect` is the client's, from any machine: it
+has the session's keys and no shared memory, so it provisions, seals and opens. `attach` is the
+host's, on the enclave's machine: it has shared memory and no keys, so it runs what was provisioned.
+`launch` is both in one process, for development; the path of every byte is the same.
+
+Values that a client and a host hand each other travel as files (`_sealed_file`). What lies
+blinded on the host's devices comes to the client with its content in the file, and the client
+sends it along when it asks the enclave to open it.
+
+Untrusted on the host; the methods that encrypt and decrypt run where the keys are. Called by
+users and by `_shield`.
 """
 
 from __future__ import annotations
@@ -11,6 +19,7 @@ import collections
 import contextlib
 import functools
 import json
+import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -26,12 +35,17 @@ from enclave_runtime.memory import Arena
 from enclave_runtime.program import ArrayType, Port, Program, aligned
 from enclave_runtime.wire import Kind
 from tempo_jax import _jaxpr
-from tempo_jax._calibration import machine_costs
+from tempo_jax._attestation import AttestationPolicy, Verified
+from tempo_jax._calibration import cost_model, machine_costs
+from tempo_jax._channel import Channel, parse_address
 from tempo_jax._connection import Connection
 from tempo_jax._cost import CostModel
+from tempo_jax._host_key import read_host_key
+from tempo_jax._identity import ClientIdentity
+from tempo_jax._loopback import Attachment, Loopback
 from tempo_jax._plan import array_type, input_bytes
 from tempo_jax._sealed import BLINDED, ENCRYPTED, SealedArray, is_sealed, owners
-from tempo_jax.errors import SealedValueError, UnsupportedError
+from tempo_jax.errors import ChannelError, RoleError, SealedValueError, UnsupportedError
 
 
 def handle_text(handle: Any) -> str:
@@ -45,18 +59,21 @@ def handle_array(text: str) -> np.ndarray:
 
 
 class Enclave:
-    """A running enclave process and the client's session with it.
+    """A running enclave and a session with it.
 
-    A context manager: leaving it ends the process. Make one with `Enclave.launch`.
+    Make one with `launch` (client and host in one process), `connect` (the client, from any
+    machine) or `attach` (the host, on the enclave's machine). A context manager: leaving it ends
+    a launched process, and leaves any other running.
     """
 
-    def __init__(self, connection: Connection):
-        """Wraps a connection; users call `launch`."""
+    def __init__(self, connection: Connection | Channel | Attachment):
+        """Wraps a connection; users call `launch`, `connect` or `attach`."""
         self._connection = connection
         self._owned: collections.Counter[str] = collections.Counter()
         self._counted: dict[int, weakref.finalize[..., Any]] = {}
         self._released: collections.deque[tuple[int, str]] = collections.deque()
         self._dropped: list[str] = []
+        self._kept: set[str] = set()
         self._lock = threading.RLock()
         owners[connection.session] = self
 
@@ -75,6 +92,54 @@ class Enclave:
         """
         return cls(Connection())
 
+    @classmethod
+    def connect(
+        cls, address: str, *, policy: AttestationPolicy, identity: ClientIdentity
+    ) -> Enclave:
+        """Connects the client to an enclave that serves, and owns it or comes back to it.
+
+        Nothing is sent before the enclave's evidence satisfied the policy. An enclave that has no
+        owner becomes this identity's for as long as it runs; keep the identity
+        (`ClientIdentity.save`) to come back later or from another process.
+
+        Args:
+          address: of the client port, ``host:port``.
+          policy: what the enclave has to prove.
+          identity: who the client is.
+
+        Returns:
+          The client's side: it seals, opens and provisions. It runs nothing.
+
+        Raises:
+          AttestationError: the evidence does not satisfy the policy.
+          ChannelError: nothing answers there, or the enclave has another owner.
+        """
+        return cls(Channel(address, policy, identity))
+
+    @classmethod
+    def attach(
+        cls, address: str = "127.0.0.1:7442", *, host_key: str | os.PathLike[str] | None = None
+    ) -> Enclave:
+        """Attaches the host to an enclave that serves on this machine.
+
+        Args:
+          address: of the host port, on loopback.
+          host_key: the file that `tempo-jax enclave serve` wrote; by default where it does.
+
+        Returns:
+          The host's side: it runs what the client provisioned. It has no key, so it neither
+          seals nor opens.
+
+        Raises:
+          ChannelError: no enclave there accepts this host.
+        """
+        host, port = parse_address(address)
+        if host not in ("127.0.0.1", "localhost"):
+            raise ChannelError(
+                f"a host attaches on the enclave's own machine, expected 127.0.0.1:PORT, got {host}"
+            )
+        return cls(Attachment(port, read_host_key(port, host_key)))
+
     def __enter__(self) -> Enclave:
         return self
 
@@ -82,11 +147,10 @@ class Enclave:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._connection.closed else f"process {self._connection.process.pid}"
-        return f"Enclave({state})"
+        return f"Enclave({'closed' if self._connection.closed else self._connection})"
 
     def close(self) -> None:
-        """Ends the enclave; everything sealed in it is gone."""
+        """Ends a launched enclave, and with it everything sealed in it; else only leaves."""
         self._connection.close()
 
     @property
@@ -95,14 +159,52 @@ class Enclave:
         return self._connection.session
 
     @property
-    def connection(self) -> Connection:
-        """The line to the process."""
+    def connection(self) -> Any:
+        """The line to the enclave: `Connection`, `Channel` or `Attachment`."""
+        return self._connection
+
+    @property
+    def verified(self) -> Verified | None:
+        """What the enclave's evidence proved; None for other sides than a connected client's."""
+        return self._connection.verified if isinstance(self._connection, Channel) else None
+
+    @property
+    def is_client(self) -> bool:
+        """Whether this side has the session's keys: it seals, opens and provisions."""
+        return self._connection.keys is not None
+
+    @property
+    def is_host(self) -> bool:
+        """Whether this side shares memory with the enclave: it runs programs."""
+        return isinstance(self._connection, Loopback)
+
+    def _keys(self, what: str) -> encryption.SessionKeys:
+        if self._connection.keys is None:
+            raise RoleError(
+                f"{what} needs the client's keys, and this is the host's side (`Enclave.attach`): "
+                "the client does that on its own machine and sends you the sealed values in a "
+                "file (`tempo.save_sealed`)"
+            )
+        return self._connection.keys
+
+    def _lines(self, what: str) -> Loopback:
+        if not isinstance(self._connection, Loopback):
+            raise RoleError(
+                f"{what} is the host's work, and this is the client's side (`Enclave.connect`): "
+                "run it on the enclave's machine with `Enclave.attach`"
+            )
         return self._connection
 
     @functools.cached_property
     def costs(self) -> CostModel:
-        """What the enclave's work costs on this machine, measured once and cached on disk."""
-        return machine_costs(lambda: self._connection.request(Kind.CALIBRATE, {}))
+        """What the enclave's work costs, from which plans are made.
+
+        A launched enclave's is cached on disk for the machine. One that serves measures once, so
+        that its client and its host, who plan apart, plan alike.
+        """
+        if isinstance(self._connection, Connection):
+            return machine_costs(lambda: self._connection.request(Kind.CALIBRATE, {}))
+        return cost_model(self._connection.request(Kind.CALIBRATE, {}))
 
     def statistics(self) -> dict[str, Any]:
         """What the enclave reports of itself.
@@ -112,7 +214,7 @@ class Enclave:
           `busy_seconds` (inside segments, since launch) and `process` (its id).
         """
         self.free_dropped()
-        return self._connection.request(Kind.STATISTICS, {})
+        return self._lines("`enclave.statistics`").request(Kind.STATISTICS, {})
 
     # The client's side: plaintext in, plaintext out
 
@@ -127,12 +229,14 @@ class Enclave:
 
         Raises:
           UnsupportedError: a leaf is not an array or a number.
+          RoleError: this is the host's side.
         """
         return jax.tree.map(self._seal_leaf, tree, is_leaf=is_sealed)
 
     def _seal_leaf(self, leaf: Any) -> SealedArray:
         if is_sealed(leaf):
             return self.check_owned(leaf)
+        keys = self._keys("`enclave.seal`")
         try:
             aval = jax.typeof(leaf)
             if isinstance(leaf, Tracer):
@@ -146,7 +250,7 @@ class Enclave:
                 f"enclave.seal: a leaf of type {type(leaf).__name__} is not an array or a number. "
                 "Keep such objects out of the pytree, for example as static fields."
             ) from error
-        encrypted = encryption.encrypt_array(self._connection.keys.to_enclave, plain, self.session)
+        encrypted = encryption.encrypt_array(keys.to_enclave, plain, self.session)
         return SealedArray(
             (jnp.asarray(encrypted),),
             ENCRYPTED,
@@ -167,6 +271,7 @@ class Enclave:
 
         Raises:
           SealedValueError: a leaf was donated, altered, or belongs to another enclave.
+          RoleError: this is the host's side.
         """
         self.free_dropped()
         return jax.tree.map(
@@ -176,9 +281,15 @@ class Enclave:
     def _open_leaf(self, sealed: SealedArray) -> jax.Array:
         self.check_owned(sealed)
         array = array_type(sealed)
-        keys = self._connection.keys
+        keys = self._keys("`enclave.open`")
         if sealed.form == ENCRYPTED:
             plain = self._decrypt(keys.to_enclave, np.asarray(sealed.content), array)
+        elif isinstance(self._connection, Channel):
+            blinded = np.asarray(sealed.content).tobytes() if sealed.form == BLINDED else b""
+            fields = {"handle": handle_text(sealed.handle)}
+            reply = self._connection.exchange(Kind.OPEN, fields, blinded)
+            encrypted = np.frombuffer(reply.attachment, np.uint8)
+            plain = self._decrypt(keys.to_client, encrypted, array)
         else:
             with self.arena(input_bytes(array)) as (name, arena):
                 if sealed.form == BLINDED:
@@ -222,7 +333,12 @@ class Enclave:
     # Handles
 
     def adopt(self, handle: Any) -> None:
-        """Counts an array that holds a handle; when the last one is dropped, frees the handle."""
+        """Counts an array that holds a handle; when the last one is dropped, frees the handle.
+
+        Only on the host, where handles come from: a client's copy says nothing of the host's.
+        """
+        if not self.is_host:
+            return
         key = id(handle)
         if self._is_counted(key):
             return
@@ -251,7 +367,18 @@ class Enclave:
             self._owned[text] -= 1
             if self._owned[text] <= 0:
                 del self._owned[text]
-                self._dropped.append(text)
+                if text not in self._kept:
+                    self._dropped.append(text)
+
+    def keep(self, sealed: SealedArray) -> None:
+        """Keeps what a sealed value names in the enclave, although it may be dropped here.
+
+        For values that lie in files: whoever reads them later still finds them, until a call
+        donates them or the enclave ends.
+        """
+        if sealed.form != ENCRYPTED:
+            with self._lock:
+                self._kept.add(handle_text(sealed.handle))
 
     def donate(self, leaves: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Gives up sealed values that a committed run replaced by `outputs`."""
@@ -280,17 +407,19 @@ class Enclave:
     @contextlib.contextmanager
     def arena(self, size: int) -> Iterator[tuple[str, Arena]]:
         """Shared memory for one request or run."""
-        reserved = self._connection.reserve(aligned(max(size, 1)))
+        lines = self._lines("running a shielded function")
+        reserved = lines.reserve(aligned(max(size, 1)))
         try:
             yield reserved
         except BaseException:
-            self._connection.discard(reserved)
+            lines.discard(reserved)
             raise
-        self._connection.give_back(reserved)
+        lines.give_back(reserved)
 
     def _encrypted(self, content: bytes, purpose: str) -> bytes:
         context = f"{purpose}|{self.session}".encode()
-        return encryption.encrypt_bytes(self._connection.keys.to_enclave, content, context)
+        key = self._keys("provisioning a program").to_enclave
+        return encryption.encrypt_bytes(key, content, context)
 
     def compile(self, blob: bytes) -> str:
         """Provisions a segment's code and starts compiling it; returns its name."""
@@ -301,6 +430,13 @@ class Enclave:
         """Provisions a program and its closed-over arrays; returns its number."""
         sizes = [input_bytes(port.array) for port in program.constants]
         content = self._encrypted(json.dumps(program.encode()).encode(), "provision")
+        if not self.is_host:
+            behind = [
+                self._encrypted_array(_jaxpr.to_physical(value)).tobytes() for value in constants
+            ]
+            fields = {"program_bytes": len(content)}
+            attachment = b"".join((content, *behind))
+            return self._connection.request(Kind.PROVISION, fields, attachment)["program"]
         with self.arena(sum(sizes)) as (name, arena):
             offsets = [sum(sizes[:i]) for i in range(len(sizes))]
             for port, offset, value in zip(program.constants, offsets, constants, strict=True):
@@ -311,8 +447,20 @@ class Enclave:
             )
         return reply["program"]
 
+    def find(self, program: Program) -> int:
+        """The number of a program that the client provisioned.
+
+        Raises:
+          UnprovisionedError: it provisioned none of this description.
+        """
+        return self._connection.request(Kind.FIND, {"digest": program.digest})["program"]
+
+    def _encrypted_array(self, value: Any) -> np.ndarray:
+        key = self._keys("provisioning a program").to_enclave
+        return encryption.encrypt_array(key, np.asarray(value), self.session)
+
     def _write_encrypted(self, arena: Arena, port: Port, offset: int, plain: np.ndarray) -> None:
-        encrypted = encryption.encrypt_array(self._connection.keys.to_enclave, plain, self.session)
+        encrypted = self._encrypted_array(plain)
         assert (plain.shape, plain.dtype.name) == (port.array.shape, port.array.dtype)
         np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), offset), encrypted)
 

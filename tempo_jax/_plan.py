@@ -381,7 +381,8 @@ def export_segments(parts: Cut) -> Iterator[bytes]:
         if key not in exported:
             avals = [_jaxpr.physical(v.aval) for v in segment.inputs]
             run = jax.jit(_function(segment), keep_unused=True)
-            module = jax.export.export(run, platforms=["cpu"])(*avals)
+            with _jaxpr.without_locations():
+                module = jax.export.export(run, platforms=["cpu"])(*avals)
             if module.nr_devices != 1:
                 raise UnsupportedError(
                     f"shield: the function spreads trusted work over {module.nr_devices} devices "

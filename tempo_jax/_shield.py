@@ -26,7 +26,7 @@ from tempo_jax._plan import Plan, Request, make_plan
 from tempo_jax._report import Report
 from tempo_jax._runtime import Runtime, Traffic
 from tempo_jax._sealed import BLINDED, is_sealed
-from tempo_jax.errors import SecrecyError, UnsupportedError
+from tempo_jax.errors import RoleError, SecrecyError, UnsupportedError
 from tempo_jax.schemes import Mixing, Scheme
 
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_shield", default=False)
@@ -120,7 +120,7 @@ class _Signature:
 
 
 def _aval(x: Any) -> Any:
-    if is_sealed(x):
+    if is_sealed(x) or isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
     try:
         aval = jax.typeof(x)
@@ -163,8 +163,8 @@ class Shielded:
         functools.update_wrapper(self, function)
         if not isinstance(enclave, Enclave):
             raise UnsupportedError(
-                f"shield: enclave is a {type(enclave).__name__}, expected what `Enclave.launch()` "
-                "returns"
+                f"shield: enclave is a {type(enclave).__name__}, expected what `Enclave.launch()`, "
+                "`.connect(...)` or `.attach(...)` returns"
             )
         if not isinstance(scheme, Scheme):
             raise UnsupportedError(
@@ -238,6 +238,12 @@ class Shielded:
                     f"shield: argument {i} of `{self._name}` is a plain array that a surrounding "
                     "jit or scan would keep in its program. Seal it with `enclave.seal` outside "
                     "and pass the sealed value in, or name the argument in `public=`."
+                )
+            elif not self._enclave.is_client:
+                raise RoleError(
+                    f"shield: argument {i} of `{self._name}` is plain, and the host has no key to "
+                    "seal it with. Pass what the client sealed (`tempo.load_sealed`), or name the "
+                    "argument in `public=` on both sides."
                 )
             else:
                 inputs.append(self._enclave.seal(x))
@@ -329,6 +335,12 @@ class Shielded:
         """Runs the shielded function; see `shield`."""
         if _inside.get():
             return self._function(*args, **kwargs)
+        if not self._enclave.is_host:
+            raise RoleError(
+                f"shield: `{self._name}` runs on the host, and this is the client's side "
+                "(`Enclave.connect`): call `.provision(...)` here, and call the function on the "
+                "enclave's machine with `enclave=Enclave.attach(...)`."
+            )
         signature = self._signature(args, kwargs)
         tracing = _jaxpr.under_trace() or any(
             isinstance(x, Tracer) for x in jax.tree.leaves(signature.leaves)
@@ -350,6 +362,30 @@ class Shielded:
             if aval.dtype == jax.dtypes.float0:
                 outputs[i] = np.zeros(aval.shape, jax.dtypes.float0)
         return jax.tree.unflatten(program.out_structure, outputs)
+
+    def provision(self, *args: Any, **kwargs: Any) -> str:
+        """Gives the enclave the program for such arguments, so that the host may run it.
+
+        The client calls this; then `shield` of the same function finds the program on the host
+        (`Enclave.attach`), by the hash of its description and of its code. Called on the
+        host, it checks that the client did.
+
+        Arrays that the function closes over go to the enclave encrypted, and on the host only
+        their shapes and dtypes matter. Of two programs that differ in such arrays alone, the host
+        gets the one provisioned last.
+
+        Args:
+          *args: arguments as for a call; only structure, shapes, dtypes and, of sealed values,
+            where they lie matter. `jax.ShapeDtypeStruct` stands for an array.
+          **kwargs: likewise.
+
+        Returns:
+          The program's hash.
+
+        Raises:
+          UnprovisionedError: on the host, if the client did not provision it.
+        """
+        return self._runtime(self._program(self._signature(args, kwargs))).digest
 
     def explain(self, *args: Any, **kwargs: Any) -> Report:
         """What runs where, under which keys, and what crosses, without running anything.

@@ -30,3 +30,15 @@ class SecrecyError(TempoError):
 
 class UnsupportedError(TempoError):
     """A program or argument that cannot be shielded, with the reason and what to do."""
+
+
+class RoleError(TempoError):
+    """A request that the client's or the host's side cannot make; the other side can."""
+
+
+class ChannelError(EnclaveError):
+    """No channel to the enclave: nothing answers, or it did not accept this peer."""
+
+
+class UnprovisionedError(EnclaveError):
+    """A program that the enclave's client did not provision."""

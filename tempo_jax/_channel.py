@@ -36,7 +36,7 @@ from tempo_jax.errors import (
 )
 
 CONNECT_SECONDS = 30.0
-_GREETING_BYTES = 1024
+GREETING_BYTES = 1024
 
 
 class Certificate(NamedTuple):
@@ -165,7 +165,7 @@ class Channel:
         own, theirs = (channel.proof_role(r, public_key) for r in ("client", "enclave"))
         owned = False
         try:
-            greeting = wire.receive(self._connection, _GREETING_BYTES).fields
+            greeting = wire.receive(self._connection, GREETING_BYTES).fields
             session, owned = str(greeting["session"]), greeting["owned"] is True
             challenge = bytes.fromhex(greeting["challenge"])
             secret = identity.session_secret(session)
@@ -176,7 +176,7 @@ class Channel:
             proof = wire.prove(keys.connection, own, challenge, nonce)
             fields = {"nonce": nonce.hex(), "proof": proof.hex()}
             wire.send(self._connection, Frame(Kind.PROOF, 0, fields))
-            answer = wire.receive(self._connection, _GREETING_BYTES).fields["proof"]
+            answer = wire.receive(self._connection, GREETING_BYTES).fields["proof"]
             wire.check_proof(keys.connection, theirs, nonce, challenge, bytes.fromhex(answer))
         except (OSError, WireError, KeyError, TypeError, ValueError) as error:
             why = (

@@ -19,13 +19,14 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
+from enclave_runtime.program import DEVICE
 from tempo_jax import _jaxpr
 from tempo_jax._enclave import Enclave
 from tempo_jax._observation import active_views
 from tempo_jax._plan import Plan, Request, make_plan
 from tempo_jax._report import Report
 from tempo_jax._runtime import Runtime, Traffic
-from tempo_jax._sealed import BLINDED, is_sealed
+from tempo_jax._sealed import BLINDED, RESIDENT, SealedArray, is_sealed
 from tempo_jax.errors import RoleError, SecrecyError, UnsupportedError
 from tempo_jax.schemes import Mixing, Scheme
 
@@ -370,6 +371,9 @@ class Shielded:
         (`Enclave.attach`), by the hash of its description and of its code. Called on the
         host, it checks that the client did.
 
+        Where a state is carried whose returned form needs a plan of its own (a leaf that comes
+        back weakly typed, or lies on the devices from then on), that is provisioned as well.
+
         Arrays that the function closes over go to the enclave encrypted, and on the host only
         their shapes and dtypes matter. Of two programs that differ in such arrays alone, the host
         gets the one provisioned last.
@@ -380,12 +384,38 @@ class Shielded:
           **kwargs: likewise.
 
         Returns:
-          The program's hash.
+          The hash of the program for the arguments as given.
 
         Raises:
           UnprovisionedError: on the host, if the client did not provision it.
         """
-        return self._runtime(self._program(self._signature(args, kwargs))).digest
+        signature = self._signature(args, kwargs)
+        program = self._program(signature)
+        provisioned = []
+        while program not in provisioned:
+            self._runtime(program)
+            provisioned.append(program)
+            signature = self._following(signature, program)
+            program = self._program(signature)
+        return self._runtime(provisioned[0]).digest
+
+    def _following(self, signature: _Signature, program: _Program) -> _Signature:
+        """The signature of the next call, whose state is the one that this call returns."""
+        plan, leaves = program.plan, list(signature.leaves)
+        places = dict(zip(plan.sealed, (p.place for p in plan.program.outputs), strict=True))
+        for i, position in plan.request.carried.items():
+            if position in places:
+                aval = program.types[position]
+                form = BLINDED if places[position] == DEVICE else RESIDENT
+                leaves[i] = SealedArray(
+                    (None, None),
+                    form,
+                    aval.shape,
+                    aval.dtype,
+                    aval.weak_type,
+                    self._enclave.session,
+                )
+        return _Signature(leaves, signature.structure, signature.public)
 
     def explain(self, *args: Any, **kwargs: Any) -> Report:
         """What runs where, under which keys, and what crosses, without running anything.

@@ -8,6 +8,7 @@ handshake.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hmac
@@ -245,10 +246,12 @@ def _check_binding(found: bytes, expected: bytes) -> None:
 def _measurement(value: bytes | str | None, name: str) -> bytes | None:
     if value is None:
         return None
-    try:
-        content = bytes.fromhex(value) if isinstance(value, str) else bytes(value)
-    except (TypeError, ValueError):
-        content = b""
+    content = b""
+    if isinstance(value, bytes):
+        content = value
+    elif isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            content = bytes.fromhex(value)
     if len(content) != _MEASUREMENT_BYTES:
         raise AttestationError(
             f"AttestationPolicy: `{name}` has {_MEASUREMENT_BYTES} bytes, or twice as many hex "

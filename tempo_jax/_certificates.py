@@ -44,7 +44,16 @@ _PEM = re.compile(
 _SGX_EXTENSION = x509.ObjectIdentifier("1.2.840.113741.1.13.1")
 _SGX_ARC = bytes.fromhex("2a864886f84d010d01")  # the same identifier's DER content
 _KNOWN_CRITICAL = (x509.BasicConstraints.oid, x509.KeyUsage.oid)
-_MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound)
+# `cryptography` has no common base for what it raises on certificates it cannot read.
+_MALFORMED = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +200,8 @@ def check_period(
         )
     if now > end:
         raise AttestationError(
-            f"{what} expired on {end:%Y-%m-%d %H:%M:%S}: fetch fresh collateral, and if that does "
-            "not help, the platform's certificates"
+            f"{what} expired on {end:%Y-%m-%d %H:%M:%S}: fetch fresh collateral; a quote's own "
+            "certificates come from the enclave's machine"
         )
 
 

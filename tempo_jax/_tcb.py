@@ -125,8 +125,9 @@ class TCBInfo:
         """
         if (self.fmspc, self.pce_id) != (platform.fmspc, platform.pce_id):
             raise AttestationError(
-                f"the collateral's TCB info is for FMSPC {self.fmspc.hex()}, the platform's is "
-                f"{platform.fmspc.hex()}: fetch collateral for that one"
+                f"the collateral's TCB info is for FMSPC {self.fmspc.hex()} and PCE ID "
+                f"{self.pce_id.hex()}, the platform has {platform.fmspc.hex()} and "
+                f"{platform.pce_id.hex()}: fetch collateral for these"
             )
         for level in self.levels:
             pairs = zip(platform.components, level.components, strict=True)

@@ -75,7 +75,9 @@ class Enclave:
         self._dropped: list[str] = []
         self._kept: set[str] = set()
         self._lock = threading.RLock()
-        owners[connection.session] = self
+        # Handles are the host's to count; a client in the same process has only copies of them.
+        if self.is_host:
+            owners[connection.session] = self
 
     @classmethod
     def launch(cls) -> Enclave:
@@ -333,12 +335,7 @@ class Enclave:
     # Handles
 
     def adopt(self, handle: Any) -> None:
-        """Counts an array that holds a handle; when the last one is dropped, frees the handle.
-
-        Only on the host, where handles come from: a client's copy says nothing of the host's.
-        """
-        if not self.is_host:
-            return
+        """Counts an array that holds a handle; when the last one is dropped, frees the handle."""
         key = id(handle)
         if self._is_counted(key):
             return

@@ -23,7 +23,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from enclave_runtime import encryption
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import ArrayType, Port, Program, aligned
 from enclave_runtime.wire import Kind
-from tempo_jax import _jaxpr
+from tempo_jax import _jaxpr, _launch
 from tempo_jax._attestation import AttestationPolicy, Verified
 from tempo_jax._calibration import cost_model, machine_costs
 from tempo_jax._channel import Channel, parse_address
@@ -80,19 +80,32 @@ class Enclave:
             owners[connection.session] = self
 
     @classmethod
-    def launch(cls) -> Enclave:
-        """Starts ``python -m enclave_runtime`` as a child and opens a session with it.
+    def launch(
+        cls,
+        kind: Literal["process", "gramine-direct", "gramine-sgx"] = "process",
+        directory: str | os.PathLike[str] | None = None,
+    ) -> Enclave:
+        """Starts an enclave as a child and opens a session with it.
 
         The child is trusted because this process started it and handed it the session's
-        secret through a pipe. It ends when this process does.
+        secret through a pipe. It ends when this process does. Started so, even an enclave on SGX
+        trusts this machine with the secret: to train on a machine that you do not trust, serve the
+        enclave there (``tempo-jax enclave serve``) and `connect` from your own.
+
+        Args:
+          kind: ``process`` is ``python -m enclave_runtime``, ``gramine-direct`` the same under
+            Gramine without SGX, ``gramine-sgx`` with SGX.
+          directory: for Gramine, what ``python -m enclave_runtime.gramine build`` made; by
+            default one in the user's cache, built on first use.
 
         Returns:
           The enclave, ready for use.
 
         Raises:
+          LaunchError: this machine cannot start that kind; the message says what to do.
           EnclaveDiedError: the process did not come up.
         """
-        return cls(Connection())
+        return cls(Connection(_launch.command(kind, directory)))
 
     @classmethod
     def connect(

@@ -178,7 +178,7 @@ def check(directory: Path, cpus: int | None = None) -> list[str]:
       BuildError: there is no manifest.
     """
     parsed = read_manifest(directory)
-    return rules.breaches(parsed, cpus or 1) + rules.stale_files(parsed, directory)
+    return rules.breaches(parsed, cpus or 1) or rules.stale_files(parsed, directory)
 
 
 def _clear(directory: Path) -> None:

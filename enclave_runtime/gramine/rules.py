@@ -74,16 +74,14 @@ def breaches(manifest: Mapping[str, Any], cpus: int = 1) -> list[str]:
     Returns:
       Sentences; none for a sound manifest.
     """
-    return [
-        *_weak(manifest),
-        *_settings(manifest),
-        *_mounts(manifest),
-        *_sizes(manifest, cpus),
-    ]
+    broken = [*_weak(manifest), *_settings(manifest)]
+    if not _has_form(manifest):
+        return [*broken, "fs.mounts or sgx.trusted_files is not a list of what Gramine takes"]
+    return [*broken, *_mounts(manifest), *_sizes(manifest, cpus)]
 
 
 def stale_files(manifest: Mapping[str, Any], directory: Path) -> list[str]:
-    """How the staged tree differs from what the manifest trusts.
+    """How the staged tree differs from what a manifest without breaches trusts.
 
     Returns:
       Sentences; none if every file is listed with its hash and nothing else is.
@@ -117,6 +115,17 @@ def _get(manifest: Mapping[str, Any], dotted: str) -> Any:
 def _trusted(manifest: Mapping[str, Any]) -> list[tuple[str, str | None]]:
     entries = _get(manifest, "sgx.trusted_files") or []
     return [(e, None) if isinstance(e, str) else (e["uri"], e.get("sha256")) for e in entries]
+
+
+def _has_form(manifest: Mapping[str, Any]) -> bool:
+    """Whether the lists hold what Gramine takes, so that the other rules can read them."""
+    mounts, entries = _get(manifest, "fs.mounts"), _get(manifest, "sgx.trusted_files")
+    return (
+        isinstance(mounts, list)
+        and all(isinstance(mount, Mapping) for mount in mounts)
+        and isinstance(entries, list)
+        and all(isinstance(e, str) or isinstance(_get(e, "uri"), str) for e in entries)
+    )
 
 
 def _weak(table: Any, path: str = "") -> Iterator[str]:

@@ -18,6 +18,7 @@ import pytest
 
 import enclave_runtime
 import tempo_jax as tempo
+from enclave_runtime import session
 from enclave_runtime.gramine import __main__ as cli
 from enclave_runtime.gramine import building, closure, manifest, rules, staging
 from enclave_runtime.gramine.building import BuildError, Options, build
@@ -461,7 +462,7 @@ def test_the_staged_tree_is_small_and_complete(built):
     assert not folders & {"site-packages", "tests", "test", "tkinter", "idlelib", "gramine"}
     assert not folders & {"etils", "yaml", "pip", "flax", "optax", "tempo_jax"}
     # Gramine brings glibc; another one beside it would not fit its loader.
-    assert not [n for n in names if re.match(r"lib/(libc|libm|ld-linux|libpthread)", n)]
+    assert not [n for n in names if re.match(r"lib/(libc|libm|ld-linux.*|libpthread)\.so", n)]
     # Code that only builds stays out; code that serves is there.
     own = {Path(n).stem for n in names if n.startswith("packages/enclave_runtime/")}
     modules = {p.stem for p in (ROOT / "enclave_runtime").rglob("*.py") if "gramine" not in p.parts}
@@ -495,8 +496,10 @@ def test_modules_come_from_the_staged_tree(built):
     tree = built / "tree"
     code = (
         "import sys, json, enclave_runtime.server\n"
+        "from enclave_runtime import keys\n"
+        "cache = type(keys._shuffled._cache).__name__\n"
         "files = [getattr(m, '__file__', None) for m in sys.modules.values()]\n"
-        "print(json.dumps([sys.path, sys.flags.no_site, [f for f in files if f]]))"
+        "print(json.dumps([sys.path, sys.flags.no_site, [f for f in files if f], cache]))"
     )
     run = subprocess.run(
         staging.command(tree, "-c", code),
@@ -506,7 +509,8 @@ def test_modules_come_from_the_staged_tree(built):
         text=True,
         check=True,
     )
-    path, no_site, files = json.loads(run.stdout)
+    path, no_site, files, cache = json.loads(run.stdout)
+    assert cache == "NullCache"  # no machine code of Numba's is read from or written to a file
     assert no_site == 1
     assert all(Path(p).is_relative_to(tree) for p in path)
     assert len(files) > 500
@@ -514,6 +518,14 @@ def test_modules_come_from_the_staged_tree(built):
 
 
 # With Gramine
+
+
+def test_peak_memory_where_gramine_tells_only_what_was_mapped(tmp_path):
+    status = tmp_path / "status"
+    status.write_text("VmPeak:\t  400000 kB\n")
+    assert session._peak_memory(str(status)) == 400000 * 1024
+    status.write_text("VmPeak:\t  400000 kB\nVmHWM:\t     300 kB\n")
+    assert session._peak_memory(str(status)) == 300 * 1024
 
 
 @pytest.mark.gramine

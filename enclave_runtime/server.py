@@ -17,6 +17,7 @@ import threading
 from typing import BinaryIO
 
 from enclave_runtime import wire
+from enclave_runtime.checkpoint import CheckpointError
 from enclave_runtime.encryption import DecryptionError, session_keys
 from enclave_runtime.memory import ArenaError
 from enclave_runtime.program import ProgramError
@@ -33,6 +34,7 @@ _log = logging.getLogger("enclave_runtime")
 # Texts of these are written for the peer; of any other only that something failed leaves.
 _EXPLAINED = (
     ArenaError,
+    CheckpointError,
     DecryptionError,
     ProgramError,
     RequestError,

@@ -1,4 +1,4 @@
-"""What a session may ask of the enclave: map, compile, provision, run, open, free.
+"""What a session may ask of the enclave: map, compile, provision, run, open, keep, free.
 
 A session lasts as long as the process. Programs and executables come encrypted by the
 client, so the enclave runs no code that the client did not provision; the host starts
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from enclave_runtime import calibration, encryption
+from enclave_runtime.checkpointing import Checkpointing
 from enclave_runtime.encryption import SessionKeys
 from enclave_runtime.executor import Executor
 from enclave_runtime.keys import KeySchedule
@@ -48,6 +49,7 @@ class Session:
         self._arenas: dict[str, Arena] = {}
         self._runs: dict[int, Run] = {}
         self._run_numbers = itertools.count(1)
+        self._checkpoints = Checkpointing(self._store, self._arena, self._decrypt, self._value)
         self._lock = threading.Lock()
         self._busy_seconds = 0.0
         self._blindings = 0
@@ -65,6 +67,11 @@ class Session:
             Kind.FREE: self._free,
             Kind.STATISTICS: self._statistics,
             Kind.CALIBRATE: self._calibrate,
+            Kind.CHECKPOINT_KEY: self._checkpoints.provision,
+            Kind.CHECKPOINT: self._checkpoints.begin,
+            Kind.CHECKPOINT_LEAF: self._checkpoints.write,
+            Kind.RESTORE: self._checkpoints.begin_restoring,
+            Kind.RESTORE_LEAF: self._checkpoints.read,
         }
 
     def handle(self, frame: Frame) -> dict[str, Any]:
@@ -263,17 +270,32 @@ class Session:
 
     def _open(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         """Encrypts a value to the client, at `offset`; a blinded one is read there first."""
-        entry = self._store.get(fields["handle"])
         arena, offset = self._arena(fields), fields["offset"]
-        if isinstance(entry, Blinded):
-            value = _unblinded(entry, arena, offset)
-        else:
-            value = entry.value
-        encrypted = encryption.encrypt_array(
-            self._keys.to_client, np.asarray(value), self._identity
-        )
+        value = self._value(fields, self._store.get(fields["handle"]).array)
+        encrypted = encryption.encrypt_array(self._keys.to_client, value, self._identity)
         np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), offset), encrypted)
         return {}
+
+    def _value(self, fields: dict[str, Any], array: ArrayType) -> np.ndarray:
+        """A sealed value in the clear, whatever its form; what the host holds of it is at `offset`.
+
+        Args:
+          fields: of the request; without a `handle`, the value is the client's ciphertext.
+          array: its shape and dtype.
+        """
+        arena, offset = self._arena(fields), fields["offset"]
+        if "handle" not in fields:
+            return np.asarray(self._decrypted(arena, array, offset))
+        entry = self._store.get(fields["handle"])
+        if entry.array != array:
+            raise RequestError(
+                f"a sealed value is {entry.array.dtype}{list(entry.array.shape)}, expected "
+                f"{array.dtype}{list(array.shape)}"
+            )
+        if isinstance(entry, Blinded):
+            # Without keyed axes this may be the arena itself, which the answer overwrites.
+            return np.array(_unblinded(entry, arena, offset))
+        return np.asarray(entry.value)
 
     def _free(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         for handle in fields["handles"]:

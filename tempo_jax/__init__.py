@@ -5,19 +5,23 @@ devices over blinded operands and everything else in an enclave; `cheap_update` 
 optimizer update blinded weights where they lie.
 """
 
-from tempo_jax import errors, schemes, testing
+from tempo_jax import checkpoints, errors, schemes, testing
 from tempo_jax._enclave import Enclave
 from tempo_jax._markers import cheap_update, reveal
 from tempo_jax._sealed import SealedArray
 from tempo_jax._shield import Shielded, shield
+from tempo_jax.checkpoints import CheckpointKey, CheckpointLedger
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointKey",
+    "CheckpointLedger",
     "Enclave",
     "SealedArray",
     "Shielded",
     "cheap_update",
+    "checkpoints",
     "errors",
     "reveal",
     "schemes",

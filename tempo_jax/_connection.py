@@ -25,6 +25,7 @@ from enclave_runtime.encryption import SECRET_BYTES, SessionKeys, session_keys
 from enclave_runtime.memory import Arena, ArenaError
 from enclave_runtime.wire import Frame, Kind, WireError
 from tempo_jax.errors import (
+    CheckpointError,
     EnclaveDiedError,
     EnclaveError,
     SealedValueError,
@@ -50,6 +51,7 @@ _NOT_INHERITED = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
 
 _ERRORS: dict[str, type[Exception]] = {
     "ArenaError": SharedMemoryError,
+    "CheckpointError": CheckpointError,
     "DecryptionError": SealedValueError,
     "UnknownHandleError": SealedValueError,
 }
@@ -125,7 +127,7 @@ class Connection:
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return EnclaveDiedError(
             f"the enclave (process {self.process.pid}) {how}. What it held is lost: launch a new "
-            "one and seal the state again from your last checkpoint."
+            "one and restore your last checkpoint."
         )
 
     # Requests

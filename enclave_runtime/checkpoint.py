@@ -98,7 +98,7 @@ class Leaf(NamedTuple):
         """The leaf as JSON's types."""
         return {
             "name": self.name,
-            "array": dataclasses.asdict(self.array),
+            "array": {"shape": list(self.array.shape), "dtype": self.array.dtype},
             "dtype": self.dtype,
             "weak": self.weak,
         }

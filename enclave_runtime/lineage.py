@@ -165,7 +165,5 @@ def _identity_secret(run: Any) -> bytes:
             "client's key, `CheckpointKey.generate()`"
         ) from error
     if len(key) != IDENTITY_KEY_BYTES:
-        raise CheckpointError(
-            f"the enclave's identity key does not have {IDENTITY_KEY_BYTES} bytes"
-        )
+        raise CheckpointError(f"an enclave's identity key has {IDENTITY_KEY_BYTES} bytes")
     return derive_key(key, f"checkpoint run {run}")

@@ -77,7 +77,7 @@ class Lineages:
             recipient, secret = Recipient.ENCLAVE, _identity_secret(order.get("run"))
         else:
             raise CheckpointError("a checkpoint key is the client's or the enclave's")
-        seen = None if order.get("newest") is None else Seen.decode(order["newest"])
+        seen = _decode_seen(order.get("newest"))
         lineage = self._known.setdefault(lineage_name(secret), _Lineage(secret, recipient))
         lineage.learn(seen)
         self._current = lineage
@@ -110,18 +110,19 @@ class Lineages:
           CheckpointError: another key, altered, older than allowed, or another tree.
         """
         lineage = self._in_use()
-        if order["newest"] is not None:
-            lineage.learn(Seen.decode(order["newest"]))
+        if not isinstance(order, dict):
+            raise CheckpointError("an order to restore is not an object")
+        lineage.learn(_decode_seen(order.get("newest")))
         reader = CheckpointReader(lineage.secret, head)
         number = reader.header.number
-        if order["allow_rollback_to"] is not None:
-            if number != order["allow_rollback_to"]:
+        if (named := order.get("allow_rollback_to")) is not None:
+            if number != named:
                 raise CheckpointError(
                     f"this is checkpoint {number}, and `allow_rollback_to` names another"
                 )
         else:
             _check_newest(reader, lineage.newest)
-        if (text := mismatch(reader.leaves, decode_leaves(order["leaves"]))) is not None:
+        if (text := mismatch(reader.leaves, decode_leaves(order.get("leaves")))) is not None:
             raise CheckpointError(text)
         lineage.last = max(lineage.last, number)
         return reader
@@ -141,6 +142,10 @@ def _check_newest(reader: CheckpointReader, newest: Seen | None) -> None:
             f"there are several checkpoints {number}, from enclaves that ran side by side, and "
             f"this is not the one that the client has seen; `allow_rollback_to={number}` takes it"
         )
+
+
+def _decode_seen(fields: Any) -> Seen | None:
+    return None if fields is None else Seen.decode(fields)
 
 
 def _client_secret(text: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -35,6 +36,7 @@ from enclave_runtime.checkpoint import (
 )
 from enclave_runtime.lineage import Lineages
 from enclave_runtime.program import ArrayType
+from tests.fuzz import fuzz_checkpoint
 
 SECRET, OTHER_SECRET = bytes(range(32)), bytes(range(1, 33))
 ALTERED = "failed its authentication"
@@ -406,6 +408,41 @@ def test_without_a_key_nothing_is_written_or_read():
         Lineages().writer([])
     with pytest.raises(CheckpointError, match="no checkpoint key"):
         Lineages().reader(head_of(written()), order())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (None, "an order to restore is not an object"),
+        ({}, "leaves are not a list"),
+        ({"leaves": [], "newest": 3}, "malformed"),
+        ({"leaves": [], "allow_rollback_to": "1"}, "names another"),
+    ],
+)
+def test_malformed_order_is_refused(wrong, text):
+    with pytest.raises(CheckpointError, match=text):
+        provisioned().reader(head_of(written()), wrong)
+
+
+# The fuzzer's corpus; `tests/fuzz` says more
+
+CORPUS = Path(fuzz_checkpoint.__file__).parent / "corpus" / "checkpoint"
+
+
+@pytest.mark.parametrize("name", sorted(os.listdir(CORPUS)))
+def test_corpus_is_survived(name):
+    fuzz_checkpoint.one_input((CORPUS / name).read_bytes())
+
+
+@pytest.mark.parametrize("name", ["whole", "manifest", "key", "newest", "rollback", "ledger"])
+def test_seed_is_accepted_by_its_layer(name):
+    content = fuzz_checkpoint.made_seeds()[name]
+    if name == "newest":  # its identifier is not that of the checkpoint with the number
+        with pytest.raises(CheckpointError, match="several checkpoints 3"):
+            fuzz_checkpoint.LAYERS[content[:1]](content[1:])
+        return
+    for seed in (content, (CORPUS / name).read_bytes()):
+        fuzz_checkpoint.LAYERS[seed[:1]](seed[1:])
 
 
 # The enclave's identity, which only SGX has: a file stands for Gramine's

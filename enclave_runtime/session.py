@@ -1,4 +1,4 @@
-"""What a session may ask of the enclave: map, compile, provision, run, open, free.
+"""What a session may ask of the enclave: map, compile, provision, run, open, keep, free.
 
 A session lasts as long as the process. Programs and executables come encrypted by the
 client, so the enclave runs no code that the client did not provision; the host starts
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from enclave_runtime import calibration, encryption
+from enclave_runtime.checkpointing import Checkpointing
 from enclave_runtime.encryption import SessionKeys
 from enclave_runtime.executor import Executor
 from enclave_runtime.keys import KeySchedule
@@ -58,6 +59,7 @@ class Session:
         self._arenas: dict[str, Arena] = {}
         self._runs: dict[int, Run] = {}
         self._run_numbers = itertools.count(1)
+        self._checkpoints = Checkpointing(self._store, self._arena, self._decrypt, self._value)
         self._lock = threading.Lock()
         self._busy_seconds = 0.0
         self._blindings = 0
@@ -75,6 +77,11 @@ class Session:
             Kind.FREE: self._free,
             Kind.STATISTICS: self._statistics,
             Kind.CALIBRATE: self._calibrate,
+            Kind.CHECKPOINT_KEY: self._checkpoints.provision,
+            Kind.CHECKPOINT: self._checkpoints.begin,
+            Kind.CHECKPOINT_LEAF: self._checkpoints.write,
+            Kind.RESTORE: self._checkpoints.begin_restoring,
+            Kind.RESTORE_LEAF: self._checkpoints.read,
             Kind.FIND: self._find,
         }
 
@@ -306,17 +313,11 @@ class Session:
         Without an arena both travel as attachments: a client on another machine shares no memory,
         and brings a blinded value from the file in which the host sent it.
         """
-        entry = self._store.get(fields["handle"])
         if "arena" not in fields:
-            return {}, self._opened(entry, attachment)
+            return {}, self._opened(self._store.get(fields["handle"]), attachment)
         arena, offset = self._arena(fields), fields["offset"]
-        if isinstance(entry, Blinded):
-            value = _unblinded(entry, arena, offset)
-        else:
-            value = entry.value
-        encrypted = encryption.encrypt_array(
-            self._keys.to_client, np.asarray(value), self._identity
-        )
+        value = self._value(fields, self._store.get(fields["handle"]).array)
+        encrypted = encryption.encrypt_array(self._keys.to_client, value, self._identity)
         np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), offset), encrypted)
         return {}
 
@@ -334,6 +335,27 @@ class Session:
         return encryption.encrypt_array(
             self._keys.to_client, np.asarray(value), self._identity
         ).tobytes()
+
+    def _value(self, fields: dict[str, Any], array: ArrayType) -> np.ndarray:
+        """A sealed value in the clear, whatever its form; what the host holds of it is at `offset`.
+
+        Args:
+          fields: of the request; without a `handle`, the value is the client's ciphertext.
+          array: its shape and dtype.
+        """
+        arena, offset = self._arena(fields), fields["offset"]
+        if "handle" not in fields:
+            return np.asarray(self._decrypted(arena, array, offset))
+        entry = self._store.get(fields["handle"])
+        if entry.array != array:
+            raise RequestError(
+                f"a sealed value is {entry.array.dtype}{list(entry.array.shape)}, expected "
+                f"{array.dtype}{list(array.shape)}"
+            )
+        if isinstance(entry, Blinded):
+            # Without keyed axes this may be the arena itself, which the answer overwrites.
+            return np.array(_unblinded(entry, arena, offset))
+        return np.asarray(entry.value)
 
     def _free(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         for handle in fields["handles"]:

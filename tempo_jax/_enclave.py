@@ -31,10 +31,11 @@ import numpy as np
 from jax.core import Tracer
 
 from enclave_runtime import encryption
+from enclave_runtime.checkpoint import Leaf
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import ArrayType, Port, Program, aligned
 from enclave_runtime.wire import Kind
-from tempo_jax import _jaxpr
+from tempo_jax import _checkpointing, _jaxpr
 from tempo_jax._attestation import AttestationPolicy, Verified
 from tempo_jax._calibration import cost_model, machine_costs
 from tempo_jax._channel import Channel, parse_address
@@ -44,18 +45,22 @@ from tempo_jax._host_key import read_host_key
 from tempo_jax._identity import ClientIdentity
 from tempo_jax._loopback import Attachment, Loopback
 from tempo_jax._plan import array_type, input_bytes
-from tempo_jax._sealed import BLINDED, ENCRYPTED, SealedArray, is_sealed, owners
-from tempo_jax.errors import ChannelError, RoleError, SealedValueError, UnsupportedError
-
-
-def handle_text(handle: Any) -> str:
-    """A handle, uint32[4], in the protocol's hexadecimal form."""
-    return np.asarray(handle).tobytes().hex()
-
-
-def handle_array(text: str) -> np.ndarray:
-    """Inverse of `handle_text`."""
-    return np.frombuffer(bytes.fromhex(text), np.uint32).copy()
+from tempo_jax._sealed import (
+    BLINDED,
+    ENCRYPTED,
+    SealedArray,
+    handle_text,
+    is_sealed,
+    owners,
+)
+from tempo_jax.checkpoints import CheckpointKey, CheckpointLedger
+from tempo_jax.errors import (
+    ChannelError,
+    CheckpointError,
+    RoleError,
+    SealedValueError,
+    UnsupportedError,
+)
 
 
 class Enclave:
@@ -75,16 +80,28 @@ class Enclave:
         self._dropped: list[str] = []
         self._kept: set[str] = set()
         self._lock = threading.RLock()
+        self._checkpoint_key: CheckpointKey | None = None
+        self._ledger = CheckpointLedger()
+        self._checkpointing = threading.Lock()  # the enclave writes one at a time
         # Handles are the host's to count; a client in the same process has only copies of them.
         if self.is_host:
             owners[connection.session] = self
 
     @classmethod
-    def launch(cls) -> Enclave:
+    def launch(
+        cls,
+        *,
+        checkpoint_key: CheckpointKey | None = None,
+        checkpoint_ledger: CheckpointLedger | None = None,
+    ) -> Enclave:
         """Starts ``python -m enclave_runtime`` as a child and opens a session with it.
 
         The child is trusted because this process started it and handed it the session's
         secret through a pipe. It ends when this process does.
+
+        Args:
+          checkpoint_key: see `use_checkpoint_key`.
+          checkpoint_ledger: likewise.
 
         Returns:
           The enclave, ready for use.
@@ -92,7 +109,10 @@ class Enclave:
         Raises:
           EnclaveDiedError: the process did not come up.
         """
-        return cls(Connection())
+        launched = cls(Connection())
+        if checkpoint_key is not None:
+            launched.use_checkpoint_key(checkpoint_key, checkpoint_ledger)
+        return launched
 
     @classmethod
     def connect(
@@ -314,6 +334,120 @@ class Enclave:
                 f"a sealed {array.dtype}{list(array.shape)} failed its authentication: it was "
                 "altered, or its shape, dtype or session is not the one it was sealed with"
             ) from error
+
+    # Checkpoints
+
+    def use_checkpoint_key(
+        self, key: CheckpointKey, ledger: CheckpointLedger | None = None
+    ) -> None:
+        """Gives the enclave the key for the checkpoints that follow, in place of an earlier one.
+
+        Args:
+          key: the client's, the same for all of a training run.
+          ledger: what the client has seen; without one, old checkpoints pass for the newest.
+
+        Raises:
+          CheckpointError: the key is the enclave's identity, and it has none outside SGX.
+        """
+        for name, value, kind in (
+            ("key", key, CheckpointKey),
+            ("ledger", ledger, CheckpointLedger | None),
+        ):
+            if not isinstance(value, kind):
+                raise CheckpointError(
+                    f"use_checkpoint_key: {name} is a {type(value).__name__}, expected a `{kind}`"
+                )
+        ledger = CheckpointLedger() if ledger is None else ledger
+        newest = ledger.newest.get(key.lineage)
+        order = {**key.order(), "newest": None if newest is None else newest.encode()}
+        content = self._encrypted(json.dumps(order).encode(), "checkpoint key")
+        self._connection.request(Kind.CHECKPOINT_KEY, {}, content)
+        self._checkpoint_key, self._ledger = key, ledger
+
+    @property
+    def ledger(self) -> CheckpointLedger:
+        """What the client has seen by now; keep it with the newest checkpoint."""
+        return self._ledger
+
+    def checkpoint(self, tree: Any) -> bytes:
+        """Seals a state to the checkpoint key, as bytes that any storage may hold.
+
+        Leaves that lie blinded on the devices are in it as well. The state stays usable. The
+        ledger has seen the checkpoint from now on.
+
+        Args:
+          tree: any pytree of `SealedArray`s.
+
+        Returns:
+          The checkpoint; `checkpoints.write` puts it into a file safely.
+
+        Raises:
+          CheckpointError: no key was given, or a leaf is not sealed.
+          SealedValueError: a leaf was donated or belongs to another enclave.
+
+        Example:
+          >>> import tempo_jax as tempo
+          >>> key = tempo.CheckpointKey.generate()
+          >>> with tempo.Enclave.launch(checkpoint_key=key) as enclave:
+          ...     data = enclave.checkpoint(enclave.seal({"step": 3}))
+          ...     ledger = enclave.ledger
+          >>> with tempo.Enclave.launch(checkpoint_key=key, checkpoint_ledger=ledger) as enclave:
+          ...     state = enclave.restore(data, like={"step": 0})
+          ...     int(enclave.open(state)["step"])
+          3
+        """
+        self.free_dropped()
+        for leaf in jax.tree.leaves(tree, is_leaf=is_sealed):
+            if is_sealed(leaf):
+                self.check_owned(leaf)
+        with self._checkpointing:
+            data = _checkpointing.write(self, tree)
+            if self._checkpoint_key is not None:
+                self._ledger = self._ledger.recorded(self._checkpoint_key, data)
+        return data
+
+    def restore(self, data: bytes, like: Any, *, allow_rollback_to: int | None = None) -> Any:
+        """Brings a checkpoint's state into this enclave, where it gets fresh blinding keys.
+
+        Args:
+          data: what `checkpoint` returned, in this enclave or an earlier one.
+          like: a pytree of the same structure, shapes and dtypes: the state as first made, a
+            sealed one, or `jax.eval_shape`'s result.
+          allow_rollback_to: the number of a checkpoint that is older than the newest that the
+            client has seen, to go back to it on purpose.
+
+        Returns:
+          The pytree with `SealedArray`s.
+
+        Raises:
+          CheckpointError: altered or cut; under another key; older than the client has seen; not
+            like `like`.
+        """
+        if not isinstance(data, bytes):
+            raise CheckpointError(
+                f"enclave.restore: data is a {type(data).__name__}, expected bytes (for an array "
+                "of uint8, `np.asarray(array).tobytes()`)"
+            )
+        key = self._checkpoint_key
+        if key is None:
+            raise CheckpointError(
+                "enclave.restore: this client gave no checkpoint key; launch the enclave with "
+                "`checkpoint_key=`, or call `use_checkpoint_key`"
+            )
+        newest = self._ledger.newest.get(key.lineage)
+        order = {
+            "newest": None if newest is None else newest.encode(),
+            "allow_rollback_to": allow_rollback_to,
+        }
+
+        def encrypted(leaves: Sequence[Leaf]) -> bytes:
+            order["leaves"] = [leaf.encode() for leaf in leaves]
+            return self._encrypted(json.dumps(order).encode(), "restore")
+
+        with self._checkpointing:
+            restored = _checkpointing.restore(self, data, encrypted, like)
+            self._ledger = self._ledger.recorded(key, data)
+        return restored
 
     def check_owned(self, sealed: SealedArray) -> SealedArray:
         """Refuses values of other sessions and values already donated.

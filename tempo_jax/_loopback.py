@@ -22,6 +22,7 @@ from enclave_runtime.memory import Arena, ArenaError
 from enclave_runtime.wire import Frame, Kind, WireError
 from tempo_jax.errors import (
     ChannelError,
+    CheckpointError,
     EnclaveDiedError,
     EnclaveError,
     SealedValueError,
@@ -32,6 +33,7 @@ from tempo_jax.errors import (
 
 _ERRORS: dict[str, type[Exception]] = {
     "ArenaError": SharedMemoryError,
+    "CheckpointError": CheckpointError,
     "DecryptionError": SealedValueError,
     "UnknownHandleError": SealedValueError,
     "UnprovisionedError": UnprovisionedError,

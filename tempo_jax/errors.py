@@ -28,6 +28,10 @@ class SealedValueError(TempoError):
     """A sealed value that was donated, belongs to another enclave, or was altered."""
 
 
+class CheckpointError(TempoError):
+    """A checkpoint that is altered, of another key or tree, or older than one already seen."""
+
+
 class SecrecyError(TempoError):
     """A value that should be secret is already known to the host."""
 

@@ -15,13 +15,11 @@ users and by `_shield`.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import json
 import os
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,6 +39,7 @@ from tempo_jax._calibration import cost_model, machine_costs
 from tempo_jax._channel import Channel, parse_address
 from tempo_jax._connection import Connection
 from tempo_jax._cost import CostModel
+from tempo_jax._handles import Handles
 from tempo_jax._host_key import read_host_key
 from tempo_jax._identity import ClientIdentity
 from tempo_jax._loopback import Attachment, Loopback
@@ -74,12 +73,7 @@ class Enclave:
     def __init__(self, connection: Connection | Channel | Attachment):
         """Wraps a connection; users call `launch`, `connect` or `attach`."""
         self._connection = connection
-        self._owned: collections.Counter[str] = collections.Counter()
-        self._counted: dict[int, weakref.finalize[..., Any]] = {}
-        self._released: collections.deque[tuple[int, str]] = collections.deque()
-        self._dropped: list[str] = []
-        self._kept: set[str] = set()
-        self._lock = threading.RLock()
+        self._handles = Handles()
         self._checkpoint_key: CheckpointKey | None = None
         self._ledger = CheckpointLedger()
         self._checkpointing = threading.Lock()  # the enclave writes one at a time
@@ -396,6 +390,7 @@ class Enclave:
           ...     int(enclave.open(state)["step"])
           3
         """
+        self._lines("`enclave.checkpoint`")
         self.free_dropped()
         for leaf in jax.tree.leaves(tree, is_leaf=is_sealed):
             if is_sealed(leaf):
@@ -406,7 +401,49 @@ class Enclave:
                 self._ledger = self._ledger.recorded(self._checkpoint_key, data)
         return data
 
-    def restore(self, data: bytes, like: Any, *, allow_rollback_to: int | None = None) -> Any:
+    def restore_order(self, like: Any, *, allow_rollback_to: int | None = None) -> bytes:
+        """The client's leave for its host to restore a checkpoint: bytes to send it.
+
+        For a client that is not where the checkpoint is. The order holds for this enclave, for
+        states like `like`, and for checkpoints at least as new as the newest in the ledger.
+
+        Args:
+          like: see `restore`.
+          allow_rollback_to: see `restore`.
+
+        Raises:
+          CheckpointError: no checkpoint key was given.
+          RoleError: this is the host's side.
+        """
+        return self._restore_order(_checkpointing.leaves_of(like)[0], allow_rollback_to)
+
+    def _restore_order(self, leaves: Sequence[Leaf], allow_rollback_to: int | None) -> bytes:
+        key = self._used_checkpoint_key()
+        newest = self._ledger.newest.get(key.lineage)
+        order = {
+            "newest": None if newest is None else newest.encode(),
+            "allow_rollback_to": allow_rollback_to,
+            "leaves": [leaf.encode() for leaf in leaves],
+        }
+        return self._encrypted(json.dumps(order).encode(), "restore")
+
+    def _used_checkpoint_key(self) -> CheckpointKey:
+        self._keys("allowing a restore")
+        if self._checkpoint_key is None:
+            raise CheckpointError(
+                "enclave.restore: this client gave no checkpoint key; launch the enclave with "
+                "`checkpoint_key=`, or call `use_checkpoint_key`"
+            )
+        return self._checkpoint_key
+
+    def restore(
+        self,
+        data: bytes,
+        like: Any,
+        *,
+        allow_rollback_to: int | None = None,
+        order: bytes | None = None,
+    ) -> Any:
         """Brings a checkpoint's state into this enclave, where it gets fresh blinding keys.
 
         Args:
@@ -415,6 +452,7 @@ class Enclave:
             sealed one, or `jax.eval_shape`'s result.
           allow_rollback_to: the number of a checkpoint that is older than the newest that the
             client has seen, to go back to it on purpose.
+          order: on the host, what the client's `restore_order` gave.
 
         Returns:
           The pytree with `SealedArray`s.
@@ -422,31 +460,29 @@ class Enclave:
         Raises:
           CheckpointError: altered or cut; under another key; older than the client has seen; not
             like `like`.
+          RoleError: on the host without an `order`; on a client away from the enclave.
         """
         if not isinstance(data, bytes):
             raise CheckpointError(
                 f"enclave.restore: data is a {type(data).__name__}, expected bytes (for an array "
                 "of uint8, `np.asarray(array).tobytes()`)"
             )
-        key = self._checkpoint_key
-        if key is None:
-            raise CheckpointError(
-                "enclave.restore: this client gave no checkpoint key; launch the enclave with "
-                "`checkpoint_key=`, or call `use_checkpoint_key`"
+        self._lines("`enclave.restore`")
+        if order is None and not self.is_client:
+            raise RoleError(
+                "enclave.restore: restoring needs the client's leave. Pass `order=`, which the "
+                "client gets from `enclave.restore_order(like)` and sends you"
             )
-        newest = self._ledger.newest.get(key.lineage)
-        order = {
-            "newest": None if newest is None else newest.encode(),
-            "allow_rollback_to": allow_rollback_to,
-        }
+        if order is None:
+            self._used_checkpoint_key()
 
-        def encrypted(leaves: Sequence[Leaf]) -> bytes:
-            order["leaves"] = [leaf.encode() for leaf in leaves]
-            return self._encrypted(json.dumps(order).encode(), "restore")
+        def ordered(leaves: Sequence[Leaf]) -> bytes:
+            return self._restore_order(leaves, allow_rollback_to) if order is None else order
 
         with self._checkpointing:
-            restored = _checkpointing.restore(self, data, encrypted, like)
-            self._ledger = self._ledger.recorded(key, data)
+            restored = _checkpointing.restore(self, data, ordered, like)
+            if self._checkpoint_key is not None:
+                self._ledger = self._ledger.recorded(self._checkpoint_key, data)
         return restored
 
     def check_owned(self, sealed: SealedArray) -> SealedArray:
@@ -470,36 +506,7 @@ class Enclave:
 
     def adopt(self, handle: Any) -> None:
         """Counts an array that holds a handle; when the last one is dropped, frees the handle."""
-        key = id(handle)
-        if self._is_counted(key):
-            return
-        # Reading it may wait for a program whose callbacks need the lock, so it comes first.
-        text = handle_text(handle)
-        with self._lock:
-            self._count_released()
-            if not self._is_counted(key):
-                self._owned[text] += 1
-                self._counted[key] = weakref.finalize(handle, self._released.append, (key, text))
-
-    def _is_counted(self, key: int) -> bool:
-        # The number of an array that is gone may name another one by now.
-        finalizer = self._counted.get(key)
-        return finalizer is not None and finalizer.alive
-
-    def _count_released(self) -> None:
-        """Takes note of arrays that are gone.
-
-        A finalizer runs at any point of any thread, so it takes no lock and only appends.
-        """
-        while self._released:
-            key, text = self._released.popleft()
-            if not self._is_counted(key):
-                self._counted.pop(key, None)
-            self._owned[text] -= 1
-            if self._owned[text] <= 0:
-                del self._owned[text]
-                if text not in self._kept:
-                    self._dropped.append(text)
+        self._handles.adopt(handle)
 
     def keep(self, sealed: SealedArray) -> None:
         """Keeps what a sealed value names in the enclave, although it may be dropped here.
@@ -508,8 +515,7 @@ class Enclave:
         donates them or the enclave ends.
         """
         if sealed.form != ENCRYPTED:
-            with self._lock:
-                self._kept.add(handle_text(sealed.handle))
+            self._handles.keep(handle_text(sealed.handle))
 
     def donate(self, leaves: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Gives up sealed values that a committed run replaced by `outputs`."""
@@ -518,18 +524,14 @@ class Enclave:
             if not is_sealed(leaf):
                 continue
             if leaf.form != ENCRYPTED:
-                text = handle_text(leaf.handle)
-                with self._lock:
-                    self._dropped.append(text)
+                self._handles.drop(handle_text(leaf.handle))
             # A leaf that the step passes through may come back as the very same array.
             if isinstance(leaf.content, jax.Array) and id(leaf.content) not in kept:
                 leaf.content.delete()
 
     def free_dropped(self) -> None:
         """Tells the enclave which handles nobody holds any more."""
-        with self._lock:
-            self._count_released()
-            dropped, self._dropped = self._dropped, []
+        dropped = self._handles.take_dropped()
         if dropped and not self._connection.closed:
             self._connection.request(Kind.FREE, {"handles": dropped})
 
@@ -538,7 +540,7 @@ class Enclave:
     @contextlib.contextmanager
     def arena(self, size: int) -> Iterator[tuple[str, Arena]]:
         """Shared memory for one request or run."""
-        lines = self._lines("running a shielded function")
+        lines = self._lines("what goes through shared memory")
         reserved = lines.reserve(aligned(max(size, 1)))
         try:
             yield reserved
@@ -549,7 +551,7 @@ class Enclave:
 
     def _encrypted(self, content: bytes, purpose: str) -> bytes:
         context = f"{purpose}|{self.session}".encode()
-        key = self._keys("provisioning a program").to_enclave
+        key = self._keys("encrypting to the enclave").to_enclave
         return encryption.encrypt_bytes(key, content, context)
 
     def compile(self, blob: bytes) -> str:

@@ -46,7 +46,7 @@ SCHEMES = ("mixing", "signed-permutation")
 # The fault strikes in step `STRUCK`, whose state has lain on the devices for a step.
 BASE, STRUCK, END = 1, 3, 4
 TOLERANCE = 1e-10
-PHASES = (0.0, 0.25, 0.5, 0.75, 1.0)
+PHASES = tuple(i / 6 for i in range(7))
 CHILD_SECONDS = 300.0
 PAGE = 4096  # bytes of a tmpfs block
 

@@ -2,8 +2,10 @@
 
 A checkpoint is written and restored leaf by leaf through shared memory, so that it may be much
 larger than that. Writing asks for no secret: while the client is away, the host may have as
-many checkpoints as it likes and can open none. Taking a key into use and restoring need the
-client, whose orders come encrypted. Called by `session`; trusts the client's orders alone.
+many checkpoints as it likes and can open none. (Whoever asks says which value is which leaf, as
+for a run; that a checkpoint is authentic does not say that its host named the leaves right.)
+Taking a key into use and restoring need the client, whose orders come encrypted. Called by
+`session`; trusts the client's orders alone.
 """
 
 from __future__ import annotations

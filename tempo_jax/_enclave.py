@@ -104,8 +104,12 @@ class Enclave:
           EnclaveDiedError: the process did not come up.
         """
         launched = cls(Connection())
-        if checkpoint_key is not None:
-            launched.use_checkpoint_key(checkpoint_key, checkpoint_ledger)
+        try:
+            if checkpoint_key is not None:
+                launched.use_checkpoint_key(checkpoint_key, checkpoint_ledger)
+        except BaseException:
+            launched.close()
+            raise
         return launched
 
     @classmethod
@@ -395,6 +399,11 @@ class Enclave:
         for leaf in jax.tree.leaves(tree, is_leaf=is_sealed):
             if is_sealed(leaf):
                 self.check_owned(leaf)
+                if isinstance(leaf.handle, Tracer):
+                    raise UnsupportedError(
+                        "enclave.checkpoint was called inside jit: there is no state yet. Call it "
+                        "outside, on what the jitted function returned."
+                    )
         with self._checkpointing:
             data = _checkpointing.write(self, tree)
             if self._checkpoint_key is not None:

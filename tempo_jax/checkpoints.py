@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ class CheckpointLedger:
       True
     """
 
-    newest: dict[str, Seen] = dataclasses.field(default_factory=dict)
+    newest: Mapping[str, Seen] = dataclasses.field(default_factory=dict)
 
     def recorded(self, key: CheckpointKey, data: bytes) -> CheckpointLedger:
         """A ledger that has also seen this checkpoint; an older one changes nothing.

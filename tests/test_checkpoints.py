@@ -21,7 +21,13 @@ from enclave_runtime.checkpoint import Seen
 from enclave_runtime.program import ArrayType
 from enclave_runtime.wire import Kind
 from tempo_jax import CheckpointKey, CheckpointLedger, checkpoints
-from tempo_jax.errors import CheckpointError, EnclaveError, SealedValueError, TempoError
+from tempo_jax.errors import (
+    CheckpointError,
+    EnclaveError,
+    SealedValueError,
+    TempoError,
+    UnsupportedError,
+)
 from tests.steps import TOLERANCE, assert_close, shield_all, uniform
 
 OPTIMIZER = tempo.cheap_update(optax.adam(1e-2))
@@ -417,6 +423,22 @@ def test_donated_or_foreign_state_is_refused(keyed, other_enclave):
         keyed.checkpoint(old)
     with pytest.raises(SealedValueError, match="belongs to another session"):
         keyed.checkpoint(other_enclave.seal(X))
+
+
+def test_checkpoint_inside_jit_is_refused(keyed):
+    resident = tempo.shield(lambda x: x, enclave=keyed)(X)
+    for sealed in (keyed.seal(X), resident):
+        with pytest.raises(UnsupportedError, match="called inside jit: there is no state yet"):
+            jax.jit(lambda s: [keyed.checkpoint(s), s][1])(sealed)
+
+
+def test_launch_that_cannot_take_the_key_leaves_no_process(monkeypatch):
+    launched: list[Any] = []
+    close = tempo.Enclave.close
+    monkeypatch.setattr(tempo.Enclave, "close", lambda self: [launched.append(self), close(self)])
+    with pytest.raises(CheckpointError, match="no identity"):
+        tempo.Enclave.launch(checkpoint_key=CheckpointKey.enclave_identity("a"))
+    assert launched[0].connection.process.poll() is not None
 
 
 def test_without_a_key_nothing_is_written_or_restored():

@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from enclave_runtime import wire
 from enclave_runtime.encryption import DecryptionError, session_keys
+from enclave_runtime.integrity import IntegrityError
 from enclave_runtime.memory import ArenaError
 from enclave_runtime.program import ProgramError
 from enclave_runtime.run import RunError
@@ -34,6 +35,7 @@ _log = logging.getLogger("enclave_runtime")
 _EXPLAINED = (
     ArenaError,
     DecryptionError,
+    IntegrityError,
     ProgramError,
     RequestError,
     RunError,

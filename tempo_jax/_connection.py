@@ -27,6 +27,7 @@ from enclave_runtime.wire import Frame, Kind, WireError
 from tempo_jax.errors import (
     EnclaveDiedError,
     EnclaveError,
+    IntegrityError,
     SealedValueError,
     SharedMemoryError,
     TempoError,
@@ -51,6 +52,7 @@ _NOT_INHERITED = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
 _ERRORS: dict[str, type[Exception]] = {
     "ArenaError": SharedMemoryError,
     "DecryptionError": SealedValueError,
+    "IntegrityError": IntegrityError,
     "UnknownHandleError": SealedValueError,
 }
 

@@ -163,9 +163,10 @@ def _dot(large: jax.Array, small: jax.Array, numbers: Any) -> jax.Array:
     free = [i for i in range(large.ndim) if i not in {*contract, *batch}]
     if not free or not contract or max(contract) > min(free):
         return lax.dot_general(large, small, numbers)
-    # XLA turns a left operand that is contracted along its leading axes, which is slow.
+    # XLA turns a left operand that is contracted along its leading axes, which is slow, and
+    # undoes it where the large operand comes second, unless a barrier keeps the two apart.
     turned = lax.dot_general(small, large, ((other, contract), (other_batch, batch)))
-    return jnp.moveaxis(turned, len(batch), -1)
+    return jnp.moveaxis(lax.optimization_barrier(turned), len(batch), -1)
 
 
 def excess(

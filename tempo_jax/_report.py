@@ -67,17 +67,15 @@ class Report:
         return {c.value: c.blinded for c in sent}
 
     @property
-    def checked(self) -> dict[str, float]:
-        """Products that are checked, with the smallest error that is noticed.
+    def checked(self) -> tuple[tuple[str, float], ...]:
+        """Products that are checked, each with the smallest error that is noticed.
 
         An error counts by the RMS of the blinded result's row that it is in. One in which some
         element is off by more escapes with a probability of `2**-16` at most.
         """
-        sent, out = self._sent, {}
-        for crossing in (c for s in self.plan.program.segments for c in s.uploads):
-            if crossing.product is not None:
-                out[crossing.source] = max(out.get(crossing.source, 0), _noticed(crossing, sent))
-        return out
+        sent = self._sent
+        uploads = (c for s in self.plan.program.segments for c in s.uploads)
+        return tuple((c.source, _noticed(c, sent)) for c in uploads if c.product is not None)
 
     @property
     def bytes_kept(self) -> int:
@@ -191,12 +189,12 @@ class Report:
         checked = self.checked
         if not checked:
             return ["verified: nothing comes back from the devices that could be wrong"]
-        coarsest = max(checked, key=lambda source: checked[source])
+        coarsest, least = max(checked, key=lambda each: each[1])
         return [
-            f"verified: each of the {len(offloaded(self.plan))} products, on blinded values; an "
-            f"error in any element escapes with a probability of 2^-{VECTORS} at most if it is "
-            f"above {checked[coarsest]:.1g} of its row's RMS ({coarsest}) or less elsewhere; "
-            f"copies of what was sent take up to {self.bytes_kept / 1e6:.1f} MB inside"
+            f"verified: each of the {len(checked)} products, on blinded values; what is wrong by "
+            f"more than {least:.1g} of its row's RMS (less for most, this for {coarsest}) escapes "
+            f"with a probability of 2^-{VECTORS} at most; copies of what was sent take up to "
+            f"{self.bytes_kept / 1e6:.1f} MB inside"
         ]
 
     def _leaves(self) -> list[str]:

@@ -29,6 +29,7 @@ from enclave_runtime import channel, wire
 from enclave_runtime.checkpoint import CheckpointError
 from enclave_runtime.configuration import ConfigurationError, Launched, Serving, read_configuration
 from enclave_runtime.encryption import DecryptionError, derive_key
+from enclave_runtime.integrity import IntegrityError
 from enclave_runtime.memory import ArenaError
 from enclave_runtime.peers import CLIENT, HOST, PARENT, Ownership, Role
 from enclave_runtime.program import ProgramError
@@ -49,6 +50,7 @@ _EXPLAINED = (
     ArenaError,
     CheckpointError,
     DecryptionError,
+    IntegrityError,
     ProgramError,
     RequestError,
     RunError,

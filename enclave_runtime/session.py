@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from enclave_runtime import calibration, encryption
+from enclave_runtime import calibration, encryption, integrity
 from enclave_runtime.checkpointing import Checkpointing
 from enclave_runtime.encryption import SessionKeys
 from enclave_runtime.executor import Executor
+from enclave_runtime.integrity import MAX_WRONG_PRODUCTS, IntegrityError
 from enclave_runtime.keys import KeySchedule
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import DEVICE, PUBLIC, ArrayType, Program
@@ -63,6 +64,7 @@ class Session:
         self._lock = threading.Lock()
         self._busy_seconds = 0.0
         self._blindings = 0
+        self._wrong_products = 0
         self._handlers: dict[Kind, Callable[[dict[str, Any], bytes], Answer]] = {
             Kind.MAP: self._map,
             Kind.UNMAP: self._unmap,
@@ -139,6 +141,8 @@ class Session:
         for segment in program.segments:
             if not self._executor.has(segment.executable):
                 raise RequestError("a segment's executable was not provisioned")
+        if program.verify:
+            integrity.prepare(program, self._executor)
         constants = {}
         if separate:
             for port in program.constants:
@@ -200,6 +204,7 @@ class Session:
         if not _is_index(wanted, len(self._programs)):
             raise RequestError("no such program was provisioned")
         program, scheme, constants = self._programs[wanted]
+        self._refuse_after_lies(program)
         workers = fields["workers"]
         if type(workers) is not int or not 0 < workers <= 4096:
             raise RequestError("a run needs between 1 and 4096 workers")
@@ -224,6 +229,10 @@ class Session:
                     )
                 if isinstance(entry, Resident):
                     value = entry.value
+                elif program.verify:
+                    raise IntegrityError(
+                        f"input {index} lies on the devices, where nothing checks it"
+                    )
                 elif port.place == DEVICE and run.keys.adopt(port, entry):
                     continue
                 else:
@@ -278,15 +287,30 @@ class Session:
         except BaseException as error:
             run.fail(error)
             with self._lock:
-                self._runs.pop(fields["run"], None)
+                ended = self._runs.pop(fields["run"], None)
+                # The other workers of the run get the same error.
+                self._wrong_products += ended is not None and isinstance(error, IntegrityError)
             raise
         return {}
+
+    def _refuse_after_lies(self, program: Program) -> None:
+        """Bounds how often a host may try its luck against the checks.
+
+        Raises:
+          IntegrityError: it tried too often in this session.
+        """
+        if program.verify and self._wrong_products >= MAX_WRONG_PRODUCTS:
+            raise IntegrityError(
+                f"{self._wrong_products} wrong products came back in this session: it runs nothing "
+                "that verifies any more. Find out which device lies, and launch a new enclave"
+            )
 
     def _commit(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         run = self._run(fields)
         donate = fields["donate"]
         if not isinstance(donate, list) or not all(_is_index(i, len(run.handles)) for i in donate):
             raise RequestError("a commit donates inputs by their positions")
+        self._refuse_after_lies(run.program)
         handles = run.commit(self._store)
         for index in donate:
             handle = run.handles[index]
@@ -377,6 +401,7 @@ class Session:
             "peak_memory_bytes": _peak_memory(),
             "busy_seconds": self._busy_seconds,
             "blindings": self._blindings,
+            "wrong_products": self._wrong_products,
             "process": os.getpid(),
         }
 

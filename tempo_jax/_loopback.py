@@ -25,6 +25,7 @@ from tempo_jax.errors import (
     CheckpointError,
     EnclaveDiedError,
     EnclaveError,
+    IntegrityError,
     SealedValueError,
     SharedMemoryError,
     TempoError,
@@ -35,6 +36,7 @@ _ERRORS: dict[str, type[Exception]] = {
     "ArenaError": SharedMemoryError,
     "CheckpointError": CheckpointError,
     "DecryptionError": SealedValueError,
+    "IntegrityError": IntegrityError,
     "UnknownHandleError": SealedValueError,
     "UnprovisionedError": UnprovisionedError,
 }

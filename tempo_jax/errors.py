@@ -36,6 +36,10 @@ class SecrecyError(TempoError):
     """A value that should be secret is already known to the host."""
 
 
+class IntegrityError(TempoError):
+    """The devices returned something wrong under `shield(..., verify=True)`; nothing was kept."""
+
+
 class UnsupportedError(TempoError):
     """A program or argument that cannot be shielded, with the reason and what to do."""
 

@@ -114,18 +114,19 @@ class Enclave:
 
     @classmethod
     def connect(
-        cls, address: str, *, policy: AttestationPolicy, identity: ClientIdentity
+        cls, address: str, *, policy: AttestationPolicy, identity: ClientIdentity | None = None
     ) -> Enclave:
         """Connects the client to an enclave that serves, and owns it or comes back to it.
 
         Nothing is sent before the enclave's evidence satisfied the policy. An enclave that has no
-        owner becomes this identity's for as long as it runs; keep the identity
-        (`ClientIdentity.save`) to come back later or from another process.
+        owner becomes this identity's for as long as it runs. Keep the identity
+        (`enclave.identity.save(path)`) to come back later or from another process: without it
+        nothing that was sealed can be opened.
 
         Args:
           address: of the client port, ``host:port``.
           policy: what the enclave has to prove.
-          identity: who the client is.
+          identity: who the client is; by default a new one.
 
         Returns:
           The client's side: it seals, opens and provisions. It runs nothing.
@@ -134,7 +135,7 @@ class Enclave:
           AttestationError: the evidence does not satisfy the policy.
           ChannelError: nothing answers there, or the enclave has another owner.
         """
-        return cls(Channel(address, policy, identity))
+        return cls(Channel(address, policy, identity or ClientIdentity.generate()))
 
     @classmethod
     def attach(
@@ -187,6 +188,11 @@ class Enclave:
     def verified(self) -> Verified | None:
         """What the enclave's evidence proved; None for other sides than a connected client's."""
         return self._connection.verified if isinstance(self._connection, Channel) else None
+
+    @property
+    def identity(self) -> ClientIdentity | None:
+        """Who a connected client is; None for other sides."""
+        return self._connection.identity if isinstance(self._connection, Channel) else None
 
     @property
     def is_client(self) -> bool:

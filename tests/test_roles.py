@@ -376,6 +376,19 @@ def test_client_leaves_and_returns(roles, tmp_path):
         np.testing.assert_array_equal(client.open(sealed), [0, 1, 2])
 
 
+def test_identity_may_be_made_on_the_way(tmp_path):
+    with served(host_key=tmp_path / "key") as ports:
+        with tempo.Enclave.connect(ports.client, policy=INSECURE) as client:
+            sealed, identity = client.seal(jnp.arange(3.0)), client.identity
+        assert identity is not None
+        identity.save(tmp_path / "identity")
+        again = tempo.ClientIdentity.load(tmp_path / "identity")
+        with tempo.Enclave.connect(ports.client, policy=INSECURE, identity=again) as client:
+            np.testing.assert_array_equal(client.open(sealed), [0, 1, 2])
+        with pytest.raises(ChannelError, match="has an owner already"):
+            tempo.Enclave.connect(ports.client, policy=INSECURE)
+
+
 def test_identity_is_kept_safe(tmp_path):
     identity = tempo.ClientIdentity.generate()
     path = tmp_path / "identity"

@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 
 import tempo_jax as tempo
 from benchmarks.cases import BATCHES, CASES, Case, Step
+from enclave_runtime.environment import ALLOCATOR_ENVIRONMENT
 from examples import common
-from tempo_jax._connection import ALLOCATOR_ENVIRONMENT
 
 PLAIN, SHIELDED, ENCLAVE = "plain", "shielded", "enclave"
 VARIANTS = (PLAIN, SHIELDED, ENCLAVE)

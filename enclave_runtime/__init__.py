@@ -2,7 +2,7 @@
 
 Run as ``python -m enclave_runtime``, under Gramine or as a plain process in
 development. It imports nothing from `tempo_jax`. The modules `wire`, `fields`, `products`,
-`program`, `encryption`, `memory`, `checkpoint`, `channel`, `configuration` and `evidence` describe
-what both sides must agree on and hold no secret state, so `tempo_jax` imports those (and only
-those).
+`program`, `encryption`, `memory`, `checkpoint`, `channel`, `configuration`, `environment` and
+`evidence` describe what both sides must agree on and hold no secret state, so `tempo_jax` imports
+those (and only those).
 """

@@ -410,7 +410,8 @@ def _peak_memory() -> int:
     """Most resident memory so far, in bytes; `getrusage` would start from the parent's size."""
     with open("/proc/self/status") as status:
         fields = dict(line.split(":", 1) for line in status)
-    return int(fields["VmHWM"].split()[0]) * 1024
+    # Gramine tells the most that was mapped, and nothing else.
+    return int((fields.get("VmHWM") or fields["VmPeak"]).split()[0]) * 1024
 
 
 def _unblinded(entry: Blinded, arena: Arena, offset: int) -> jax.Array:

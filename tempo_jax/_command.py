@@ -14,7 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tempo_jax._doctor import diagnose, format_findings
 from tempo_jax._inspection import inspect
+from tempo_jax._launch import KINDS, command
 from tempo_jax._serving import served
 from tempo_jax.errors import TempoError
 
@@ -74,6 +76,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where to write the key of the host port (default: where Enclave.attach looks)",
     )
+    serve.add_argument(
+        "--kind",
+        choices=KINDS,
+        default=KINDS[0],
+        help="an ordinary process, or under Gramine (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="for Gramine, what `python -m enclave_runtime.gramine build` made (default: one in "
+        "the cache, built on first use)",
+    )
     serve.add_argument("--json", action="store_true", help="print one JSON object once it serves")
     serve.set_defaults(run=_serve)
 
@@ -90,6 +105,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.add_argument("--json", action="store_true", help="print one JSON object")
     show.set_defaults(run=_inspect)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check this machine and say what to fix",
+        description="Checks JAX, devices, shared memory, Gramine and SGX. Exit status 1 means that "
+        "something without which nothing runs is missing.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON array")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -102,8 +126,9 @@ def _port(text: str) -> int:
 def _serve(options: argparse.Namespace) -> int:
     # As Ctrl-C: the context ends the enclave and removes the key.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    start = command(options.kind, options.directory)
     with served(
-        options.client_address, options.client_port, options.host_port, options.host_key
+        options.client_address, options.client_port, options.host_port, options.host_key, start
     ) as enclave:
         process = enclave.child.process
         where = {
@@ -139,3 +164,12 @@ def _inspect(options: argparse.Namespace) -> int:
         found = inspect(options.address)
     print(json.dumps(dataclasses.asdict(found)) if options.json else found)
     return 0 if found.bound else 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    findings = diagnose()
+    if options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings]))
+    else:
+        print(format_findings(findings))
+    return 1 if any(finding.status == "fail" for finding in findings) else 0

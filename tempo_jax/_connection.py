@@ -7,42 +7,19 @@ a pipe. Used by `_enclave`.
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import subprocess
-import sys
 import threading
 import weakref
-from pathlib import Path
 
-import enclave_runtime
 from enclave_runtime.encryption import SECRET_BYTES, session_keys
+from tempo_jax import _launch
+from tempo_jax._launch import Command
 from tempo_jax._loopback import Loopback
 from tempo_jax.errors import EnclaveDiedError
 
 START_SECONDS = 120.0
 STOP_SECONDS = 5.0
-
-# glibc returns large blocks to the system at once and then pays a page fault for every page of
-# the next result; keeping them made elementwise segments several times faster (mallopt(3)).
-ALLOCATOR_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
-# The enclave shares NumPy's products out itself; two pools of threads would wait for each other.
-_ENCLAVE_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
-ENCLAVE_MODULE = "enclave_runtime"
-# The enclave serves one processor; flags meant for the host's devices would mislead it.
-_NOT_INHERITED = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
-
-
-def _environment() -> dict[str, str]:
-    environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
-    root = str(Path(enclave_runtime.__file__).resolve().parent.parent)
-    path = environment.get("PYTHONPATH")
-    environment["PYTHONPATH"] = root if not path else os.pathsep.join((root, path))
-    return {**environment, **ALLOCATOR_ENVIRONMENT, **_ENCLAVE_ENVIRONMENT}
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -67,21 +44,24 @@ class EnclaveProcess:
       greeting: the words with which it said where it listens.
     """
 
-    def __init__(self, first_line: str, words: int):
+    def __init__(self, first_line: str, words: int, command: Command | None = None):
         """Starts the child.
 
         Args:
           first_line: what it is told; see `enclave_runtime.configuration`.
           words: how many its greeting has.
+          command: what to start; by default an ordinary process.
 
         Raises:
           EnclaveDiedError: it did not come up.
         """
+        command = command or _launch.command()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", ENCLAVE_MODULE],
+            command.arguments,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=_environment(),
+            env=command.environment,
+            cwd=command.directory,
         )
         self._finalizer = weakref.finalize(self, _stop, self.process)
         assert self.process.stdin and self.process.stdout
@@ -124,10 +104,10 @@ class Connection(Loopback):
       process: the child.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, command: Command | None = None) -> None:
         secret = secrets.token_bytes(SECRET_BYTES)
         self.keys = session_keys(secret)
-        self._child = EnclaveProcess(secret.hex(), 2)
+        self._child = EnclaveProcess(secret.hex(), 2, command)
         self.process = self._child.process
         port, self.session = self._child.greeting
         super().__init__(int(port))

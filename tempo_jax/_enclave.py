@@ -21,7 +21,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from enclave_runtime.checkpoint import Leaf
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import ArrayType, Port, Program, aligned
 from enclave_runtime.wire import Kind
-from tempo_jax import _checkpointing, _jaxpr
+from tempo_jax import _checkpointing, _jaxpr, _launch
 from tempo_jax._attestation import AttestationPolicy, Verified
 from tempo_jax._calibration import cost_model, machine_costs
 from tempo_jax._channel import Channel, parse_address
@@ -84,14 +84,24 @@ class Enclave:
     @classmethod
     def launch(
         cls,
+        kind: Literal["process", "gramine-direct", "gramine-sgx"] = "process",
+        directory: str | os.PathLike[str] | None = None,
         *,
         checkpoint_key: CheckpointKey | None = None,
         checkpoint_ledger: CheckpointLedger | None = None,
     ) -> Enclave:
-        """Starts ``python -m enclave_runtime`` as a child and opens a session with it.
+        """Starts an enclave as a child and opens a session with it.
 
         The child is trusted because this process started it and handed it the session's
-        secret through a pipe. It ends when this process does.
+        secret through a pipe. It ends when this process does. Started so, even an enclave on SGX
+        trusts this machine with the secret: to train on a machine that you do not trust, serve the
+        enclave there (``tempo-jax enclave serve``) and `connect` from your own.
+
+        Args:
+          kind: ``process`` is ``python -m enclave_runtime``, ``gramine-direct`` the same under
+            Gramine without SGX, ``gramine-sgx`` with SGX.
+          directory: for Gramine, what ``python -m enclave_runtime.gramine build`` made; by
+            default one in the user's cache, built on first use.
 
         Args:
           checkpoint_key: see `use_checkpoint_key`.
@@ -101,9 +111,10 @@ class Enclave:
           The enclave, ready for use.
 
         Raises:
+          LaunchError: this machine cannot start that kind; the message says what to do.
           EnclaveDiedError: the process did not come up.
         """
-        launched = cls(Connection())
+        launched = cls(Connection(_launch.command(kind, directory)))
         try:
             if checkpoint_key is not None:
                 launched.use_checkpoint_key(checkpoint_key, checkpoint_ledger)

@@ -16,6 +16,7 @@ from enclave_runtime.configuration import Serving
 from enclave_runtime.encryption import SECRET_BYTES
 from tempo_jax._connection import EnclaveProcess
 from tempo_jax._host_key import default_path, write_host_key
+from tempo_jax._launch import Command
 
 
 class Served(NamedTuple):
@@ -42,6 +43,7 @@ def served(
     client_port: int = 0,
     host_port: int = 0,
     host_key: Path | None = None,
+    command: Command | None = None,
 ) -> Iterator[Served]:
     """Serves an enclave as long as the context lasts.
 
@@ -50,12 +52,13 @@ def served(
       client_port: its number; 0 takes any free one.
       host_port: the host port's number on 127.0.0.1; 0 takes any free one.
       host_key: where to write the host port's key; by default where `Enclave.attach` looks.
+      command: what to start; by default an ordinary process.
 
     Raises:
       EnclaveDiedError: the enclave did not come up; its log says why.
     """
     key = secrets.token_bytes(SECRET_BYTES)
-    child = EnclaveProcess(Serving(address, client_port, host_port, key).encode(), 3)
+    child = EnclaveProcess(Serving(address, client_port, host_port, key).encode(), 3, command)
     try:
         outside, inside, session = child.greeting
         shown = f"[{address}]" if ":" in address else address

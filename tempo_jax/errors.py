@@ -20,6 +20,10 @@ class EnclaveDiedError(EnclaveError):
     """The enclave process ended, or its connection broke."""
 
 
+class LaunchError(EnclaveError):
+    """An enclave of the wanted kind that cannot be started here; the message says what to do."""
+
+
 class SharedMemoryError(TempoError):
     """`/dev/shm` is too small for a step."""
 

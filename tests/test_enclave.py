@@ -547,7 +547,7 @@ def test_host_imports_only_the_shared_modules_of_the_enclave():
         f"enclave_runtime.{name}"
         for name in (
             *("wire", "fields", "products", "program", "encryption", "memory", "checkpoint"),
-            *("channel", "configuration", "evidence"),
+            *("channel", "configuration", "environment", "evidence"),
         )
     }
     for module, sources in _imported("tempo_jax").items():

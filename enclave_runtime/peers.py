@@ -50,7 +50,7 @@ class Role:
         Raises:
           RequestError: it is not this one's.
         """
-        if kind in (CLIENT_KINDS | HOST_KINDS) - self.kinds:
+        if kind not in self.kinds and (kind in CLIENT_KINDS or kind in HOST_KINDS):
             raise RequestError(f"{kind.name} is not a request that the {self.name} may make")
 
 

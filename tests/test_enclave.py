@@ -545,7 +545,7 @@ def _scheme_names() -> set[str]:
 def test_host_imports_only_the_shared_modules_of_the_enclave():
     shared = {"enclave_runtime"} | {
         f"enclave_runtime.{name}"
-        for name in ("wire", "program", "encryption", "memory", "checkpoint")
+        for name in ("wire", "program", "encryption", "memory", "checkpoint", "evidence")
     }
     for module, sources in _imported("tempo_jax").items():
         used = {s for s in sources if s.partition(".")[0] == "enclave_runtime"}

@@ -29,6 +29,7 @@ from enclave_runtime.checkpoint import (
 from enclave_runtime.lineage import Lineages
 from enclave_runtime.program import ArrayType
 from tempo_jax import CheckpointLedger, errors
+from tests.fuzz import harness
 
 SECRET = bytes(range(32))
 KEY_ORDER = {"recipient": 1, "secret": SECRET.hex(), "newest": None}
@@ -111,8 +112,6 @@ def one_input(data: bytes) -> None:
 
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:
     """Changes an order's, a manifest's or a ledger's JSON, and a whole checkpoint's bytes."""
-    from tests.fuzz import harness
-
     if data[:1] in (b"m", b"k", b"r", b"l") and seed % 8:
         return data[:1] + harness.mutate_json(data[1:], max_size - 1, seed)
     return harness.mutate_bytes(data, max_size)
@@ -138,6 +137,4 @@ def made_seeds() -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
-    from tests.fuzz import harness
-
     harness.fuzz(one_input, (checkpoint, lineage), mutate)

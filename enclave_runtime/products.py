@@ -128,8 +128,10 @@ def decode_product(fields: Any) -> Product:
         1 + natural((fields.get("feature_groups") or 0) - 1, _LIMIT, "feature_groups"),
         1 + natural((fields.get("batch_groups") or 0) - 1, _LIMIT, "batch_groups"),
     )
-    require(len(decoded.lhs) >= 2, "a convolution has too few axes")
-    require(len(decoded.lhs) == len(decoded.rhs) == len(decoded.out), "ranks differ")
+    rank = len(decoded.lhs)
+    require(rank >= 2, "a convolution has too few axes")
+    for order in (decoded.lhs, decoded.rhs, decoded.out):
+        require(sorted(order) == list(range(rank)), "a convolution's axes are not an order")
     return decoded
 
 
@@ -145,7 +147,7 @@ def rounding(terms: int, width: int, unit: float) -> float:
 
 
 def resolution(terms: int, width: int, unit: float) -> float:
-    """The tolerance over the RMS of a row whose terms do not conspire, so that S is like Y."""
+    """The tolerance over the RMS of a row whose terms do not cancel, so that S is like Y."""
     return rounding(terms, width, unit) * math.sqrt(2 * width)
 
 

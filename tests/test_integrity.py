@@ -406,6 +406,7 @@ def test_products_survive_encoding(name):
         lambda d, c: {**c, "batch_groups": None},
         lambda d, c: {**c, "lhs": [0]},
         lambda d, c: {**c, "rhs": [0, 1, 2]},
+        lambda d, c: {**c, "out": [0, 1, 2, 2]},
     ],
 )
 def test_malformed_products_are_refused(change):

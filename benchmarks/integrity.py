@@ -94,9 +94,11 @@ def table(results: Json) -> str:
         "|:--|--:|--:|--:|--:|--:|--:|",
     ]
     for r in results["results"]:
+        ratios = " | ".join(f"{ratio(r[name]):.2f}" for name in ("seconds", "busy", "first"))
+        kept, crossing = r["kept"] / 1e6, r["crossing"] / 1e6
         lines.append(
-            f"| {r['scheme']} | {r['width']} | {ratio(r['seconds']):.2f} | {ratio(r['busy']):.2f} "
-            f"| {ratio(r['first']):.2f} | {r['products']} | {r['kept'] / 1e6:.1f} ({r['crossing'] / 1e6:.1f}) |"
+            f"| {r['scheme']} | {r['width']} | {ratios} | {r['products']} "
+            f"| {kept:.1f} ({crossing:.1f}) |"
         )
     return "\n".join(lines)
 

@@ -72,7 +72,7 @@ class Report:
 
         An error counts by the RMS of the blinded result's row that it is in, if that is not
         what little is left of terms that cancel. One in which some element is off by more (and
-        by more than 1e-4 of itself) escapes with a probability of `2**-16` at most.
+        by more than 1e-4 of itself, in float32) escapes with a probability of `2**-16` at most.
         """
         sent = self._sent
         uploads = (c for s in self.plan.program.segments for c in s.uploads)

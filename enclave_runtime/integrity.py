@@ -11,14 +11,17 @@ element is off by more than the right-hand side, then for any values of the othe
 one of its own sign's two leaves the sum within the tolerance. So an error that was chosen
 without knowing R escapes one column of R with probability 1/2 at most, and all 16 with
 2⁻¹⁶, however many elements are wrong and whatever their pattern. The blinded domain
-matters: unmixing would spread one wrong element over all others, below their rounding.
+matters: unmixing would spread one wrong element over all others, below their rounding. And
+whether a check passes depends on R and on what the host has anyway, so that a host that tries
+which lies pass learns nothing.
 
-Where the comparison fails, the enclave computes the product itself, in float64, and looks at
-every element: it refuses the result if one is off by more than rounding explains, in the
-worst order of additions as well (`_rounded` has the bound). So an unlucky honest device costs
-time and never a run. Operands whose product may overflow, or that are not finite, leave nothing
-to compare: such a product is computed inside and the device's is not used. Trusted; called by
-`run` and `session`.
+Where the comparison fails, the enclave computes the product itself, in float64, and refuses the
+result if an element is off by more than ``2048 u √(s² + y²)``, with y the element and s² the
+energy of its terms: what rounding makes of it in any usual order of additions. So an unlucky
+honest device costs time and not a run; one that multiplies in a shorter format than it was
+asked for is refused. Operands whose product may overflow, or that are not finite, leave
+nothing to compare: such a product is computed inside and the device's is not used. Trusted;
+called by `run` and `session`.
 
 References:
   Freivalds, Probabilistic machines can use less running time, IFIP 1977.
@@ -42,6 +45,7 @@ from jax import lax
 from enclave_runtime.executor import Executor
 from enclave_runtime.keys import KeyStream
 from enclave_runtime.products import (
+    ELEMENT_ROUNDING,
     VECTORS,
     Convolution,
     DotGeneral,
@@ -56,8 +60,6 @@ from enclave_runtime.program import ALIGNMENT, ArrayType, Crossing, Program, Pro
 MAX_WRONG_PRODUCTS = 256
 # Rows far weaker than the average are held to a tolerance of this much of the average's.
 _FAINT_ROW = 1e-3
-# Terms of equal value round alike; in longer sums a device is expected to add up in parts.
-_LONGEST_EQUAL_SUM = 4096
 
 
 class IntegrityError(Exception):
@@ -222,17 +224,15 @@ def _compiled(check: Check) -> Callable[..., Any]:
 def _rounded(check: Check, lhs: jax.Array, rhs: jax.Array, out: jax.Array) -> jax.Array:
     """Whether every element is the product's but for rounding; computes the product.
 
-    ``|ŷ - y| ≤ u · min(t, 4096) · |y| + 5 u √t · √(s² + y²)``: errors of equal terms add up
-    one way, which the first summand allows for, those of others go a random walk.
+    Equal terms round alike, so that a long sum of them errs by up to t u / 2 of itself, and some
+    convolutions compute with differences; the bound leaves room for both.
     """
     double = dataclasses.replace(check, out=ArrayType(check.out.shape, "float64"))
     lhs, rhs, given = (x.astype(np.float64) for x in (lhs, rhs, out))
     exact = multiply(double, lhs, rhs)
     energy = multiply(double, jnp.square(lhs), jnp.square(rhs)) + jnp.square(exact)
-    (terms, _), unit = check.sizes, check.unit
-    tolerance = unit * min(terms, _LONGEST_EQUAL_SUM) * jnp.abs(exact)
-    tolerance += rounding(terms, 0, unit) * jnp.sqrt(energy)
-    tolerance += float(np.finfo(np.dtype(check.out.dtype)).tiny) * terms
+    tolerance = ELEMENT_ROUNDING * check.unit * jnp.sqrt(energy)
+    tolerance += float(np.finfo(np.dtype(check.out.dtype)).tiny) * check.sizes[0]
     return jnp.all(jnp.abs(given - exact) <= tolerance)
 
 
@@ -294,7 +294,7 @@ def prepare(program: Program, executor: Executor) -> None:
         operands = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (check.lhs, check.rhs)]
         try:
             out = jax.eval_shape(functools.partial(multiply, check), *operands)
-        except (TypeError, ValueError, IndexError) as error:
+        except (TypeError, ValueError, IndexError, ArithmeticError, AssertionError) as error:
             raise ProgramError("a product does not fit its operands") from error
         if (tuple(out.shape), out.dtype) != (check.out.shape, np.dtype(check.out.dtype)):
             raise ProgramError("a product does not have its result's type")

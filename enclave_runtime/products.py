@@ -22,6 +22,8 @@ VECTORS = 16  # independent sign vectors for each block: errors escape with 2**-
 # partial sum: 0.52 u sqrt(t + w) of the row's norm, one standard deviation, if the device adds up
 # one term after another. This is 9.6 of those; what exceeds it is looked at more closely.
 ROUNDING = 5.0
+# An element may be off by this many unit roundoffs of itself and its terms together.
+ELEMENT_ROUNDING = 2048.0
 # Blocks are narrow enough that a check notices an error of this size, over the RMS of its row.
 RESOLUTION = 5e-4
 _MAX_RANK = 32
@@ -128,8 +130,10 @@ def decode_product(fields: Any) -> Product:
         1 + natural((fields.get("feature_groups") or 0) - 1, _LIMIT, "feature_groups"),
         1 + natural((fields.get("batch_groups") or 0) - 1, _LIMIT, "batch_groups"),
     )
-    require(len(decoded.lhs) >= 2, "a convolution has too few axes")
-    require(len(decoded.lhs) == len(decoded.rhs) == len(decoded.out), "ranks differ")
+    rank = len(decoded.lhs)
+    require(rank >= 2, "a convolution has too few axes")
+    for order in (decoded.lhs, decoded.rhs, decoded.out):
+        require(sorted(order) == list(range(rank)), "a convolution's axes are not an order")
     return decoded
 
 
@@ -145,8 +149,9 @@ def rounding(terms: int, width: int, unit: float) -> float:
 
 
 def resolution(terms: int, width: int, unit: float) -> float:
-    """The tolerance over the RMS of a row whose terms do not conspire, so that S is like Y."""
-    return rounding(terms, width, unit) * math.sqrt(2 * width)
+    """The tolerance over the RMS of a row whose terms do not cancel, so that S is like Y."""
+    combined = rounding(terms, width, unit) * math.sqrt(2 * width)
+    return max(combined, ELEMENT_ROUNDING * unit * math.sqrt(2))
 
 
 def block_width(terms: int, columns: int, unit: float) -> int:

@@ -396,3 +396,5 @@ class Program:
             _require(known, "an upload is not a product that can be checked")
             wide = np.dtype(crossing.blinded.dtype) in (np.float32, np.float64)
             _require(wide, "a checked product comes back in a format with too few digits")
+            # Without a key it would pass in the clear, and be taken as it is.
+            _require(crossing.layout.keyed, "a checked product carries no key")

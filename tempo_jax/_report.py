@@ -70,8 +70,9 @@ class Report:
     def checked(self) -> tuple[tuple[str, float], ...]:
         """Products that are checked, each with the smallest error that is noticed.
 
-        An error counts by the RMS of the blinded result's row that it is in. One in which some
-        element is off by more escapes with a probability of `2**-16` at most.
+        An error counts by the RMS of the blinded result's row that it is in, if that is not
+        what little is left of terms that cancel. One in which some element is off by more (and
+        by more than 1e-4 of itself, in float32) escapes with a probability of `2**-16` at most.
         """
         sent = self._sent
         uploads = (c for s in self.plan.program.segments for c in s.uploads)

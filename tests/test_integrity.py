@@ -363,6 +363,10 @@ def first_upload(fields: Any) -> Any:
         (lambda f: first_upload(f).update(operands=None), "not a product that can be checked"),
         (lambda f: first_upload(f).update(source="x" * 1001), "source is too long"),
         (lambda f: first_upload(f).update(source=3), "source is too long"),
+        (
+            lambda f: first_upload(f).update(layout={"classes": [None] * 2, "weights": [0, 0]}),
+            "carries no key",
+        ),
         (lambda f: f.update(verify=1), "verify is not a flag"),
         (lambda f: f["outputs"][0].update(place="device"), "stays where nothing checks it"),
         (lambda f: f["inputs"][0].update(place="device"), "."),
@@ -406,6 +410,7 @@ def test_products_survive_encoding(name):
         lambda d, c: {**c, "batch_groups": None},
         lambda d, c: {**c, "lhs": [0]},
         lambda d, c: {**c, "rhs": [0, 1, 2]},
+        lambda d, c: {**c, "out": [0, 1, 2, 2]},
     ],
 )
 def test_malformed_products_are_refused(change):

@@ -70,6 +70,7 @@ class Contender:
         variant: str,
         enclave: tempo.Enclave | None,
         offload: str = "auto",
+        verify: bool = False,
     ):
         """Readies the step; an `enclave` is what every variant but `PLAIN` takes."""
         self.seconds: list[float] = []
@@ -85,6 +86,7 @@ class Contender:
                 scheme=scheme,
                 placement=PLACEMENTS[variant],
                 offload=offload,
+                verify=verify,
             )
             self.state = enclave.seal(state)
         jax.block_until_ready(self.state)

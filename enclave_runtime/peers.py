@@ -19,11 +19,15 @@ from enclave_runtime.encryption import SECRET_BYTES, SessionKeys, session_keys
 from enclave_runtime.session import RequestError, Session
 from enclave_runtime.wire import Kind, WireError
 
-CLIENT_KINDS = frozenset({Kind.COMPILE, Kind.PROVISION, Kind.CALIBRATE, Kind.OPEN})
+CLIENT_KINDS = frozenset(
+    {Kind.COMPILE, Kind.PROVISION, Kind.CALIBRATE, Kind.OPEN, Kind.CHECKPOINT_KEY}
+)
 HOST_KINDS = frozenset(
     {
         *(Kind.MAP, Kind.UNMAP, Kind.FIND, Kind.CALIBRATE, Kind.STATISTICS),
         *(Kind.BEGIN, Kind.SETTLE, Kind.SEGMENT, Kind.COMMIT, Kind.ABORT, Kind.FREE),
+        # A checkpoint asks for no secret, and a restore for an order that the client encrypted.
+        *(Kind.CHECKPOINT, Kind.CHECKPOINT_LEAF, Kind.RESTORE, Kind.RESTORE_LEAF),
     }
 )
 
@@ -46,7 +50,7 @@ class Role:
         Raises:
           RequestError: it is not this one's.
         """
-        if kind in (CLIENT_KINDS | HOST_KINDS) - self.kinds:
+        if kind not in self.kinds and (kind in CLIENT_KINDS or kind in HOST_KINDS):
             raise RequestError(f"{kind.name} is not a request that the {self.name} may make")
 
 

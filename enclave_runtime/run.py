@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from enclave_runtime.executor import Executor
+from enclave_runtime.integrity import IntegrityError, Verifier, private
 from enclave_runtime.keys import KeySchedule
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import DEVICE, ENCLAVE, Crossing, Layout, Port, Program
@@ -96,6 +97,19 @@ class ClassKeys:
         return {c: self._uses[c] for c in layout.classes if c is not None}
 
 
+def _last_uses(program: Program) -> dict[int, int]:
+    """For each first operand the last segment that gets a product of it and one without decoys."""
+    plain = {
+        c.value for s in program.segments for c in s.downloads if c.blinded.shape == c.array.shape
+    }
+    return {
+        c.operands[0]: index
+        for index, s in enumerate(program.segments)
+        for c in s.uploads
+        if c.operands is not None and c.operands[1] in plain
+    }
+
+
 class Run:
     """The state of one run. Its methods are called under the session's order, see `Session`."""
 
@@ -124,6 +138,8 @@ class Run:
         self._schedule = schedule
         self._number = number
         self._tensors: dict[int, Any] = {}  # what was drawn for each blinded value alone
+        self._verifier = Verifier(program) if program.verify else None
+        self._last_uses = _last_uses(program)
         self._next = 0
         self._arrived: set[int] = set()
         self._last_uploads: list[jax.Array] = []
@@ -152,7 +168,11 @@ class Run:
         use = ("tensor", self._number, crossing.value)
         stream = functools.partial(self._schedule.stream, *use)
         keys = self.keys.of(layout)
-        self._tensors[crossing.value] = self._scheme.blind(value, layout, keys, out, stream)
+        own = out if self._verifier is None else private(crossing.blinded)
+        self._tensors[crossing.value] = self._scheme.blind(value, layout, keys, own, stream)
+        if self._verifier is not None:
+            np.copyto(out, own)
+            self._verifier.keep(crossing, own)
         self.blindings += 1
 
     def _receive(self, crossing: Crossing) -> jax.Array:
@@ -164,6 +184,12 @@ class Run:
         if crossing.operands is not None:
             left, right = crossing.operands
             operands = (self._tensors[left], self._tensors[right])
+        if self._verifier is not None:
+            own = private(crossing.blinded)
+            np.copyto(own, view)
+            use = ("check", self._number, crossing.value)
+            stream = functools.partial(self._schedule.stream, *use)
+            view = self._verifier.checked(crossing, own, stream)
         keys = self.keys.of(crossing.layout)
         return self._scheme.unblind(view, crossing.layout, keys, operands)
 
@@ -223,6 +249,8 @@ class Run:
                 self._condition.notify_all()
 
     def _raise_failure(self) -> None:
+        if isinstance(self._failure, IntegrityError):
+            raise self._failure  # every worker says what was wrong
         if self._failure is not None:
             raise RunError("the run has failed or was aborted") from self._failure
 
@@ -234,6 +262,11 @@ class Run:
         segment = self.program.segments[index]
         for value in self._doomed:
             del self._values[value]
+        if self._verifier is not None:
+            self._verifier.forget(index)
+        for value, last in self._last_uses.items():
+            if last == index - 1:
+                self._tensors[value] = self._scheme.let_go(self._tensors[value])
         self._last_uploads = self._uploads(index)
         self._values.update(
             zip((c.value for c in segment.uploads), self._last_uploads, strict=True)

@@ -26,8 +26,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from enclave_runtime import channel, wire
+from enclave_runtime.checkpoint import CheckpointError
 from enclave_runtime.configuration import ConfigurationError, Launched, Serving, read_configuration
 from enclave_runtime.encryption import DecryptionError, derive_key
+from enclave_runtime.integrity import IntegrityError
 from enclave_runtime.memory import ArenaError
 from enclave_runtime.peers import CLIENT, HOST, PARENT, Ownership, Role
 from enclave_runtime.program import ProgramError
@@ -46,7 +48,9 @@ _log = logging.getLogger("enclave_runtime")
 # Texts of these are written for the peer; of any other only that something failed leaves.
 _EXPLAINED = (
     ArenaError,
+    CheckpointError,
     DecryptionError,
+    IntegrityError,
     ProgramError,
     RequestError,
     RunError,

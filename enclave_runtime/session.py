@@ -1,4 +1,4 @@
-"""What a session may ask of the enclave: map, compile, provision, run, open, free.
+"""What a session may ask of the enclave: map, compile, provision, run, open, keep, free.
 
 A session lasts as long as the process. Programs and executables come encrypted by the
 client, so the enclave runs no code that the client did not provision; the host starts
@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from enclave_runtime import calibration, encryption
+from enclave_runtime import calibration, encryption, integrity
+from enclave_runtime.checkpointing import Checkpointing
 from enclave_runtime.encryption import SessionKeys
 from enclave_runtime.executor import Executor
+from enclave_runtime.integrity import MAX_WRONG_PRODUCTS, IntegrityError
 from enclave_runtime.keys import KeySchedule
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import DEVICE, PUBLIC, ArrayType, Program
@@ -58,9 +60,11 @@ class Session:
         self._arenas: dict[str, Arena] = {}
         self._runs: dict[int, Run] = {}
         self._run_numbers = itertools.count(1)
+        self._checkpoints = Checkpointing(self._store, self._arena, self._decrypt, self._value)
         self._lock = threading.Lock()
         self._busy_seconds = 0.0
         self._blindings = 0
+        self._wrong_products = 0
         self._handlers: dict[Kind, Callable[[dict[str, Any], bytes], Answer]] = {
             Kind.MAP: self._map,
             Kind.UNMAP: self._unmap,
@@ -75,6 +79,11 @@ class Session:
             Kind.FREE: self._free,
             Kind.STATISTICS: self._statistics,
             Kind.CALIBRATE: self._calibrate,
+            Kind.CHECKPOINT_KEY: self._checkpoints.provision,
+            Kind.CHECKPOINT: self._checkpoints.begin,
+            Kind.CHECKPOINT_LEAF: self._checkpoints.write,
+            Kind.RESTORE: self._checkpoints.begin_restoring,
+            Kind.RESTORE_LEAF: self._checkpoints.read,
             Kind.FIND: self._find,
         }
 
@@ -132,6 +141,8 @@ class Session:
         for segment in program.segments:
             if not self._executor.has(segment.executable):
                 raise RequestError("a segment's executable was not provisioned")
+        if program.verify:
+            integrity.prepare(program, self._executor)
         constants = {}
         if separate:
             for port in program.constants:
@@ -193,6 +204,7 @@ class Session:
         if not _is_index(wanted, len(self._programs)):
             raise RequestError("no such program was provisioned")
         program, scheme, constants = self._programs[wanted]
+        self._refuse_after_lies(program)
         workers = fields["workers"]
         if type(workers) is not int or not 0 < workers <= 4096:
             raise RequestError("a run needs between 1 and 4096 workers")
@@ -217,6 +229,10 @@ class Session:
                     )
                 if isinstance(entry, Resident):
                     value = entry.value
+                elif program.verify:
+                    raise IntegrityError(
+                        f"input {index} lies on the devices, where nothing checks it"
+                    )
                 elif port.place == DEVICE and run.keys.adopt(port, entry):
                     continue
                 else:
@@ -271,15 +287,30 @@ class Session:
         except BaseException as error:
             run.fail(error)
             with self._lock:
-                self._runs.pop(fields["run"], None)
+                ended = self._runs.pop(fields["run"], None)
+                # The other workers of the run get the same error.
+                self._wrong_products += ended is not None and isinstance(error, IntegrityError)
             raise
         return {}
+
+    def _refuse_after_lies(self, program: Program) -> None:
+        """Bounds how often a host may try its luck against the checks.
+
+        Raises:
+          IntegrityError: it tried too often in this session.
+        """
+        if program.verify and self._wrong_products >= MAX_WRONG_PRODUCTS:
+            raise IntegrityError(
+                f"{self._wrong_products} wrong products came back in this session: it runs nothing "
+                "that verifies any more. Find out which device lies, and launch a new enclave"
+            )
 
     def _commit(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         run = self._run(fields)
         donate = fields["donate"]
         if not isinstance(donate, list) or not all(_is_index(i, len(run.handles)) for i in donate):
             raise RequestError("a commit donates inputs by their positions")
+        self._refuse_after_lies(run.program)
         handles = run.commit(self._store)
         for index in donate:
             handle = run.handles[index]
@@ -306,17 +337,11 @@ class Session:
         Without an arena both travel as attachments: a client on another machine shares no memory,
         and brings a blinded value from the file in which the host sent it.
         """
-        entry = self._store.get(fields["handle"])
         if "arena" not in fields:
-            return {}, self._opened(entry, attachment)
+            return {}, self._opened(self._store.get(fields["handle"]), attachment)
         arena, offset = self._arena(fields), fields["offset"]
-        if isinstance(entry, Blinded):
-            value = _unblinded(entry, arena, offset)
-        else:
-            value = entry.value
-        encrypted = encryption.encrypt_array(
-            self._keys.to_client, np.asarray(value), self._identity
-        )
+        value = self._value(fields, self._store.get(fields["handle"]).array)
+        encrypted = encryption.encrypt_array(self._keys.to_client, value, self._identity)
         np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), offset), encrypted)
         return {}
 
@@ -334,6 +359,27 @@ class Session:
         return encryption.encrypt_array(
             self._keys.to_client, np.asarray(value), self._identity
         ).tobytes()
+
+    def _value(self, fields: dict[str, Any], array: ArrayType) -> np.ndarray:
+        """A sealed value in the clear, whatever its form; what the host holds of it is at `offset`.
+
+        Args:
+          fields: of the request; without a `handle`, the value is the client's ciphertext.
+          array: its shape and dtype.
+        """
+        arena, offset = self._arena(fields), fields["offset"]
+        if "handle" not in fields:
+            return np.asarray(self._decrypted(arena, array, offset))
+        entry = self._store.get(fields["handle"])
+        if entry.array != array:
+            raise RequestError(
+                f"a sealed value is {entry.array.dtype}{list(entry.array.shape)}, expected "
+                f"{array.dtype}{list(array.shape)}"
+            )
+        if isinstance(entry, Blinded):
+            # Without keyed axes this may be the arena itself, which the answer overwrites.
+            return np.array(_unblinded(entry, arena, offset))
+        return np.asarray(entry.value)
 
     def _free(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         for handle in fields["handles"]:
@@ -355,6 +401,7 @@ class Session:
             "peak_memory_bytes": _peak_memory(),
             "busy_seconds": self._busy_seconds,
             "blindings": self._blindings,
+            "wrong_products": self._wrong_products,
             "process": os.getpid(),
         }
 

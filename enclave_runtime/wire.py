@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import socket
 import struct
 from typing import Any, NamedTuple
@@ -52,8 +53,13 @@ class Kind(enum.IntEnum):
     FREE = 14
     STATISTICS = 15
     CALIBRATE = 16
-    OWN = 17
-    FIND = 18
+    CHECKPOINT_KEY = 17
+    CHECKPOINT = 18
+    CHECKPOINT_LEAF = 19
+    RESTORE = 20
+    RESTORE_LEAF = 21
+    OWN = 22
+    FIND = 23
 
 
 class Frame(NamedTuple):
@@ -110,6 +116,14 @@ def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
 
+def _finite(text: str) -> float:
+    # Python reads 1e999 as an infinity, which no frame could carry on.
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError("a number is too large")
+    return value
+
+
 def decode_body(kind: Kind, request: int, body: bytes) -> Frame:
     """Returns the frame with this body.
 
@@ -124,7 +138,7 @@ def decode_body(kind: Kind, request: int, body: bytes) -> Frame:
         raise WireError("a frame's JSON is longer than its body")
     try:
         text = str(body[JSON_LENGTH.size : end], "utf-8")
-        fields = json.loads(text, parse_constant=_refuse_constant)
+        fields = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise WireError("a frame's JSON does not parse") from error
     if not isinstance(fields, dict):

@@ -70,6 +70,14 @@ that this key ever signed; give `product_id` and `min_svn` as well
             number = getattr(self, name)
             if number is not None and (type(number) is not int or not 0 <= number <= 0xFFFF):
                 raise AttestationError(f"AttestationPolicy: `{name}` is not between 0 and 65535")
+        # A text such as "false" would be true.
+        if type(self.insecure_accept_no_sgx) is not bool:
+            raise AttestationError("AttestationPolicy: `insecure_accept_no_sgx` is True or False")
+        if self.collateral is not None and not isinstance(self.collateral, Collateral):
+            raise AttestationError(
+                "AttestationPolicy: `collateral` is a `Collateral`; read JSON with "
+                "`Collateral.from_json`"
+            )
         if isinstance(self.accepted_tcb, str):
             raise AttestationError("AttestationPolicy: `accepted_tcb` is a tuple of statuses")
         object.__setattr__(self, "accepted_tcb", tuple(self.accepted_tcb))

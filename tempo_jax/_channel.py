@@ -128,6 +128,7 @@ class Channel:
       session: the session's public name.
       keys: the session's keys.
       verified: what the evidence proved.
+      identity: who the client is.
       closed: whether `close` was called.
     """
 
@@ -139,6 +140,7 @@ class Channel:
           ChannelError: nothing answers, or the enclave has another owner.
         """
         self._address = address
+        self.identity = identity
         self._lock = threading.Lock()
         self._requests = itertools.count(1)
         self.closed = False

@@ -87,7 +87,7 @@ class EnclaveProcess:
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return EnclaveDiedError(
             f"the enclave (process {self.process.pid}) {how}. What it held is lost: launch a new "
-            "one and seal the state again from your last checkpoint."
+            "one and restore your last checkpoint."
         )
 
     def stop(self) -> None:

@@ -15,13 +15,11 @@ users and by `_shield`.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import json
 import os
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -31,31 +29,37 @@ import numpy as np
 from jax.core import Tracer
 
 from enclave_runtime import encryption
+from enclave_runtime.checkpoint import Leaf
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import ArrayType, Port, Program, aligned
 from enclave_runtime.wire import Kind
-from tempo_jax import _jaxpr, _launch
+from tempo_jax import _checkpointing, _jaxpr, _launch
 from tempo_jax._attestation import AttestationPolicy, Verified
 from tempo_jax._calibration import cost_model, machine_costs
 from tempo_jax._channel import Channel, parse_address
 from tempo_jax._connection import Connection
 from tempo_jax._cost import CostModel
+from tempo_jax._handles import Handles
 from tempo_jax._host_key import read_host_key
 from tempo_jax._identity import ClientIdentity
 from tempo_jax._loopback import Attachment, Loopback
 from tempo_jax._plan import array_type, input_bytes
-from tempo_jax._sealed import BLINDED, ENCRYPTED, SealedArray, is_sealed, owners
-from tempo_jax.errors import ChannelError, RoleError, SealedValueError, UnsupportedError
-
-
-def handle_text(handle: Any) -> str:
-    """A handle, uint32[4], in the protocol's hexadecimal form."""
-    return np.asarray(handle).tobytes().hex()
-
-
-def handle_array(text: str) -> np.ndarray:
-    """Inverse of `handle_text`."""
-    return np.frombuffer(bytes.fromhex(text), np.uint32).copy()
+from tempo_jax._sealed import (
+    BLINDED,
+    ENCRYPTED,
+    SealedArray,
+    handle_text,
+    is_sealed,
+    owners,
+)
+from tempo_jax.checkpoints import CheckpointKey, CheckpointLedger
+from tempo_jax.errors import (
+    ChannelError,
+    CheckpointError,
+    RoleError,
+    SealedValueError,
+    UnsupportedError,
+)
 
 
 class Enclave:
@@ -69,12 +73,10 @@ class Enclave:
     def __init__(self, connection: Connection | Channel | Attachment):
         """Wraps a connection; users call `launch`, `connect` or `attach`."""
         self._connection = connection
-        self._owned: collections.Counter[str] = collections.Counter()
-        self._counted: dict[int, weakref.finalize[..., Any]] = {}
-        self._released: collections.deque[tuple[int, str]] = collections.deque()
-        self._dropped: list[str] = []
-        self._kept: set[str] = set()
-        self._lock = threading.RLock()
+        self._handles = Handles()
+        self._checkpoint_key: CheckpointKey | None = None
+        self._ledger = CheckpointLedger()
+        self._checkpointing = threading.Lock()  # the enclave writes one at a time
         # Handles are the host's to count; a client in the same process has only copies of them.
         if self.is_host:
             owners[connection.session] = self
@@ -84,6 +86,9 @@ class Enclave:
         cls,
         kind: Literal["process", "gramine-direct", "gramine-sgx"] = "process",
         directory: str | os.PathLike[str] | None = None,
+        *,
+        checkpoint_key: CheckpointKey | None = None,
+        checkpoint_ledger: CheckpointLedger | None = None,
     ) -> Enclave:
         """Starts an enclave as a child and opens a session with it.
 
@@ -97,6 +102,8 @@ class Enclave:
             Gramine without SGX, ``gramine-sgx`` with SGX.
           directory: for Gramine, what ``python -m enclave_runtime.gramine build`` made; by
             default one in the user's cache, built on first use.
+          checkpoint_key: see `use_checkpoint_key`.
+          checkpoint_ledger: likewise.
 
         Returns:
           The enclave, ready for use.
@@ -105,22 +112,30 @@ class Enclave:
           LaunchError: this machine cannot start that kind; the message says what to do.
           EnclaveDiedError: the process did not come up.
         """
-        return cls(Connection(_launch.command(kind, directory)))
+        launched = cls(Connection(_launch.command(kind, directory)))
+        try:
+            if checkpoint_key is not None:
+                launched.use_checkpoint_key(checkpoint_key, checkpoint_ledger)
+        except BaseException:
+            launched.close()
+            raise
+        return launched
 
     @classmethod
     def connect(
-        cls, address: str, *, policy: AttestationPolicy, identity: ClientIdentity
+        cls, address: str, *, policy: AttestationPolicy, identity: ClientIdentity | None = None
     ) -> Enclave:
         """Connects the client to an enclave that serves, and owns it or comes back to it.
 
         Nothing is sent before the enclave's evidence satisfied the policy. An enclave that has no
-        owner becomes this identity's for as long as it runs; keep the identity
-        (`ClientIdentity.save`) to come back later or from another process.
+        owner becomes this identity's for as long as it runs. Keep the identity
+        (`enclave.identity.save(path)`) to come back later or from another process: without it
+        nothing that was sealed can be opened.
 
         Args:
           address: of the client port, ``host:port``.
           policy: what the enclave has to prove.
-          identity: who the client is.
+          identity: who the client is; by default a new one.
 
         Returns:
           The client's side: it seals, opens and provisions. It runs nothing.
@@ -129,7 +144,7 @@ class Enclave:
           AttestationError: the evidence does not satisfy the policy.
           ChannelError: nothing answers there, or the enclave has another owner.
         """
-        return cls(Channel(address, policy, identity))
+        return cls(Channel(address, policy, identity or ClientIdentity.generate()))
 
     @classmethod
     def attach(
@@ -182,6 +197,11 @@ class Enclave:
     def verified(self) -> Verified | None:
         """What the enclave's evidence proved; None for other sides than a connected client's."""
         return self._connection.verified if isinstance(self._connection, Channel) else None
+
+    @property
+    def identity(self) -> ClientIdentity | None:
+        """Who a connected client is; None for other sides."""
+        return self._connection.identity if isinstance(self._connection, Channel) else None
 
     @property
     def is_client(self) -> bool:
@@ -328,6 +348,167 @@ class Enclave:
                 "altered, or its shape, dtype or session is not the one it was sealed with"
             ) from error
 
+    # Checkpoints
+
+    def use_checkpoint_key(
+        self, key: CheckpointKey, ledger: CheckpointLedger | None = None
+    ) -> None:
+        """Gives the enclave the key for the checkpoints that follow, in place of an earlier one.
+
+        Args:
+          key: the client's, the same for all of a training run.
+          ledger: what the client has seen; without one, old checkpoints pass for the newest.
+
+        Raises:
+          CheckpointError: the key is the enclave's identity, and it has none outside SGX.
+        """
+        for name, value, kind in (
+            ("key", key, CheckpointKey),
+            ("ledger", ledger, CheckpointLedger | None),
+        ):
+            if not isinstance(value, kind):
+                raise CheckpointError(
+                    f"use_checkpoint_key: {name} is a {type(value).__name__}, expected a `{kind}`"
+                )
+        ledger = CheckpointLedger() if ledger is None else ledger
+        newest = ledger.newest.get(key.lineage)
+        order = {**key.order(), "newest": None if newest is None else newest.encode()}
+        content = self._encrypted(json.dumps(order).encode(), "checkpoint key")
+        self._connection.request(Kind.CHECKPOINT_KEY, {}, content)
+        self._checkpoint_key, self._ledger = key, ledger
+
+    @property
+    def ledger(self) -> CheckpointLedger:
+        """What the client has seen by now; keep it with the newest checkpoint."""
+        return self._ledger
+
+    def checkpoint(self, tree: Any) -> bytes:
+        """Seals a state to the checkpoint key, as bytes that any storage may hold.
+
+        Leaves that lie blinded on the devices are in it as well. The state stays usable. The
+        ledger has seen the checkpoint from now on.
+
+        Args:
+          tree: any pytree of `SealedArray`s.
+
+        Returns:
+          The checkpoint; `checkpoints.write` puts it into a file safely.
+
+        Raises:
+          CheckpointError: no key was given, or a leaf is not sealed.
+          SealedValueError: a leaf was donated or belongs to another enclave.
+
+        Example:
+          >>> import tempo_jax as tempo
+          >>> key = tempo.CheckpointKey.generate()
+          >>> with tempo.Enclave.launch(checkpoint_key=key) as enclave:
+          ...     data = enclave.checkpoint(enclave.seal({"step": 3}))
+          ...     ledger = enclave.ledger
+          >>> with tempo.Enclave.launch(checkpoint_key=key, checkpoint_ledger=ledger) as enclave:
+          ...     state = enclave.restore(data, like={"step": 0})
+          ...     int(enclave.open(state)["step"])
+          3
+        """
+        self._lines("`enclave.checkpoint`")
+        self.free_dropped()
+        for leaf in jax.tree.leaves(tree, is_leaf=is_sealed):
+            if is_sealed(leaf):
+                self.check_owned(leaf)
+                if isinstance(leaf.handle, Tracer):
+                    raise UnsupportedError(
+                        "enclave.checkpoint was called inside jit: there is no state yet. Call it "
+                        "outside, on what the jitted function returned."
+                    )
+        with self._checkpointing:
+            data = _checkpointing.write(self, tree)
+            if self._checkpoint_key is not None:
+                self._ledger = self._ledger.recorded(self._checkpoint_key, data)
+        return data
+
+    def restore_order(self, like: Any, *, allow_rollback_to: int | None = None) -> bytes:
+        """The client's leave for its host to restore a checkpoint: bytes to send it.
+
+        For a client that is not where the checkpoint is. The order holds for this enclave, for
+        states like `like`, and for checkpoints at least as new as the newest in the ledger.
+
+        Args:
+          like: see `restore`.
+          allow_rollback_to: see `restore`.
+
+        Raises:
+          CheckpointError: no checkpoint key was given.
+          RoleError: this is the host's side.
+        """
+        return self._restore_order(_checkpointing.leaves_of(like)[0], allow_rollback_to)
+
+    def _restore_order(self, leaves: Sequence[Leaf], allow_rollback_to: int | None) -> bytes:
+        key = self._used_checkpoint_key()
+        newest = self._ledger.newest.get(key.lineage)
+        order = {
+            "newest": None if newest is None else newest.encode(),
+            "allow_rollback_to": allow_rollback_to,
+            "leaves": [leaf.encode() for leaf in leaves],
+        }
+        return self._encrypted(json.dumps(order).encode(), "restore")
+
+    def _used_checkpoint_key(self) -> CheckpointKey:
+        self._keys("allowing a restore")
+        if self._checkpoint_key is None:
+            raise CheckpointError(
+                "enclave.restore: this client gave no checkpoint key; launch the enclave with "
+                "`checkpoint_key=`, or call `use_checkpoint_key`"
+            )
+        return self._checkpoint_key
+
+    def restore(
+        self,
+        data: bytes,
+        like: Any,
+        *,
+        allow_rollback_to: int | None = None,
+        order: bytes | None = None,
+    ) -> Any:
+        """Brings a checkpoint's state into this enclave, where it gets fresh blinding keys.
+
+        Args:
+          data: what `checkpoint` returned, in this enclave or an earlier one.
+          like: a pytree of the same structure, shapes and dtypes: the state as first made, a
+            sealed one, or `jax.eval_shape`'s result.
+          allow_rollback_to: the number of a checkpoint that is older than the newest that the
+            client has seen, to go back to it on purpose.
+          order: on the host, what the client's `restore_order` gave.
+
+        Returns:
+          The pytree with `SealedArray`s.
+
+        Raises:
+          CheckpointError: altered or cut; under another key; older than the client has seen; not
+            like `like`.
+          RoleError: on the host without an `order`; on a client away from the enclave.
+        """
+        if not isinstance(data, bytes):
+            raise CheckpointError(
+                f"enclave.restore: data is a {type(data).__name__}, expected bytes (for an array "
+                "of uint8, `np.asarray(array).tobytes()`)"
+            )
+        self._lines("`enclave.restore`")
+        if order is None and not self.is_client:
+            raise RoleError(
+                "enclave.restore: restoring needs the client's leave. Pass `order=`, which the "
+                "client gets from `enclave.restore_order(like)` and sends you"
+            )
+        if order is None:
+            self._used_checkpoint_key()
+
+        def ordered(leaves: Sequence[Leaf]) -> bytes:
+            return self._restore_order(leaves, allow_rollback_to) if order is None else order
+
+        with self._checkpointing:
+            restored = _checkpointing.restore(self, data, ordered, like)
+            if self._checkpoint_key is not None:
+                self._ledger = self._ledger.recorded(self._checkpoint_key, data)
+        return restored
+
     def check_owned(self, sealed: SealedArray) -> SealedArray:
         """Refuses values of other sessions and values already donated.
 
@@ -349,36 +530,7 @@ class Enclave:
 
     def adopt(self, handle: Any) -> None:
         """Counts an array that holds a handle; when the last one is dropped, frees the handle."""
-        key = id(handle)
-        if self._is_counted(key):
-            return
-        # Reading it may wait for a program whose callbacks need the lock, so it comes first.
-        text = handle_text(handle)
-        with self._lock:
-            self._count_released()
-            if not self._is_counted(key):
-                self._owned[text] += 1
-                self._counted[key] = weakref.finalize(handle, self._released.append, (key, text))
-
-    def _is_counted(self, key: int) -> bool:
-        # The number of an array that is gone may name another one by now.
-        finalizer = self._counted.get(key)
-        return finalizer is not None and finalizer.alive
-
-    def _count_released(self) -> None:
-        """Takes note of arrays that are gone.
-
-        A finalizer runs at any point of any thread, so it takes no lock and only appends.
-        """
-        while self._released:
-            key, text = self._released.popleft()
-            if not self._is_counted(key):
-                self._counted.pop(key, None)
-            self._owned[text] -= 1
-            if self._owned[text] <= 0:
-                del self._owned[text]
-                if text not in self._kept:
-                    self._dropped.append(text)
+        self._handles.adopt(handle)
 
     def keep(self, sealed: SealedArray) -> None:
         """Keeps what a sealed value names in the enclave, although it may be dropped here.
@@ -387,8 +539,7 @@ class Enclave:
         donates them or the enclave ends.
         """
         if sealed.form != ENCRYPTED:
-            with self._lock:
-                self._kept.add(handle_text(sealed.handle))
+            self._handles.keep(handle_text(sealed.handle))
 
     def donate(self, leaves: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Gives up sealed values that a committed run replaced by `outputs`."""
@@ -397,18 +548,14 @@ class Enclave:
             if not is_sealed(leaf):
                 continue
             if leaf.form != ENCRYPTED:
-                text = handle_text(leaf.handle)
-                with self._lock:
-                    self._dropped.append(text)
+                self._handles.drop(handle_text(leaf.handle))
             # A leaf that the step passes through may come back as the very same array.
             if isinstance(leaf.content, jax.Array) and id(leaf.content) not in kept:
                 leaf.content.delete()
 
     def free_dropped(self) -> None:
         """Tells the enclave which handles nobody holds any more."""
-        with self._lock:
-            self._count_released()
-            dropped, self._dropped = self._dropped, []
+        dropped = self._handles.take_dropped()
         if dropped and not self._connection.closed:
             self._connection.request(Kind.FREE, {"handles": dropped})
 
@@ -417,7 +564,7 @@ class Enclave:
     @contextlib.contextmanager
     def arena(self, size: int) -> Iterator[tuple[str, Arena]]:
         """Shared memory for one request or run."""
-        lines = self._lines("running a shielded function")
+        lines = self._lines("what goes through shared memory")
         reserved = lines.reserve(aligned(max(size, 1)))
         try:
             yield reserved
@@ -428,7 +575,7 @@ class Enclave:
 
     def _encrypted(self, content: bytes, purpose: str) -> bytes:
         context = f"{purpose}|{self.session}".encode()
-        key = self._keys("provisioning a program").to_enclave
+        key = self._keys("encrypting to the enclave").to_enclave
         return encryption.encrypt_bytes(key, content, context)
 
     def compile(self, blob: bytes) -> str:

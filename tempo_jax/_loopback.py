@@ -22,8 +22,10 @@ from enclave_runtime.memory import Arena, ArenaError
 from enclave_runtime.wire import Frame, Kind, WireError
 from tempo_jax.errors import (
     ChannelError,
+    CheckpointError,
     EnclaveDiedError,
     EnclaveError,
+    IntegrityError,
     SealedValueError,
     SharedMemoryError,
     TempoError,
@@ -32,7 +34,9 @@ from tempo_jax.errors import (
 
 _ERRORS: dict[str, type[Exception]] = {
     "ArenaError": SharedMemoryError,
+    "CheckpointError": CheckpointError,
     "DecryptionError": SealedValueError,
+    "IntegrityError": IntegrityError,
     "UnknownHandleError": SealedValueError,
     "UnprovisionedError": UnprovisionedError,
 }

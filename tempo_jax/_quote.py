@@ -20,7 +20,7 @@ import struct
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from enclave_runtime.evidence import MAX_QUOTE
-from tempo_jax import _certificates, _tcb
+from tempo_jax import _certificates, _pck, _tcb
 from tempo_jax._certificates import INTEL_ROOT_SHA256, PCK_CA_NAMES, PCK_NAME, ROOT_NAME
 from tempo_jax._tcb import Collateral, Status
 from tempo_jax.errors import AttestationError
@@ -224,7 +224,7 @@ def verify_quote(
         product_id=qe.product_id,
         svn=qe.svn,
     )
-    platform = tcb_info.status(_certificates.platform_of(pck))
+    platform = tcb_info.status(_pck.platform_of(pck))
     return _tcb.converge(platform, quoting)
 
 

@@ -25,13 +25,21 @@ from enclave_runtime.memory import Arena
 from enclave_runtime.program import DEVICE, ArrayType
 from enclave_runtime.wire import Kind
 from tempo_jax import _jaxpr
-from tempo_jax._enclave import Enclave, handle_array, handle_text
+from tempo_jax._enclave import Enclave
 from tempo_jax._host_program import HostResult, build_host_program
 from tempo_jax._mesh import local_shape, sharded_axis
 from tempo_jax._observation import HostView, Product
 from tempo_jax._plan import Plan, input_bytes, offloaded
 from tempo_jax._provision import provisioned
-from tempo_jax._sealed import BLINDED, ENCRYPTED, RESIDENT, SealedArray, is_sealed
+from tempo_jax._sealed import (
+    BLINDED,
+    ENCRYPTED,
+    RESIDENT,
+    SealedArray,
+    handle_array,
+    handle_text,
+    is_sealed,
+)
 from tempo_jax.errors import EnclaveError, TempoError
 
 

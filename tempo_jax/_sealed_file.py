@@ -33,9 +33,17 @@ import numpy as np
 
 from enclave_runtime.encryption import OVERHEAD_BYTES
 from enclave_runtime.program import ArrayType
-from tempo_jax._enclave import handle_array, handle_text
 from tempo_jax._plan import array_type
-from tempo_jax._sealed import BLINDED, ENCRYPTED, RESIDENT, SealedArray, is_sealed, owners
+from tempo_jax._sealed import (
+    BLINDED,
+    ENCRYPTED,
+    RESIDENT,
+    SealedArray,
+    handle_array,
+    handle_text,
+    is_sealed,
+    owners,
+)
 from tempo_jax.errors import SealedValueError
 
 HEADER = struct.Struct(">4sHHI")  # 12 bytes

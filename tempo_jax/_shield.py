@@ -43,6 +43,7 @@ def shield(
     offload: str = "auto",
     mesh: Mesh | None = None,
     donate: bool = True,
+    verify: bool = False,
 ) -> Any:
     """Transforms a function so that untrusted devices compute on blinded operands only.
 
@@ -67,6 +68,10 @@ def shield(
         every product that can be blinded.
       mesh: a mesh with one axis to spread the blinded products over.
       donate: whether a carried state is donated.
+      verify: whether the enclave checks every product that the devices return (Freivalds). A
+        wrong one stops the run with an `IntegrityError` that names the equation, and the last
+        state stands. Leaves stay in the enclave then, since nothing could check an update on
+        the devices. `explain` says what is checked and how small an error is noticed.
 
     Returns:
       A `Shielded` function.
@@ -94,8 +99,11 @@ def shield(
             offload=offload,
             mesh=mesh,
             donate=donate,
+            verify=verify,
         )
-    return Shielded(function, enclave, scheme or Mixing(), public, placement, offload, mesh, donate)
+    return Shielded(
+        function, enclave, scheme or Mixing(), public, placement, offload, mesh, donate, verify
+    )
 
 
 class _Signature:
@@ -159,6 +167,7 @@ class Shielded:
         offload: str,
         mesh: Mesh | None,
         donate: bool,
+        verify: bool = False,
     ):
         """Checks the options; see `shield`."""
         functools.update_wrapper(self, function)
@@ -186,6 +195,7 @@ class Shielded:
         self._weighs_costs = placement == "auto" and offload == "auto"
         self._mesh = mesh
         self._donate = donate
+        self._verify = verify
         self._programs: dict[Any, list[_Program]] = {}
         self._lock = threading.RLock()
 
@@ -223,6 +233,13 @@ class Shielded:
         """The flat arguments as the runtime takes them: sealed, or arrays where public."""
         inputs = []
         for i, x in enumerate(signature.leaves):
+            if is_sealed(x) and x.form == BLINDED and self._verify:
+                raise UnsupportedError(
+                    f"shield: argument {i} of `{self._name}` lies blinded on the devices, where "
+                    "nothing checks it, and verify=True takes nothing unchecked. Have the function "
+                    "that made it verify as well, or accept the value as it is: "
+                    "`enclave.seal(enclave.open(x))`."
+                )
             if is_sealed(x):
                 inputs.append(self._enclave.check_owned(x))
             elif i in signature.public:
@@ -298,6 +315,7 @@ class Shielded:
             costs=self._enclave.costs if self._weighs_costs else None,
             offload=self._offload,
             workers=1 if self._mesh is None else self._mesh.size,
+            verify=self._verify,
         )
         return _Program(make_plan(request), out_structure, types)
 

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from cryptography import x509
 
 from tempo_jax import _certificates
-from tempo_jax._certificates import ROOT_NAME, SIGNER_NAME, Platform
+from tempo_jax._certificates import ROOT_NAME, SIGNER_NAME
+from tempo_jax._pck import Platform
 from tempo_jax.errors import AttestationError
 
 STATUSES = (

@@ -32,8 +32,16 @@ class SealedValueError(TempoError):
     """A sealed value that was donated, belongs to another enclave, or was altered."""
 
 
+class CheckpointError(TempoError):
+    """A checkpoint that is altered, of another key or tree, or older than one already seen."""
+
+
 class SecrecyError(TempoError):
     """A value that should be secret is already known to the host."""
+
+
+class IntegrityError(TempoError):
+    """The devices returned something wrong under `shield(..., verify=True)`; nothing was kept."""
 
 
 class UnsupportedError(TempoError):

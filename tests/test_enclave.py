@@ -546,7 +546,7 @@ def test_host_imports_only_the_shared_modules_of_the_enclave():
     shared = {"enclave_runtime"} | {
         f"enclave_runtime.{name}"
         for name in (
-            *("wire", "program", "encryption", "memory"),
+            *("wire", "fields", "products", "program", "encryption", "memory", "checkpoint"),
             *("channel", "configuration", "environment", "evidence"),
         )
     }

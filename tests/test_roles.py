@@ -23,6 +23,7 @@ from tempo_jax._plan import export_segments
 from tempo_jax._serving import Served, served
 from tempo_jax.errors import (
     ChannelError,
+    CheckpointError,
     EnclaveError,
     RoleError,
     SealedValueError,
@@ -314,6 +315,44 @@ def test_blinded_value_is_opened_with_its_content_only(roles, tmp_path, change):
         roles.client.connection.request(Kind.OPEN, {"handle": handle}, sent)
 
 
+def test_host_checkpoints_alone_and_restores_by_the_clients_order(roles, tmp_path):
+    # In another enclave, after the first one died; the client comes by to allow it.
+    key, like = tempo.CheckpointKey.generate(), jax.eval_shape(initial_state)
+    shield_all(train_step, enclave=roles.client).provision(initial_state(), X, Y)
+    roles.client.use_checkpoint_key(key)
+    state, x, y = roles.client.seal((initial_state(), X, Y))
+    state, _ = shield_all(train_step, enclave=roles.host)(state, x, y)
+    data = roles.host.checkpoint(state)
+    with (
+        served(host_key=tmp_path / "key") as ports,
+        tempo.Enclave.connect(ports.client, policy=INSECURE, identity=IDENTITY) as client,
+        tempo.Enclave.attach(ports.host, host_key=ports.host_key) as host,
+    ):
+        with pytest.raises(RoleError, match="needs the client's leave. Pass `order=`"):
+            host.restore(data, like)
+        with pytest.raises(RoleError, match="is the host's work"):
+            client.restore(data, like)
+        with pytest.raises(CheckpointError, match="gave no checkpoint key"):
+            client.restore_order(like)
+        client.use_checkpoint_key(key)
+        with pytest.raises(RoleError, match="allowing a restore needs the client's keys"):
+            host.restore_order(like)
+        with pytest.raises(SealedValueError, match="failed its authentication"):
+            host.restore(data, like, order=roles.client.restore_order(like))  # of another session
+        with pytest.raises(CheckpointError):
+            host.restore(data, like, order=client.restore_order({"other": X}))
+        restored = host.restore(data, like, order=client.restore_order(like))
+        shield_all(train_step, enclave=client).provision(restored, X, Y)
+        x, y = client.seal((X, Y))
+        restored, _ = shield_all(train_step, enclave=host)(restored, x, y)
+        expected = initial_state()
+        for _ in range(2):
+            expected, _ = jax.jit(train_step)(expected, X, Y)
+        assert_close(client.open(carry(tmp_path / "out", restored)), expected)
+        with pytest.raises(RoleError, match="is the host's work"):
+            client.checkpoint(restored)
+
+
 def test_plain_arguments_inside_the_hosts_jit_are_refused(roles):
     shielded = tempo.shield(scaled, enclave=roles.host)
     with pytest.raises(SecrecyError, match="its value is already the host's"):
@@ -335,6 +374,19 @@ def test_client_leaves_and_returns(roles, tmp_path):
     assert repr(client) == "Enclave(closed)"
     with connect(roles.ports.client, policy=INSECURE, identity=again) as client:
         np.testing.assert_array_equal(client.open(sealed), [0, 1, 2])
+
+
+def test_identity_may_be_made_on_the_way(tmp_path):
+    with served(host_key=tmp_path / "key") as ports:
+        with tempo.Enclave.connect(ports.client, policy=INSECURE) as client:
+            sealed, identity = client.seal(jnp.arange(3.0)), client.identity
+        assert identity is not None
+        identity.save(tmp_path / "identity")
+        again = tempo.ClientIdentity.load(tmp_path / "identity")
+        with tempo.Enclave.connect(ports.client, policy=INSECURE, identity=again) as client:
+            np.testing.assert_array_equal(client.open(sealed), [0, 1, 2])
+        with pytest.raises(ChannelError, match="has an owner already"):
+            tempo.Enclave.connect(ports.client, policy=INSECURE)
 
 
 def test_identity_is_kept_safe(tmp_path):

@@ -156,6 +156,10 @@ def certificate(
     serial: int,
     authority: bool,
     extension: bytes | None = None,
+    critical: bool = False,
+    path_length: int | None = None,
+    may_sign: bool = True,
+    algorithm: type[hashes.SHA256 | hashes.SHA384] = hashes.SHA256,
 ) -> x509.Certificate:
     """One certificate, the same for the same arguments: ECDSA signatures are random."""
     usage = dict.fromkeys(
@@ -167,7 +171,7 @@ def certificate(
         False,
     )
     granted = ("key_cert_sign", "crl_sign") if authority else ("digital_signature",)
-    usage.update(dict.fromkeys(granted, True))
+    usage.update(dict.fromkeys(granted, may_sign))
     builder = (
         x509.CertificateBuilder()
         .subject_name(name(common))
@@ -176,15 +180,15 @@ def certificate(
         .serial_number(serial)
         .not_valid_before(period[0])
         .not_valid_after(period[1])
-        .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+        .add_extension(x509.BasicConstraints(ca=authority, path_length=path_length), critical=True)
         .add_extension(x509.KeyUsage(**usage), critical=True)
     )
     if extension is not None:
         identifier = x509.ObjectIdentifier("1.2.840.113741.1.13.1")
         builder = builder.add_extension(
-            x509.UnrecognizedExtension(identifier, extension), critical=False
+            x509.UnrecognizedExtension(identifier, extension), critical=critical
         )
-    return builder.sign(signing, hashes.SHA256())
+    return builder.sign(signing, algorithm())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +210,10 @@ class Toy:
     signer_name: str = SIGNER
     pck_is_ca: bool = False
     ca_is_ca: bool = True
+    ca_algorithm: type[hashes.SHA256 | hashes.SHA384] = hashes.SHA256
+    root_path_length: int | None = None
+    extension_is_critical: bool = False
+    pck_may_sign: bool = True
     fmspc: bytes = bytes.fromhex("00a067110000")
     components: tuple[int, ...] = COMPONENTS
     pce_svn: int = PCE_SVN
@@ -242,7 +250,10 @@ class Toy:
     @functools.cached_property
     def root(self) -> x509.Certificate:
         """The root's certificate."""
-        return certificate(ROOT, ROOT, self.root_key, self.root_key, self.root_period, 10, True)
+        return certificate(
+            *(ROOT, ROOT, self.root_key, self.root_key, self.root_period, 10, True),
+            path_length=self.root_path_length,
+        )
 
     @functools.cached_property
     def ca(self) -> x509.Certificate:
@@ -250,6 +261,7 @@ class Toy:
         return certificate(
             *(self.ca_name, ROOT, self.ca_key, self.root_key, self.ca_period, CA_SERIAL),
             self.ca_is_ca,
+            algorithm=self.ca_algorithm,
         )
 
     @functools.cached_property
@@ -262,6 +274,8 @@ class Toy:
             *(self.pck_name, self.ca_name, self.pck_key, self.ca_key, self.pck_period, PCK_SERIAL),
             self.pck_is_ca,
             extension,
+            critical=self.extension_is_critical,
+            may_sign=self.pck_may_sign,
         )
 
     @functools.cached_property

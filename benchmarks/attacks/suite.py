@@ -19,7 +19,17 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 import tempo_jax as tempo
-from benchmarks.attacks import blinding, congruence, few_shot, labels, linkage, rows, store, traces
+from benchmarks.attacks import (
+    blinding,
+    congruence,
+    exactness,
+    few_shot,
+    labels,
+    linkage,
+    rows,
+    store,
+    traces,
+)
 from benchmarks.attacks.results import Control, Measurement, Row
 from benchmarks.attacks.traces import Trace
 
@@ -58,7 +68,7 @@ class Plan:
     """One attack of the suite.
 
     Attributes:
-      attack: `S1` to `S9`, `theft` or `information`.
+      attack: `S1` to `S10`, `theft` or `information`.
       run: the attack.
       victims: on which it runs.
       setting: of the traces.
@@ -165,6 +175,7 @@ def plans(*, quick: bool) -> list[Plan]:
             ),
         ),
         Plan("S9", shoot, dense, few, (("fresh_orthogonal", "mlp", "stolen", 0.20, False),)),
+        Plan("S10", exactness.attack, some[:1] if quick else ("mlp", "transformer"), few),
         Plan("theft", _module("theft"), some[:1], few),
         Plan("information", _module("information"), some[:1], few),
     ]

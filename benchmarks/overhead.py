@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 
 import tempo_jax as tempo
 from benchmarks.cases import BATCHES, CASES, Case, Step
+from enclave_runtime.environment import ALLOCATOR_ENVIRONMENT
 from examples import common
-from tempo_jax._connection import ALLOCATOR_ENVIRONMENT
 
 PLAIN, SHIELDED, ENCLAVE = "plain", "shielded", "enclave"
 VARIANTS = (PLAIN, SHIELDED, ENCLAVE)
@@ -70,6 +70,7 @@ class Contender:
         variant: str,
         enclave: tempo.Enclave | None,
         offload: str = "auto",
+        verify: bool = False,
     ):
         """Readies the step; an `enclave` is what every variant but `PLAIN` takes."""
         self.seconds: list[float] = []
@@ -85,6 +86,7 @@ class Contender:
                 scheme=scheme,
                 placement=PLACEMENTS[variant],
                 offload=offload,
+                verify=verify,
             )
             self.state = enclave.seal(state)
         jax.block_until_ready(self.state)

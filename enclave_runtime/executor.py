@@ -7,9 +7,10 @@ of threads (XLA releases the interpreter's lock), while later ones are still arr
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.export
@@ -25,7 +26,7 @@ class Executor:
         self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1, "compile")
         self._compiled: dict[str, concurrent.futures.Future[Callable[..., Sequence[jax.Array]]]]
         self._compiled = {}
-        self._warm: dict[tuple[object, ...], concurrent.futures.Future[None]] = {}
+        self._warm: dict[Hashable, concurrent.futures.Future[object]] = {}
 
     def compile(self, blob: bytes) -> str:
         """Starts compiling a serialized program and returns its name, SHA-256 in hex."""
@@ -46,8 +47,12 @@ class Executor:
             return
         keyed = tuple(None if c is None else classes[c].batch for c in layout.classes)
         use = (scheme, array, keyed, layout.weights)
+        self.prepare(use, functools.partial(scheme.warm_up, array, layout, classes))
+
+    def prepare(self, use: Hashable, function: Callable[[], object]) -> None:
+        """Starts compiling something else, once for each use."""
         if use not in self._warm:
-            self._warm[use] = self._pool.submit(scheme.warm_up, array, layout, classes)
+            self._warm[use] = self._pool.submit(function)
 
     def wait(self, names: Sequence[str]) -> None:
         """Returns when these programs and all kernels are compiled.

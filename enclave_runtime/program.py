@@ -12,11 +12,20 @@ or enters the enclave through shared memory.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from enclave_runtime.fields import ProgramError as ProgramError
+from enclave_runtime.fields import items as _items
+from enclave_runtime.fields import natural as _natural
+from enclave_runtime.fields import pair as _pair
+from enclave_runtime.fields import require as _require
+from enclave_runtime.products import Product, decode_product
 
 ALIGNMENT = 64  # bytes; XLA on the CPU reads aligned buffers without copying them
 MAX_RANK = 32
@@ -33,30 +42,7 @@ _DTYPES = frozenset(
     )
 )
 ENCLAVE, DEVICE, PUBLIC = "enclave", "device", "public"
-
-
-class ProgramError(Exception):
-    """A program description that contradicts itself."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ProgramError(message)
-
-
-def _natural(value: Any, limit: int, what: str) -> int:
-    _require(type(value) is int and 0 <= value < limit, f"{what} is out of range")
-    return value
-
-
-def _items(value: Any, what: str) -> list[Any]:
-    _require(isinstance(value, list), f"{what} is not a list")
-    return value
-
-
-def _pair(value: Any) -> list[Any]:
-    _require(isinstance(value, list) and len(value) == 2, "a pair has another length")
-    return value
+MAX_SOURCE = 1000  # characters
 
 
 def aligned(size: int) -> int:
@@ -182,7 +168,9 @@ class Crossing:
         outputs, scalars of a device-side update).
       offset: bytes from the start of the arena, a multiple of `ALIGNMENT`.
       operands: numbers of the two downloaded values whose product an upload is, where the
-        scheme has keys for each product.
+        scheme has keys for each product or products are checked.
+      product: which product of them it is, where it is checked.
+      source: the equation as the client knows it, for an error's text.
     """
 
     value: int
@@ -191,6 +179,8 @@ class Crossing:
     layout: Layout
     offset: int
     operands: tuple[int, int] | None = None
+    product: Product | None = None
+    source: str = ""
 
     @classmethod
     def decode(cls, fields: Any, classes: tuple[KeyClass, ...]) -> Crossing:
@@ -204,6 +194,9 @@ class Crossing:
         if operands is not None:
             left, right = (_natural(v, MAX_VALUES, "an operand") for v in _pair(operands))
             operands = (left, right)
+        product = fields.get("product")
+        source = fields.get("source")
+        _require(isinstance(source, str) and len(source) <= MAX_SOURCE, "a source is too long")
         return cls(
             _natural(fields.get("value"), MAX_VALUES, "a value"),
             array,
@@ -211,6 +204,8 @@ class Crossing:
             layout,
             _natural(fields.get("offset"), 1 << 48, "an offset"),
             operands,
+            None if product is None else decode_product(product),
+            source,
         )
 
 
@@ -299,6 +294,7 @@ class Program:
       outputs: one port for each sealed flat output.
       segments: in order.
       arena_bytes: shared memory that one run needs.
+      verify: whether everything that the host brings is a product that is checked.
     """
 
     scheme: str
@@ -309,10 +305,20 @@ class Program:
     outputs: tuple[Port, ...]
     segments: tuple[Segment, ...]
     arena_bytes: int
+    verify: bool = False
 
     def encode(self) -> dict[str, Any]:
         """The program as JSON fields."""
         return dataclasses.asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the description as canonical JSON, in hex: what a client agrees to.
+
+        It covers the code of every segment, by hash, and of closed-over arrays their types alone.
+        """
+        text = json.dumps(self.encode(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
     def decode(cls, fields: Any) -> Program:
@@ -326,6 +332,7 @@ class Program:
         _require(isinstance(scheme, str), "a scheme is not a name")
         parameters = fields.get("parameters")
         _require(isinstance(parameters, dict), "a scheme's parameters are not an object")
+        _require(type(fields.get("verify")) is bool, "verify is not a flag")
         keyed = tuple(KeyClass.decode(c) for c in _items(fields.get("classes"), "classes"))
 
         def ports(key: str) -> tuple[Port, ...]:
@@ -340,6 +347,7 @@ class Program:
             ports("outputs"),
             tuple(Segment.decode(s, keyed) for s in _items(fields.get("segments"), "segments")),
             _natural(fields.get("arena_bytes"), 1 << 48, "arena_bytes"),
+            fields["verify"],
         )
         program._check()
         return program
@@ -376,3 +384,17 @@ class Program:
             "a constant is at a place outside the enclave",
         )
         _require(live.issuperset(kept), "an output is not made")
+        if self.verify:
+            self._check_verifiable()
+
+    def _check_verifiable(self) -> None:
+        """Everything that the host brings is a product of values that it was sent."""
+        ports = (*self.inputs, *self.outputs)
+        _require(all(p.place != DEVICE for p in ports), "a value stays where nothing checks it")
+        for crossing in (c for s in self.segments for c in s.uploads):
+            known = crossing.operands is not None and crossing.product is not None
+            _require(known, "an upload is not a product that can be checked")
+            wide = np.dtype(crossing.blinded.dtype) in (np.float32, np.float64)
+            _require(wide, "a checked product comes back in a format with too few digits")
+            # Without a key it would pass in the clear, and be taken as it is.
+            _require(crossing.layout.keyed, "a checked product carries no key")

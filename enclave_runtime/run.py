@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from enclave_runtime.executor import Executor
+from enclave_runtime.integrity import IntegrityError, Verifier, private
 from enclave_runtime.keys import KeySchedule
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import DEVICE, ENCLAVE, Crossing, Layout, Port, Program
@@ -137,6 +138,7 @@ class Run:
         self._schedule = schedule
         self._number = number
         self._tensors: dict[int, Any] = {}  # what was drawn for each blinded value alone
+        self._verifier = Verifier(program) if program.verify else None
         self._last_uses = _last_uses(program)
         self._next = 0
         self._arrived: set[int] = set()
@@ -166,7 +168,11 @@ class Run:
         use = ("tensor", self._number, crossing.value)
         stream = functools.partial(self._schedule.stream, *use)
         keys = self.keys.of(layout)
-        self._tensors[crossing.value] = self._scheme.blind(value, layout, keys, out, stream)
+        own = out if self._verifier is None else private(crossing.blinded)
+        self._tensors[crossing.value] = self._scheme.blind(value, layout, keys, own, stream)
+        if self._verifier is not None:
+            np.copyto(out, own)
+            self._verifier.keep(crossing, own)
         self.blindings += 1
 
     def _receive(self, crossing: Crossing) -> jax.Array:
@@ -178,6 +184,12 @@ class Run:
         if crossing.operands is not None:
             left, right = crossing.operands
             operands = (self._tensors[left], self._tensors[right])
+        if self._verifier is not None:
+            own = private(crossing.blinded)
+            np.copyto(own, view)
+            use = ("check", self._number, crossing.value)
+            stream = functools.partial(self._schedule.stream, *use)
+            view = self._verifier.checked(crossing, own, stream)
         keys = self.keys.of(crossing.layout)
         return self._scheme.unblind(view, crossing.layout, keys, operands)
 
@@ -237,6 +249,8 @@ class Run:
                 self._condition.notify_all()
 
     def _raise_failure(self) -> None:
+        if isinstance(self._failure, IntegrityError):
+            raise self._failure  # every worker says what was wrong
         if self._failure is not None:
             raise RunError("the run has failed or was aborted") from self._failure
 
@@ -248,6 +262,8 @@ class Run:
         segment = self.program.segments[index]
         for value in self._doomed:
             del self._values[value]
+        if self._verifier is not None:
+            self._verifier.forget(index)
         for value, last in self._last_uses.items():
             if last == index - 1:
                 self._tensors[value] = self._scheme.let_go(self._tensors[value])

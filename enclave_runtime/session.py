@@ -1,4 +1,4 @@
-"""What a session may ask of the enclave: map, compile, provision, run, open, free.
+"""What a session may ask of the enclave: map, compile, provision, run, open, keep, free.
 
 A session lasts as long as the process. Programs and executables come encrypted by the
 client, so the enclave runs no code that the client did not provision; the host starts
@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from enclave_runtime import calibration, encryption
+from enclave_runtime import calibration, encryption, integrity
+from enclave_runtime.checkpointing import Checkpointing
 from enclave_runtime.encryption import SessionKeys
 from enclave_runtime.executor import Executor
+from enclave_runtime.integrity import MAX_WRONG_PRODUCTS, IntegrityError
 from enclave_runtime.keys import KeySchedule
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import DEVICE, PUBLIC, ArrayType, Program
@@ -30,9 +32,16 @@ from enclave_runtime.schemes import Scheme, make_scheme
 from enclave_runtime.store import Blinded, Resident, Store
 from enclave_runtime.wire import Frame, Kind
 
+# A reply's fields, with its attachment where it has one.
+Answer = dict[str, Any] | tuple[dict[str, Any], bytes]
+
 
 class RequestError(Exception):
     """A request that the session refuses; its text goes to the peer."""
+
+
+class UnprovisionedError(RequestError):
+    """The host asks for a program that the client did not provision."""
 
 
 class Session:
@@ -45,13 +54,18 @@ class Session:
         self._executor = Executor()
         self._store = Store()
         self._programs: list[tuple[Program, Scheme, dict[int, jax.Array]]] = []
+        self._numbers: dict[str, int] = {}  # by digest; of equal ones the latest
+        self._costs: dict[str, Any] | None = None
+        self._measuring = threading.Lock()
         self._arenas: dict[str, Arena] = {}
         self._runs: dict[int, Run] = {}
         self._run_numbers = itertools.count(1)
+        self._checkpoints = Checkpointing(self._store, self._arena, self._decrypt, self._value)
         self._lock = threading.Lock()
         self._busy_seconds = 0.0
         self._blindings = 0
-        self._handlers: dict[Kind, Callable[[dict[str, Any], bytes], dict[str, Any]]] = {
+        self._wrong_products = 0
+        self._handlers: dict[Kind, Callable[[dict[str, Any], bytes], Answer]] = {
             Kind.MAP: self._map,
             Kind.UNMAP: self._unmap,
             Kind.COMPILE: self._compile,
@@ -65,10 +79,16 @@ class Session:
             Kind.FREE: self._free,
             Kind.STATISTICS: self._statistics,
             Kind.CALIBRATE: self._calibrate,
+            Kind.CHECKPOINT_KEY: self._checkpoints.provision,
+            Kind.CHECKPOINT: self._checkpoints.begin,
+            Kind.CHECKPOINT_LEAF: self._checkpoints.write,
+            Kind.RESTORE: self._checkpoints.begin_restoring,
+            Kind.RESTORE_LEAF: self._checkpoints.read,
+            Kind.FIND: self._find,
         }
 
-    def handle(self, frame: Frame) -> dict[str, Any]:
-        """Answers one request.
+    def handle(self, frame: Frame) -> tuple[dict[str, Any], bytes]:
+        """Answers one request, with the reply's fields and attachment.
 
         Raises:
           Exception: the request was refused or failed; see `server` for what leaves.
@@ -76,7 +96,8 @@ class Session:
         handler = self._handlers.get(frame.kind)
         if handler is None:
             raise RequestError(f"a frame of kind {frame.kind.name} is not a request")
-        return handler(frame.fields, frame.attachment)
+        answer = handler(frame.fields, frame.attachment)
+        return answer if isinstance(answer, tuple) else (answer, b"")
 
     # Shared memory
 
@@ -107,13 +128,31 @@ class Session:
         return {"executable": self._executor.compile(self._decrypt(attachment, "compile"))}
 
     def _provision(self, fields: dict[str, Any], attachment: bytes) -> dict[str, Any]:
-        program = Program.decode(json.loads(self._decrypt(attachment, "provision")))
+        """Takes a program and its constants: from the arena, or behind the program itself.
+
+        A client on another machine shares no memory; it says in `program_bytes` where in the
+        attachment its constants begin.
+        """
+        separate = "program_bytes" in fields
+        size = fields["program_bytes"] if separate else len(attachment)
+        description, inline = _split(attachment, size)
+        program = Program.decode(json.loads(self._decrypt(description, "provision")))
         scheme = make_scheme(program.scheme, program.parameters)
         for segment in program.segments:
             if not self._executor.has(segment.executable):
                 raise RequestError("a segment's executable was not provisioned")
+        if program.verify:
+            integrity.prepare(program, self._executor)
         constants = {}
-        if program.constants:
+        if separate:
+            for port in program.constants:
+                own, inline = _split(inline, port.array.nbytes + encryption.OVERHEAD_BYTES)
+                constants[port.value] = self._decrypted_copy(
+                    np.frombuffer(own, np.uint8), port.array
+                )
+            if inline:
+                raise RequestError("more bytes follow the program's constants")
+        elif program.constants:
             arena = self._arena(fields)
             offsets = fields["offsets"]
             for port, offset in zip(program.constants, offsets, strict=True):
@@ -126,7 +165,15 @@ class Session:
                 self._executor.warm_up(scheme, port.array, port.layout, program.classes)
         with self._lock:
             self._programs.append((program, scheme, constants))
-            return {"program": len(self._programs) - 1}
+            number = self._numbers[program.digest] = len(self._programs) - 1
+            return {"program": number, "digest": program.digest}
+
+    def _find(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+        """The number of the program that the client provisioned under this digest."""
+        number = self._numbers.get(fields["digest"])
+        if number is None:
+            raise UnprovisionedError("the client provisioned no such program")
+        return {"program": number}
 
     def _decrypted(self, arena: Arena, array: ArrayType, offset: Any) -> jax.Array:
         if type(offset) is not int:
@@ -134,6 +181,9 @@ class Session:
         size = array.nbytes + encryption.OVERHEAD_BYTES
         # A private copy first: the host may change shared memory while it is being decrypted.
         private = arena.view(ArrayType((size,), "uint8"), offset).copy()
+        return self._decrypted_copy(private, array)
+
+    def _decrypted_copy(self, private: np.ndarray, array: ArrayType) -> jax.Array:
         plain = encryption.decrypt_array(
             self._keys.to_enclave, private, self._identity, array.shape, np.dtype(array.dtype)
         )
@@ -154,6 +204,7 @@ class Session:
         if not _is_index(wanted, len(self._programs)):
             raise RequestError("no such program was provisioned")
         program, scheme, constants = self._programs[wanted]
+        self._refuse_after_lies(program)
         workers = fields["workers"]
         if type(workers) is not int or not 0 < workers <= 4096:
             raise RequestError("a run needs between 1 and 4096 workers")
@@ -178,6 +229,10 @@ class Session:
                     )
                 if isinstance(entry, Resident):
                     value = entry.value
+                elif program.verify:
+                    raise IntegrityError(
+                        f"input {index} lies on the devices, where nothing checks it"
+                    )
                 elif port.place == DEVICE and run.keys.adopt(port, entry):
                     continue
                 else:
@@ -232,15 +287,30 @@ class Session:
         except BaseException as error:
             run.fail(error)
             with self._lock:
-                self._runs.pop(fields["run"], None)
+                ended = self._runs.pop(fields["run"], None)
+                # The other workers of the run get the same error.
+                self._wrong_products += ended is not None and isinstance(error, IntegrityError)
             raise
         return {}
+
+    def _refuse_after_lies(self, program: Program) -> None:
+        """Bounds how often a host may try its luck against the checks.
+
+        Raises:
+          IntegrityError: it tried too often in this session.
+        """
+        if program.verify and self._wrong_products >= MAX_WRONG_PRODUCTS:
+            raise IntegrityError(
+                f"{self._wrong_products} wrong products came back in this session: it runs nothing "
+                "that verifies any more. Find out which device lies, and launch a new enclave"
+            )
 
     def _commit(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         run = self._run(fields)
         donate = fields["donate"]
         if not isinstance(donate, list) or not all(_is_index(i, len(run.handles)) for i in donate):
             raise RequestError("a commit donates inputs by their positions")
+        self._refuse_after_lies(run.program)
         handles = run.commit(self._store)
         for index in donate:
             handle = run.handles[index]
@@ -261,19 +331,55 @@ class Session:
 
     # Values
 
-    def _open(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
-        """Encrypts a value to the client, at `offset`; a blinded one is read there first."""
-        entry = self._store.get(fields["handle"])
+    def _open(self, fields: dict[str, Any], attachment: bytes) -> Answer:
+        """Encrypts a value to the client, at `offset`; a blinded one is read there first.
+
+        Without an arena both travel as attachments: a client on another machine shares no memory,
+        and brings a blinded value from the file in which the host sent it.
+        """
+        if "arena" not in fields:
+            return {}, self._opened(self._store.get(fields["handle"]), attachment)
         arena, offset = self._arena(fields), fields["offset"]
-        if isinstance(entry, Blinded):
-            value = _unblinded(entry, arena, offset)
-        else:
-            value = entry.value
-        encrypted = encryption.encrypt_array(
-            self._keys.to_client, np.asarray(value), self._identity
-        )
+        value = self._value(fields, self._store.get(fields["handle"]).array)
+        encrypted = encryption.encrypt_array(self._keys.to_client, value, self._identity)
         np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), offset), encrypted)
         return {}
+
+    def _opened(self, entry: Resident | Blinded, content: bytes) -> bytes:
+        """A value encrypted to the client; the content of a blinded one comes from it."""
+        if isinstance(entry, Blinded):
+            if len(content) != entry.array.nbytes:
+                raise RequestError(
+                    f"a blinded value of {entry.array.nbytes} bytes comes with {len(content)}"
+                )
+            blinded = np.frombuffer(content, np.dtype(entry.array.dtype)).reshape(entry.array.shape)
+            value = entry.scheme.unblind(blinded, entry.layout, entry.keys, operands=None)
+        else:
+            value = entry.value
+        return encryption.encrypt_array(
+            self._keys.to_client, np.asarray(value), self._identity
+        ).tobytes()
+
+    def _value(self, fields: dict[str, Any], array: ArrayType) -> np.ndarray:
+        """A sealed value in the clear, whatever its form; what the host holds of it is at `offset`.
+
+        Args:
+          fields: of the request; without a `handle`, the value is the client's ciphertext.
+          array: its shape and dtype.
+        """
+        arena, offset = self._arena(fields), fields["offset"]
+        if "handle" not in fields:
+            return np.asarray(self._decrypted(arena, array, offset))
+        entry = self._store.get(fields["handle"])
+        if entry.array != array:
+            raise RequestError(
+                f"a sealed value is {entry.array.dtype}{list(entry.array.shape)}, expected "
+                f"{array.dtype}{list(array.shape)}"
+            )
+        if isinstance(entry, Blinded):
+            # Without keyed axes this may be the arena itself, which the answer overwrites.
+            return np.array(_unblinded(entry, arena, offset))
+        return np.asarray(entry.value)
 
     def _free(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         for handle in fields["handles"]:
@@ -281,7 +387,11 @@ class Session:
         return {}
 
     def _calibrate(self, _: dict[str, Any], __: bytes) -> dict[str, Any]:
-        return calibration.measure()
+        # Once: client and host must make the same plan from the same figures.
+        with self._measuring:
+            if self._costs is None:
+                self._costs = calibration.measure()
+            return self._costs
 
     def _statistics(self, _: dict[str, Any], __: bytes) -> dict[str, Any]:
         return {
@@ -291,15 +401,17 @@ class Session:
             "peak_memory_bytes": _peak_memory(),
             "busy_seconds": self._busy_seconds,
             "blindings": self._blindings,
+            "wrong_products": self._wrong_products,
             "process": os.getpid(),
         }
 
 
-def _peak_memory() -> int:
+def _peak_memory(path: str = "/proc/self/status") -> int:
     """Most resident memory so far, in bytes; `getrusage` would start from the parent's size."""
-    with open("/proc/self/status") as status:
+    with open(path) as status:
         fields = dict(line.split(":", 1) for line in status)
-    return int(fields["VmHWM"].split()[0]) * 1024
+    # Gramine tells the most that was mapped, and nothing else.
+    return int((fields.get("VmHWM") or fields["VmPeak"]).split()[0]) * 1024
 
 
 def _unblinded(entry: Blinded, arena: Arena, offset: int) -> jax.Array:
@@ -307,6 +419,13 @@ def _unblinded(entry: Blinded, arena: Arena, offset: int) -> jax.Array:
     return entry.scheme.unblind(
         arena.view(entry.array, offset), entry.layout, entry.keys, operands=None
     )
+
+
+def _split(content: bytes, size: Any) -> tuple[bytes, bytes]:
+    """The first `size` bytes, and the rest."""
+    if not _is_index(size, len(content) + 1):
+        raise RequestError("an attachment is shorter than what it is said to hold")
+    return content[:size], content[size:]
 
 
 def _is_index(value: Any, count: int) -> bool:

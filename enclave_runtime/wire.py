@@ -53,6 +53,13 @@ class Kind(enum.IntEnum):
     FREE = 14
     STATISTICS = 15
     CALIBRATE = 16
+    CHECKPOINT_KEY = 17
+    CHECKPOINT = 18
+    CHECKPOINT_LEAF = 19
+    RESTORE = 20
+    RESTORE_LEAF = 21
+    OWN = 22
+    FIND = 23
 
 
 class Frame(NamedTuple):

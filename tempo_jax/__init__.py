@@ -5,25 +5,34 @@ devices over blinded operands and everything else in an enclave; `cheap_update` 
 optimizer update blinded weights where they lie.
 """
 
-from tempo_jax import errors, schemes, testing
+from tempo_jax import checkpoints, errors, schemes, testing
 from tempo_jax._attestation import AttestationPolicy
 from tempo_jax._enclave import Enclave
+from tempo_jax._identity import ClientIdentity
 from tempo_jax._markers import cheap_update, reveal
 from tempo_jax._sealed import SealedArray
+from tempo_jax._sealed_file import load_sealed, save_sealed
 from tempo_jax._shield import Shielded, shield
 from tempo_jax._tcb import Collateral
+from tempo_jax.checkpoints import CheckpointKey, CheckpointLedger
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttestationPolicy",
+    "CheckpointKey",
+    "CheckpointLedger",
+    "ClientIdentity",
     "Collateral",
     "Enclave",
     "SealedArray",
     "Shielded",
     "cheap_update",
+    "checkpoints",
     "errors",
+    "load_sealed",
     "reveal",
+    "save_sealed",
     "schemes",
     "shield",
     "testing",

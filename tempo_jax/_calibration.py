@@ -29,9 +29,9 @@ def machine_costs(measure: Callable[[], dict[str, Any]]) -> CostModel:
       measure: has the enclave measure; called if this machine's figures are not in the cache
         (``$XDG_CACHE_HOME/tempo_jax``, by default ``~/.cache/tempo_jax``).
     """
-    path = _cache_directory() / f"costs-{_machine()}.json"
+    path = cache_directory() / f"costs-{_machine()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return _model(json.loads(path.read_text()))
+        return cost_model(json.loads(path.read_text()))
     measured = measure()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,17 +39,23 @@ def machine_costs(measure: Callable[[], dict[str, Any]]) -> CostModel:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(measured, file)
         os.replace(file.name, path)
-    return _model(measured)
+    return cost_model(measured)
 
 
-def _model(measured: dict[str, Any]) -> CostModel:
+def cost_model(measured: dict[str, Any]) -> CostModel:
+    """The cost model of what an enclave measured.
+
+    Raises:
+      ValueError: the figures are of another version.
+    """
     names = {f.name for f in dataclasses.fields(CostModel)}
     if not set(measured) <= names:
         raise ValueError("figures of another version")
     return CostModel(**measured)
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """Where this user's files of tempo_jax lie."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "tempo_jax"
 

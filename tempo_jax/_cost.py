@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from enclave_runtime.products import VECTORS, block_width, unit_roundoff
 from tempo_jax._jaxpr import JaxprEqn, dot_general_p
-from tempo_jax._products import work
+from tempo_jax._products import description, work
 from tempo_jax.schemes import Scheme
 
 
@@ -39,6 +40,8 @@ class CostModel:
       overhead: seconds to blind or unblind a tensor however small, by the scheme's name.
       blinding: nanoseconds for each of its elements, by the scheme's name.
       drawing: nanoseconds to draw one entry of a key that mixes.
+      checking: nanoseconds for each element of operands and result to check a product, beside
+        the arithmetic; 0 where products are not checked.
       margin: a product goes out only where the enclave saves by this factor, since estimates err.
     """
 
@@ -49,6 +52,7 @@ class CostModel:
     overhead: Mapping[str, float] = dataclasses.field(default_factory=_reference_overhead)
     blinding: Mapping[str, float] = dataclasses.field(default_factory=_reference_blinding)
     drawing: float = 60.0
+    checking: float = 0.0
     margin: float = 1.2
 
     def inside(self, eqn: JaxprEqn) -> float:
@@ -65,6 +69,13 @@ class CostModel:
         """Seconds to blind (or unblind) a value and move it."""
         return self.tensor(math.prod(aval.shape), np.dtype(aval.dtype).itemsize, scheme)
 
+    def check_of(self, eqn: JaxprEqn) -> float:
+        """Seconds to check an equation's result."""
+        lhs, rhs = (v.aval.shape for v in eqn.invars)
+        result = math.prod(eqn.outvars[0].aval.shape)
+        terms, columns = description(eqn).sizes(lhs, rhs)
+        return self.check(terms, columns, math.prod(lhs) + math.prod(rhs) + result, result)
+
     def keys(self, entries: int) -> float:
         """Seconds to draw keys that mix, over so many entries of axes."""
         return entries * self.drawing * 1e-9
@@ -72,6 +83,22 @@ class CostModel:
     def rearranging(self, count: int, itemsize: int) -> float:
         """Seconds to copy so many elements into another order, read and written once."""
         return 2 * count * itemsize * self.nanoseconds_per_byte * 1e-9
+
+    def check(self, terms: int, columns: int, elements: int, result: int) -> float:
+        """Seconds to check a product, see `enclave_runtime.integrity`.
+
+        Args:
+          terms: of each element's sum.
+          columns: of the result.
+          elements: of operands and result.
+          result: elements of the result.
+        """
+        if not self.checking:
+            return 0.0
+        blocks = -(-columns // block_width(terms, columns, unit_roundoff("float32")))
+        work = 2 * terms * result / max(columns, 1) * blocks * (VECTORS + 1)
+        # A product with so few columns is far from the speed of a wide one.
+        return 2 * work / self.dot_flops + elements * self.checking * 1e-9
 
     def worthwhile(self, inside: float, outside: float) -> bool:
         """Whether sending a product out saves the enclave enough."""

@@ -1,20 +1,27 @@
-"""The enclave as the user meets it: launch, seal, open.
+"""The enclave as the user meets it: launch, connect or attach; seal, open.
 
-In development client and host share this process, and with it the session's keys; the
-path of every byte is the same as it would be between machines. Untrusted, but for the two
-methods that encrypt and decrypt for the client. Called by users and by `_shield`.
+Three ways lead to one, and each gives a role. `connect` is the client's, from any machine: it
+has the session's keys and no shared memory, so it provisions, seals and opens. `attach` is the
+host's, on the enclave's machine: it has shared memory and no keys, so it runs what was provisioned.
+`launch` is both in one process, for development; the path of every byte is the same.
+
+Values that a client and a host hand each other travel as files (`_sealed_file`). What lies
+blinded on the host's devices comes to the client with its content in the file, and the client
+sends it along when it asks the enclave to open it.
+
+Untrusted on the host; the methods that encrypt and decrypt run where the keys are. Called by
+users and by `_shield`.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import json
+import os
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,58 +29,146 @@ import numpy as np
 from jax.core import Tracer
 
 from enclave_runtime import encryption
+from enclave_runtime.checkpoint import Leaf
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import ArrayType, Port, Program, aligned
 from enclave_runtime.wire import Kind
-from tempo_jax import _jaxpr
-from tempo_jax._calibration import machine_costs
+from tempo_jax import _checkpointing, _jaxpr, _launch
+from tempo_jax._attestation import AttestationPolicy, Verified
+from tempo_jax._calibration import cost_model, machine_costs
+from tempo_jax._channel import Channel, parse_address
 from tempo_jax._connection import Connection
 from tempo_jax._cost import CostModel
+from tempo_jax._handles import Handles
+from tempo_jax._host_key import read_host_key
+from tempo_jax._identity import ClientIdentity
+from tempo_jax._loopback import Attachment, Loopback
 from tempo_jax._plan import array_type, input_bytes
-from tempo_jax._sealed import BLINDED, ENCRYPTED, SealedArray, is_sealed, owners
-from tempo_jax.errors import SealedValueError, UnsupportedError
-
-
-def handle_text(handle: Any) -> str:
-    """A handle, uint32[4], in the protocol's hexadecimal form."""
-    return np.asarray(handle).tobytes().hex()
-
-
-def handle_array(text: str) -> np.ndarray:
-    """Inverse of `handle_text`."""
-    return np.frombuffer(bytes.fromhex(text), np.uint32).copy()
+from tempo_jax._sealed import (
+    BLINDED,
+    ENCRYPTED,
+    SealedArray,
+    handle_text,
+    is_sealed,
+    owners,
+)
+from tempo_jax.checkpoints import CheckpointKey, CheckpointLedger
+from tempo_jax.errors import (
+    ChannelError,
+    CheckpointError,
+    RoleError,
+    SealedValueError,
+    UnsupportedError,
+)
 
 
 class Enclave:
-    """A running enclave process and the client's session with it.
+    """A running enclave and a session with it.
 
-    A context manager: leaving it ends the process. Make one with `Enclave.launch`.
+    Make one with `launch` (client and host in one process), `connect` (the client, from any
+    machine) or `attach` (the host, on the enclave's machine). A context manager: leaving it ends
+    a launched process, and leaves any other running.
     """
 
-    def __init__(self, connection: Connection):
-        """Wraps a connection; users call `launch`."""
+    def __init__(self, connection: Connection | Channel | Attachment):
+        """Wraps a connection; users call `launch`, `connect` or `attach`."""
         self._connection = connection
-        self._owned: collections.Counter[str] = collections.Counter()
-        self._counted: dict[int, weakref.finalize[..., Any]] = {}
-        self._released: collections.deque[tuple[int, str]] = collections.deque()
-        self._dropped: list[str] = []
-        self._lock = threading.RLock()
-        owners[connection.session] = self
+        self._handles = Handles()
+        self._checkpoint_key: CheckpointKey | None = None
+        self._ledger = CheckpointLedger()
+        self._checkpointing = threading.Lock()  # the enclave writes one at a time
+        # Handles are the host's to count; a client in the same process has only copies of them.
+        if self.is_host:
+            owners[connection.session] = self
 
     @classmethod
-    def launch(cls) -> Enclave:
-        """Starts ``python -m enclave_runtime`` as a child and opens a session with it.
+    def launch(
+        cls,
+        kind: Literal["process", "gramine-direct", "gramine-sgx"] = "process",
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        checkpoint_key: CheckpointKey | None = None,
+        checkpoint_ledger: CheckpointLedger | None = None,
+    ) -> Enclave:
+        """Starts an enclave as a child and opens a session with it.
 
         The child is trusted because this process started it and handed it the session's
-        secret through a pipe. It ends when this process does.
+        secret through a pipe. It ends when this process does. Started so, even an enclave on SGX
+        trusts this machine with the secret: to train on a machine that you do not trust, serve the
+        enclave there (``tempo-jax enclave serve``) and `connect` from your own.
+
+        Args:
+          kind: ``process`` is ``python -m enclave_runtime``, ``gramine-direct`` the same under
+            Gramine without SGX, ``gramine-sgx`` with SGX.
+          directory: for Gramine, what ``python -m enclave_runtime.gramine build`` made; by
+            default one in the user's cache, built on first use.
+          checkpoint_key: see `use_checkpoint_key`.
+          checkpoint_ledger: likewise.
 
         Returns:
           The enclave, ready for use.
 
         Raises:
+          LaunchError: this machine cannot start that kind; the message says what to do.
           EnclaveDiedError: the process did not come up.
         """
-        return cls(Connection())
+        launched = cls(Connection(_launch.command(kind, directory)))
+        try:
+            if checkpoint_key is not None:
+                launched.use_checkpoint_key(checkpoint_key, checkpoint_ledger)
+        except BaseException:
+            launched.close()
+            raise
+        return launched
+
+    @classmethod
+    def connect(
+        cls, address: str, *, policy: AttestationPolicy, identity: ClientIdentity | None = None
+    ) -> Enclave:
+        """Connects the client to an enclave that serves, and owns it or comes back to it.
+
+        Nothing is sent before the enclave's evidence satisfied the policy. An enclave that has no
+        owner becomes this identity's for as long as it runs. Keep the identity
+        (`enclave.identity.save(path)`) to come back later or from another process: without it
+        nothing that was sealed can be opened.
+
+        Args:
+          address: of the client port, ``host:port``.
+          policy: what the enclave has to prove.
+          identity: who the client is; by default a new one.
+
+        Returns:
+          The client's side: it seals, opens and provisions. It runs nothing.
+
+        Raises:
+          AttestationError: the evidence does not satisfy the policy.
+          ChannelError: nothing answers there, or the enclave has another owner.
+        """
+        return cls(Channel(address, policy, identity or ClientIdentity.generate()))
+
+    @classmethod
+    def attach(
+        cls, address: str = "127.0.0.1:7442", *, host_key: str | os.PathLike[str] | None = None
+    ) -> Enclave:
+        """Attaches the host to an enclave that serves on this machine.
+
+        Args:
+          address: of the host port, on loopback.
+          host_key: the file that `tempo-jax enclave serve` wrote; by default where it does.
+
+        Returns:
+          The host's side: it runs what the client provisioned. It has no key, so it neither
+          seals nor opens.
+
+        Raises:
+          ChannelError: no enclave there accepts this host.
+        """
+        host, port = parse_address(address)
+        if host not in ("127.0.0.1", "localhost"):
+            raise ChannelError(
+                f"a host attaches on the enclave's own machine, expected 127.0.0.1:PORT, got {host}"
+            )
+        return cls(Attachment(port, read_host_key(port, host_key)))
 
     def __enter__(self) -> Enclave:
         return self
@@ -82,11 +177,10 @@ class Enclave:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._connection.closed else f"process {self._connection.process.pid}"
-        return f"Enclave({state})"
+        return f"Enclave({'closed' if self._connection.closed else self._connection})"
 
     def close(self) -> None:
-        """Ends the enclave; everything sealed in it is gone."""
+        """Ends a launched enclave, and with it everything sealed in it; else only leaves."""
         self._connection.close()
 
     @property
@@ -95,14 +189,57 @@ class Enclave:
         return self._connection.session
 
     @property
-    def connection(self) -> Connection:
-        """The line to the process."""
+    def connection(self) -> Any:
+        """The line to the enclave: `Connection`, `Channel` or `Attachment`."""
+        return self._connection
+
+    @property
+    def verified(self) -> Verified | None:
+        """What the enclave's evidence proved; None for other sides than a connected client's."""
+        return self._connection.verified if isinstance(self._connection, Channel) else None
+
+    @property
+    def identity(self) -> ClientIdentity | None:
+        """Who a connected client is; None for other sides."""
+        return self._connection.identity if isinstance(self._connection, Channel) else None
+
+    @property
+    def is_client(self) -> bool:
+        """Whether this side has the session's keys: it seals, opens and provisions."""
+        return self._connection.keys is not None
+
+    @property
+    def is_host(self) -> bool:
+        """Whether this side shares memory with the enclave: it runs programs."""
+        return isinstance(self._connection, Loopback)
+
+    def _keys(self, what: str) -> encryption.SessionKeys:
+        if self._connection.keys is None:
+            raise RoleError(
+                f"{what} needs the client's keys, and this is the host's side (`Enclave.attach`): "
+                "the client does that on its own machine and sends you the sealed values in a "
+                "file (`tempo.save_sealed`)"
+            )
+        return self._connection.keys
+
+    def _lines(self, what: str) -> Loopback:
+        if not isinstance(self._connection, Loopback):
+            raise RoleError(
+                f"{what} is the host's work, and this is the client's side (`Enclave.connect`): "
+                "run it on the enclave's machine with `Enclave.attach`"
+            )
         return self._connection
 
     @functools.cached_property
     def costs(self) -> CostModel:
-        """What the enclave's work costs on this machine, measured once and cached on disk."""
-        return machine_costs(lambda: self._connection.request(Kind.CALIBRATE, {}))
+        """What the enclave's work costs, from which plans are made.
+
+        A launched enclave's is cached on disk for the machine. One that serves measures once, so
+        that its client and its host, who plan apart, plan alike.
+        """
+        if isinstance(self._connection, Connection):
+            return machine_costs(lambda: self._connection.request(Kind.CALIBRATE, {}))
+        return cost_model(self._connection.request(Kind.CALIBRATE, {}))
 
     def statistics(self) -> dict[str, Any]:
         """What the enclave reports of itself.
@@ -112,7 +249,7 @@ class Enclave:
           `busy_seconds` (inside segments, since launch) and `process` (its id).
         """
         self.free_dropped()
-        return self._connection.request(Kind.STATISTICS, {})
+        return self._lines("`enclave.statistics`").request(Kind.STATISTICS, {})
 
     # The client's side: plaintext in, plaintext out
 
@@ -127,12 +264,14 @@ class Enclave:
 
         Raises:
           UnsupportedError: a leaf is not an array or a number.
+          RoleError: this is the host's side.
         """
         return jax.tree.map(self._seal_leaf, tree, is_leaf=is_sealed)
 
     def _seal_leaf(self, leaf: Any) -> SealedArray:
         if is_sealed(leaf):
             return self.check_owned(leaf)
+        keys = self._keys("`enclave.seal`")
         try:
             aval = jax.typeof(leaf)
             if isinstance(leaf, Tracer):
@@ -146,7 +285,7 @@ class Enclave:
                 f"enclave.seal: a leaf of type {type(leaf).__name__} is not an array or a number. "
                 "Keep such objects out of the pytree, for example as static fields."
             ) from error
-        encrypted = encryption.encrypt_array(self._connection.keys.to_enclave, plain, self.session)
+        encrypted = encryption.encrypt_array(keys.to_enclave, plain, self.session)
         return SealedArray(
             (jnp.asarray(encrypted),),
             ENCRYPTED,
@@ -167,6 +306,7 @@ class Enclave:
 
         Raises:
           SealedValueError: a leaf was donated, altered, or belongs to another enclave.
+          RoleError: this is the host's side.
         """
         self.free_dropped()
         return jax.tree.map(
@@ -176,9 +316,15 @@ class Enclave:
     def _open_leaf(self, sealed: SealedArray) -> jax.Array:
         self.check_owned(sealed)
         array = array_type(sealed)
-        keys = self._connection.keys
+        keys = self._keys("`enclave.open`")
         if sealed.form == ENCRYPTED:
             plain = self._decrypt(keys.to_enclave, np.asarray(sealed.content), array)
+        elif isinstance(self._connection, Channel):
+            blinded = np.asarray(sealed.content).tobytes() if sealed.form == BLINDED else b""
+            fields = {"handle": handle_text(sealed.handle)}
+            reply = self._connection.exchange(Kind.OPEN, fields, blinded)
+            encrypted = np.frombuffer(reply.attachment, np.uint8)
+            plain = self._decrypt(keys.to_client, encrypted, array)
         else:
             with self.arena(input_bytes(array)) as (name, arena):
                 if sealed.form == BLINDED:
@@ -202,6 +348,167 @@ class Enclave:
                 "altered, or its shape, dtype or session is not the one it was sealed with"
             ) from error
 
+    # Checkpoints
+
+    def use_checkpoint_key(
+        self, key: CheckpointKey, ledger: CheckpointLedger | None = None
+    ) -> None:
+        """Gives the enclave the key for the checkpoints that follow, in place of an earlier one.
+
+        Args:
+          key: the client's, the same for all of a training run.
+          ledger: what the client has seen; without one, old checkpoints pass for the newest.
+
+        Raises:
+          CheckpointError: the key is the enclave's identity, and it has none outside SGX.
+        """
+        for name, value, kind in (
+            ("key", key, CheckpointKey),
+            ("ledger", ledger, CheckpointLedger | None),
+        ):
+            if not isinstance(value, kind):
+                raise CheckpointError(
+                    f"use_checkpoint_key: {name} is a {type(value).__name__}, expected a `{kind}`"
+                )
+        ledger = CheckpointLedger() if ledger is None else ledger
+        newest = ledger.newest.get(key.lineage)
+        order = {**key.order(), "newest": None if newest is None else newest.encode()}
+        content = self._encrypted(json.dumps(order).encode(), "checkpoint key")
+        self._connection.request(Kind.CHECKPOINT_KEY, {}, content)
+        self._checkpoint_key, self._ledger = key, ledger
+
+    @property
+    def ledger(self) -> CheckpointLedger:
+        """What the client has seen by now; keep it with the newest checkpoint."""
+        return self._ledger
+
+    def checkpoint(self, tree: Any) -> bytes:
+        """Seals a state to the checkpoint key, as bytes that any storage may hold.
+
+        Leaves that lie blinded on the devices are in it as well. The state stays usable. The
+        ledger has seen the checkpoint from now on.
+
+        Args:
+          tree: any pytree of `SealedArray`s.
+
+        Returns:
+          The checkpoint; `checkpoints.write` puts it into a file safely.
+
+        Raises:
+          CheckpointError: no key was given, or a leaf is not sealed.
+          SealedValueError: a leaf was donated or belongs to another enclave.
+
+        Example:
+          >>> import tempo_jax as tempo
+          >>> key = tempo.CheckpointKey.generate()
+          >>> with tempo.Enclave.launch(checkpoint_key=key) as enclave:
+          ...     data = enclave.checkpoint(enclave.seal({"step": 3}))
+          ...     ledger = enclave.ledger
+          >>> with tempo.Enclave.launch(checkpoint_key=key, checkpoint_ledger=ledger) as enclave:
+          ...     state = enclave.restore(data, like={"step": 0})
+          ...     int(enclave.open(state)["step"])
+          3
+        """
+        self._lines("`enclave.checkpoint`")
+        self.free_dropped()
+        for leaf in jax.tree.leaves(tree, is_leaf=is_sealed):
+            if is_sealed(leaf):
+                self.check_owned(leaf)
+                if isinstance(leaf.handle, Tracer):
+                    raise UnsupportedError(
+                        "enclave.checkpoint was called inside jit: there is no state yet. Call it "
+                        "outside, on what the jitted function returned."
+                    )
+        with self._checkpointing:
+            data = _checkpointing.write(self, tree)
+            if self._checkpoint_key is not None:
+                self._ledger = self._ledger.recorded(self._checkpoint_key, data)
+        return data
+
+    def restore_order(self, like: Any, *, allow_rollback_to: int | None = None) -> bytes:
+        """The client's leave for its host to restore a checkpoint: bytes to send it.
+
+        For a client that is not where the checkpoint is. The order holds for this enclave, for
+        states like `like`, and for checkpoints at least as new as the newest in the ledger.
+
+        Args:
+          like: see `restore`.
+          allow_rollback_to: see `restore`.
+
+        Raises:
+          CheckpointError: no checkpoint key was given.
+          RoleError: this is the host's side.
+        """
+        return self._restore_order(_checkpointing.leaves_of(like)[0], allow_rollback_to)
+
+    def _restore_order(self, leaves: Sequence[Leaf], allow_rollback_to: int | None) -> bytes:
+        key = self._used_checkpoint_key()
+        newest = self._ledger.newest.get(key.lineage)
+        order = {
+            "newest": None if newest is None else newest.encode(),
+            "allow_rollback_to": allow_rollback_to,
+            "leaves": [leaf.encode() for leaf in leaves],
+        }
+        return self._encrypted(json.dumps(order).encode(), "restore")
+
+    def _used_checkpoint_key(self) -> CheckpointKey:
+        self._keys("allowing a restore")
+        if self._checkpoint_key is None:
+            raise CheckpointError(
+                "enclave.restore: this client gave no checkpoint key; launch the enclave with "
+                "`checkpoint_key=`, or call `use_checkpoint_key`"
+            )
+        return self._checkpoint_key
+
+    def restore(
+        self,
+        data: bytes,
+        like: Any,
+        *,
+        allow_rollback_to: int | None = None,
+        order: bytes | None = None,
+    ) -> Any:
+        """Brings a checkpoint's state into this enclave, where it gets fresh blinding keys.
+
+        Args:
+          data: what `checkpoint` returned, in this enclave or an earlier one.
+          like: a pytree of the same structure, shapes and dtypes: the state as first made, a
+            sealed one, or `jax.eval_shape`'s result.
+          allow_rollback_to: the number of a checkpoint that is older than the newest that the
+            client has seen, to go back to it on purpose.
+          order: on the host, what the client's `restore_order` gave.
+
+        Returns:
+          The pytree with `SealedArray`s.
+
+        Raises:
+          CheckpointError: altered or cut; under another key; older than the client has seen; not
+            like `like`.
+          RoleError: on the host without an `order`; on a client away from the enclave.
+        """
+        if not isinstance(data, bytes):
+            raise CheckpointError(
+                f"enclave.restore: data is a {type(data).__name__}, expected bytes (for an array "
+                "of uint8, `np.asarray(array).tobytes()`)"
+            )
+        self._lines("`enclave.restore`")
+        if order is None and not self.is_client:
+            raise RoleError(
+                "enclave.restore: restoring needs the client's leave. Pass `order=`, which the "
+                "client gets from `enclave.restore_order(like)` and sends you"
+            )
+        if order is None:
+            self._used_checkpoint_key()
+
+        def ordered(leaves: Sequence[Leaf]) -> bytes:
+            return self._restore_order(leaves, allow_rollback_to) if order is None else order
+
+        with self._checkpointing:
+            restored = _checkpointing.restore(self, data, ordered, like)
+            if self._checkpoint_key is not None:
+                self._ledger = self._ledger.recorded(self._checkpoint_key, data)
+        return restored
+
     def check_owned(self, sealed: SealedArray) -> SealedArray:
         """Refuses values of other sessions and values already donated.
 
@@ -223,35 +530,16 @@ class Enclave:
 
     def adopt(self, handle: Any) -> None:
         """Counts an array that holds a handle; when the last one is dropped, frees the handle."""
-        key = id(handle)
-        if self._is_counted(key):
-            return
-        # Reading it may wait for a program whose callbacks need the lock, so it comes first.
-        text = handle_text(handle)
-        with self._lock:
-            self._count_released()
-            if not self._is_counted(key):
-                self._owned[text] += 1
-                self._counted[key] = weakref.finalize(handle, self._released.append, (key, text))
+        self._handles.adopt(handle)
 
-    def _is_counted(self, key: int) -> bool:
-        # The number of an array that is gone may name another one by now.
-        finalizer = self._counted.get(key)
-        return finalizer is not None and finalizer.alive
+    def keep(self, sealed: SealedArray) -> None:
+        """Keeps what a sealed value names in the enclave, although it may be dropped here.
 
-    def _count_released(self) -> None:
-        """Takes note of arrays that are gone.
-
-        A finalizer runs at any point of any thread, so it takes no lock and only appends.
+        For values that lie in files: whoever reads them later still finds them, until a call
+        donates them or the enclave ends.
         """
-        while self._released:
-            key, text = self._released.popleft()
-            if not self._is_counted(key):
-                self._counted.pop(key, None)
-            self._owned[text] -= 1
-            if self._owned[text] <= 0:
-                del self._owned[text]
-                self._dropped.append(text)
+        if sealed.form != ENCRYPTED:
+            self._handles.keep(handle_text(sealed.handle))
 
     def donate(self, leaves: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Gives up sealed values that a committed run replaced by `outputs`."""
@@ -260,18 +548,14 @@ class Enclave:
             if not is_sealed(leaf):
                 continue
             if leaf.form != ENCRYPTED:
-                text = handle_text(leaf.handle)
-                with self._lock:
-                    self._dropped.append(text)
+                self._handles.drop(handle_text(leaf.handle))
             # A leaf that the step passes through may come back as the very same array.
             if isinstance(leaf.content, jax.Array) and id(leaf.content) not in kept:
                 leaf.content.delete()
 
     def free_dropped(self) -> None:
         """Tells the enclave which handles nobody holds any more."""
-        with self._lock:
-            self._count_released()
-            dropped, self._dropped = self._dropped, []
+        dropped = self._handles.take_dropped()
         if dropped and not self._connection.closed:
             self._connection.request(Kind.FREE, {"handles": dropped})
 
@@ -280,17 +564,19 @@ class Enclave:
     @contextlib.contextmanager
     def arena(self, size: int) -> Iterator[tuple[str, Arena]]:
         """Shared memory for one request or run."""
-        reserved = self._connection.reserve(aligned(max(size, 1)))
+        lines = self._lines("what goes through shared memory")
+        reserved = lines.reserve(aligned(max(size, 1)))
         try:
             yield reserved
         except BaseException:
-            self._connection.discard(reserved)
+            lines.discard(reserved)
             raise
-        self._connection.give_back(reserved)
+        lines.give_back(reserved)
 
     def _encrypted(self, content: bytes, purpose: str) -> bytes:
         context = f"{purpose}|{self.session}".encode()
-        return encryption.encrypt_bytes(self._connection.keys.to_enclave, content, context)
+        key = self._keys("encrypting to the enclave").to_enclave
+        return encryption.encrypt_bytes(key, content, context)
 
     def compile(self, blob: bytes) -> str:
         """Provisions a segment's code and starts compiling it; returns its name."""
@@ -301,6 +587,13 @@ class Enclave:
         """Provisions a program and its closed-over arrays; returns its number."""
         sizes = [input_bytes(port.array) for port in program.constants]
         content = self._encrypted(json.dumps(program.encode()).encode(), "provision")
+        if not self.is_host:
+            behind = [
+                self._encrypted_array(_jaxpr.to_physical(value)).tobytes() for value in constants
+            ]
+            fields = {"program_bytes": len(content)}
+            attachment = b"".join((content, *behind))
+            return self._connection.request(Kind.PROVISION, fields, attachment)["program"]
         with self.arena(sum(sizes)) as (name, arena):
             offsets = [sum(sizes[:i]) for i in range(len(sizes))]
             for port, offset, value in zip(program.constants, offsets, constants, strict=True):
@@ -311,8 +604,20 @@ class Enclave:
             )
         return reply["program"]
 
+    def find(self, program: Program) -> int:
+        """The number of a program that the client provisioned.
+
+        Raises:
+          UnprovisionedError: it provisioned none of this description.
+        """
+        return self._connection.request(Kind.FIND, {"digest": program.digest})["program"]
+
+    def _encrypted_array(self, value: Any) -> np.ndarray:
+        key = self._keys("provisioning a program").to_enclave
+        return encryption.encrypt_array(key, np.asarray(value), self.session)
+
     def _write_encrypted(self, arena: Arena, port: Port, offset: int, plain: np.ndarray) -> None:
-        encrypted = encryption.encrypt_array(self._connection.keys.to_enclave, plain, self.session)
+        encrypted = self._encrypted_array(plain)
         assert (plain.shape, plain.dtype.name) == (port.array.shape, port.array.dtype)
         np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), offset), encrypted)
 

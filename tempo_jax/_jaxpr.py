@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src import config as jax_config  # JAX 0.10-0.12: flags for one thread.
 from jax._src import source_info_util  # JAX 0.10-0.12: no public way to keep an equation's source.
 from jax._src.state.discharge import discharge_state  # JAX 0.10-0.12: `jit` does the same.
 from jax.core import Tracer
@@ -170,6 +171,14 @@ def equations(jaxpr: Any) -> Iterator[JaxprEqn]:
         yield eqn
         for inner in subjaxprs(eqn):
             yield from equations(inner)
+
+
+def without_locations() -> contextlib.AbstractContextManager[None]:
+    """Leaves source files and lines out of what is lowered, so that equal programs are equal bytes.
+
+    They would differ between machines, and would tell a reader where the code lies.
+    """
+    return jax_config.traceback_in_locations_limit(0)
 
 
 def at_source_of(eqn: JaxprEqn) -> contextlib.AbstractContextManager[None]:

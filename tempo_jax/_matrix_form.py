@@ -7,7 +7,9 @@ traced anew with marked copies (`blind_p`):
   are copies of its own, so that no key is shared across families. What stays inside is
   decided here, by the scheme's policy first and by cost second;
 * two polarities with kept keys: the gradient of a device-resident weight must come out in
-  the weight's own polarity, so its operands are blinded once more.
+  the weight's own polarity, so its operands are blinded once more;
+* verification: the enclave checks a product against operands that it sent, so none may be
+  another product's result as the devices have it, and none may come back rounded to 16 bits.
 
 Untrusted and pure; called by `_plan`.
 """
@@ -295,6 +297,9 @@ class _Policy:
             number = fused.equations(kind)[0]
             itemsize = max(self.jaxpr.eqns[number].outvars[0].aval.dtype.itemsize, 4)
             seconds += costs.tensor(lengths[name] * copies, itemsize, self.scheme)
+            terms = {FORWARD: inner, TO_INPUT: columns, TO_WEIGHT: padded}[kind]
+            width = {FORWARD: columns, TO_INPUT: inner, TO_WEIGHT: columns}[kind]
+            seconds += copies * costs.check(terms, width, sum(lengths.values()), lengths[name])
             if isinstance(fused.parts[0].members[number].out, Patches):
                 seconds += costs.rearranging(lengths[name], itemsize)
             if kind == TO_WEIGHT:
@@ -370,6 +375,43 @@ def split_polarities(closed: ClosedJaxpr) -> ClosedJaxpr:
                                 copies[v] = blind_p.bind(env[v])
                             operands[i] = copies[v]
             env.update(zip(eqn.outvars, _jaxpr.bind(eqn, operands), strict=True))
+        return [_read(v, env) for v in closed.jaxpr.outvars]
+
+    return _jaxpr.trace(run, _jaxpr.avals_of(closed))
+
+
+def verifiable(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """Makes every product one whose result can be checked, in the same order.
+
+    Its operands pass through the enclave, its result has at least 32 bits, and the devices are
+    asked for all of them: by default some multiply float32 with fewer.
+    """
+
+    def run(*arguments: Any) -> list[Any]:
+        env = _environment(closed, arguments)
+        copies: dict[Any, Any] = {}
+        from_devices: set[Any] = set()
+        for eqn in closed.jaxpr.eqns:
+            operands = [_read(v, env) for v in eqn.invars]
+            if not is_product(eqn):
+                env.update(zip(eqn.outvars, _jaxpr.bind(eqn, operands), strict=True))
+                continue
+            out = eqn.outvars[0]
+            dtype = out.aval.dtype
+            wide = jnp.promote_types(dtype, jnp.float32)
+            changes: dict[str, Any] = {"preferred_element_type": wide}
+            if all(v.aval.dtype.itemsize > 2 for v in eqn.invars):
+                changes["precision"] = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
+            with _jaxpr.at_source_of(eqn):
+                for i, v in enumerate(eqn.invars):
+                    if isinstance(v, Var) and v in from_devices:
+                        if v not in copies:
+                            copies[v] = blind_p.bind(env[v])
+                        operands[i] = copies[v]
+                (product,) = _jaxpr.bind(eqn, operands, **changes)
+                env[out] = product.astype(dtype)
+            if wide == dtype:
+                from_devices.add(out)
         return [_read(v, env) for v in closed.jaxpr.outvars]
 
     return _jaxpr.trace(run, _jaxpr.avals_of(closed))

@@ -48,6 +48,8 @@ class Question:
       offload: whether products are offloaded at all.
       stays: for each product in order why it stays inside, or None if it goes out, where
         that was decided before; else None.
+      verify: whether the enclave checks what comes back, so that the host may do nothing but
+        products of what it was sent.
     """
 
     jaxpr: Jaxpr
@@ -57,6 +59,7 @@ class Question:
     costs: CostModel | None
     offload: bool
     stays: Sequence[str | None] | None
+    verify: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,9 @@ def too_cheap(inside: float, outside: float) -> str:
     )
 
 
+_UNCHECKED = "verify=True keeps it inside, since nothing could check an update on the devices"
+
+
 class _Placer:
     """State of the fixpoint: what was demoted so far, and facts that never change."""
 
@@ -166,6 +172,9 @@ class _Placer:
             for i, o in question.carried.items()
             if isinstance(self.outputs[o], Var) and self.outputs[o] in self.cheap
         }
+        if question.verify:
+            self.reasons.update(dict.fromkeys(cheap, _UNCHECKED))
+            return set()
         return {
             i
             for i in cheap | question.on_devices
@@ -298,7 +307,7 @@ class _Walk:
     def _may_commute(self, eqn: JaxprEqn) -> bool:
         """Whether the scheme leaves equations besides products to the host."""
         scheme = self.question.scheme
-        if scheme.keys_per_product:
+        if scheme.keys_per_product or self.question.verify:
             return False
         if scheme.group.orthogonal:
             return True
@@ -353,7 +362,7 @@ class _Walk:
             raise NotEquivariantError(why)
         if question.costs is not None and question.stays is None:
             costs, scheme = question.costs, question.scheme
-            outside = costs.latency
+            outside = costs.latency + costs.check_of(eqn)
             for v in set(_variables(eqn)) - self.host:
                 outside += costs.crossing(v.aval, scheme) / placer.uses[v]
             out = eqn.outvars[0]

@@ -19,6 +19,7 @@ from enclave_runtime.encryption import OVERHEAD_BYTES
 from enclave_runtime.program import (
     DEVICE,
     ENCLAVE,
+    MAX_SOURCE,
     PUBLIC,
     ArrayType,
     Crossing,
@@ -32,13 +33,15 @@ from enclave_runtime.program import (
 from tempo_jax import _jaxpr
 from tempo_jax._cost import CostModel
 from tempo_jax._jaxpr import ClosedJaxpr, Flattening, Jaxpr, JaxprEqn, Literal, Var
-from tempo_jax._matrix_form import matrix_form, split_polarities
+from tempo_jax._matrix_form import matrix_form, split_polarities, verifiable
 from tempo_jax._mesh import choose_sharded
 from tempo_jax._placement import Placement, Question, Side, place
-from tempo_jax._products import is_product, work
+from tempo_jax._products import description, is_product, work
 from tempo_jax._segments import Cut, TrustedSegment, cut
 from tempo_jax.errors import UnsupportedError
 from tempo_jax.schemes import Group, Mixing, Scheme
+
+CHECKING = 1.0  # nanoseconds for each element of a checked product, see `CostModel.checking`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Request:
       costs: the cost model; None offloads every product that can be.
       offload: whether anything is offloaded.
       workers: devices of the mesh, 1 without one.
+      verify: whether the enclave checks every product that comes back.
     """
 
     closed: ClosedJaxpr
@@ -64,6 +68,7 @@ class Request:
     costs: CostModel | None
     offload: bool
     workers: int
+    verify: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +135,8 @@ def make_plan(request: Request) -> Plan:
             return False
         return costs is None or costs.inside(eqn) > costs.latency
 
+    if costs is not None and request.verify:
+        costs = dataclasses.replace(costs, checking=CHECKING)
     _refuse_callbacks(request.closed.jaxpr)
     for eqn in _jaxpr.debugging(request.closed.jaxpr):
         notes.append(
@@ -143,15 +150,26 @@ def make_plan(request: Request) -> Plan:
         assert isinstance(scheme, Mixing), "the only scheme with keys per product"
         form = matrix_form(flat, scheme, costs, request.carried)
         flat, stays = form.closed, form.stays
+        flat = verifiable(flat) if request.verify else flat
         products = [eqn for eqn in flat.jaxpr.eqns if is_product(eqn)]
         for eqn, count in zip(products, form.decoys, strict=True):
             if count:
                 decoys[eqn.invars[0]] = count
-    elif request.offload and not scheme.group.orthogonal:
-        flat = split_polarities(flat)
+    elif request.offload:
+        flat = flat if scheme.group.orthogonal else split_polarities(flat)
+        flat = verifiable(flat) if request.verify else flat
     jaxpr = flat.jaxpr
     placement = place(
-        Question(jaxpr, request.carried, request.on_devices, scheme, costs, request.offload, stays)
+        Question(
+            jaxpr,
+            request.carried,
+            request.on_devices,
+            scheme,
+            costs,
+            request.offload,
+            stays,
+            request.verify,
+        )
     )
     notes += _notes(jaxpr)
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
@@ -160,7 +178,8 @@ def make_plan(request: Request) -> Plan:
     revealed = tuple(i for i, v in enumerate(outputs) if _jaxpr.is_revealed(v, made_by))
     sealed = tuple(i for i in range(len(outputs)) if i not in set(revealed))
     on_device: set[Var] = set()
-    if not scheme.keys_per_product:  # else keys end with the step
+    # Keys per product end with the step, and what stays on the devices is never checked.
+    if not (scheme.keys_per_product or request.verify):
         on_device = {outputs[i] for i in sealed if _stays_blinded(outputs[i], placement)}
     parts = cut(
         jaxpr,
@@ -292,11 +311,16 @@ def _describe(
         for v in values:
             array = array_type(v.aval)
             blinded = layout(v).blinded(array, classes)
-            operands = None
-            if v in made_by and request.scheme.keys_per_product:
+            operands = product = None
+            source = ""
+            if v in made_by and (request.scheme.keys_per_product or request.verify):
                 left, right = map(number, made_by[v].invars)
                 operands = (left, right)
-            out.append(Crossing(number(v), array, blinded, layout(v), offset, operands))
+            if v in made_by and request.verify:
+                product, source = description(made_by[v]), described(made_by[v])
+            out.append(
+                Crossing(number(v), array, blinded, layout(v), offset, operands, product, source)
+            )
             offset += aligned(blinded.nbytes)
         return tuple(out)
 
@@ -323,7 +347,14 @@ def _describe(
         outputs,
         tuple(segments),
         aligned(arena),
+        request.verify,
     )
+
+
+def described(eqn: JaxprEqn) -> str:
+    """An equation in an error's text: its operands' types and where it comes from."""
+    operands = " × ".join(v.aval.str_short() for v in eqn.invars)
+    return f"{eqn.primitive.name} {operands} at {_jaxpr.source(eqn)}"[:MAX_SOURCE]
 
 
 def input_bytes(array: ArrayType) -> int:
@@ -381,7 +412,8 @@ def export_segments(parts: Cut) -> Iterator[bytes]:
         if key not in exported:
             avals = [_jaxpr.physical(v.aval) for v in segment.inputs]
             run = jax.jit(_function(segment), keep_unused=True)
-            module = jax.export.export(run, platforms=["cpu"])(*avals)
+            with _jaxpr.without_locations():
+                module = jax.export.export(run, platforms=["cpu"])(*avals)
             if module.nr_devices != 1:
                 raise UnsupportedError(
                     f"shield: the function spreads trusted work over {module.nr_devices} devices "

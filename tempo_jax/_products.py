@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from enclave_runtime.products import Convolution, DotGeneral, Product
 from tempo_jax._jaxpr import Jaxpr, JaxprEqn, Var, conv_p, dot_general_p
 from tempo_jax._keying import ONE, Axes, Axis, Keying
 from tempo_jax._operands import Context, NotEquivariantError, Operand
@@ -146,6 +147,25 @@ def work(eqn: JaxprEqn) -> int:
         return 2 * out * math.prod(lhs[i] for i in contract)
     _, in_feature, *space = eqn.params["dimension_numbers"].rhs_spec
     return 2 * out * math.prod(rhs[i] for i in (in_feature, *space))
+
+
+def description(eqn: JaxprEqn) -> Product:
+    """A product in the protocol's terms."""
+    numbers = eqn.params["dimension_numbers"]
+    if eqn.primitive is dot_general_p:
+        (left, right), (left_batch, right_batch) = numbers
+        return DotGeneral((tuple(left), tuple(right)), (tuple(left_batch), tuple(right_batch)))
+    return Convolution(
+        tuple(eqn.params["window_strides"]),
+        tuple((low, high) for low, high in eqn.params["padding"]),
+        tuple(eqn.params["lhs_dilation"]),
+        tuple(eqn.params["rhs_dilation"]),
+        tuple(numbers.lhs_spec),
+        tuple(numbers.rhs_spec),
+        tuple(numbers.out_spec),
+        eqn.params["feature_group_count"],
+        eqn.params["batch_group_count"],
+    )
 
 
 def contracted_axes(eqn: JaxprEqn) -> tuple[int, ...]:

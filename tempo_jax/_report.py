@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from enclave_runtime.program import KeyClass
+from enclave_runtime.products import VECTORS, block_width, resolution, unit_roundoff
+from enclave_runtime.program import ArrayType, Crossing, KeyClass
 from tempo_jax import _jaxpr
 from tempo_jax._placement import Side
 from tempo_jax._plan import Plan, array_type, offloaded, offloaded_work
@@ -58,6 +59,41 @@ class Report:
     def offloaded_work(self) -> tuple[int, int]:
         """Floating-point operations of the products sent out, and of all products."""
         return offloaded_work(self.plan)
+
+    @property
+    def _sent(self) -> dict[int, ArrayType]:
+        """What the enclave sends, by the value's number, as the host has it."""
+        sent = (c for s in self.plan.program.segments for c in s.downloads)
+        return {c.value: c.blinded for c in sent}
+
+    @property
+    def checked(self) -> tuple[tuple[str, float], ...]:
+        """Products that are checked, each with the smallest error that is noticed.
+
+        An error counts by the RMS of the blinded result's row that it is in, if that is not
+        what little is left of terms that cancel. One in which some element is off by more (and
+        by more than 1e-4 of itself, in float32) escapes with a probability of `2**-16` at most.
+        """
+        sent = self._sent
+        uploads = (c for s in self.plan.program.segments for c in s.uploads)
+        return tuple((c.source, _noticed(c, sent)) for c in uploads if c.product is not None)
+
+    @property
+    def bytes_kept(self) -> int:
+        """The most bytes of copies that the enclave keeps at once of what it sent, to check."""
+        segments = self.plan.program.segments
+        last: dict[int, int] = {}
+        for index, segment in enumerate(segments):
+            for crossing in segment.uploads:
+                if crossing.product is not None:
+                    last.update(dict.fromkeys(crossing.operands or (), index))
+        kept: dict[int, int] = {}
+        most = 0
+        for index, segment in enumerate(segments):
+            kept = {v: n for v, n in kept.items() if last[v] >= index}
+            kept |= {c.value: c.blinded.nbytes for c in segment.downloads if c.value in last}
+            most = max(most, sum(kept.values()))
+        return most
 
     @property
     def encryptions_saved(self) -> int:
@@ -120,7 +156,7 @@ class Report:
         lines = [f"{self.name} under {plan.request.scheme.name}"]
         if plan.request.offload:
             lines.append(f"  the host learns {plan.request.scheme.host_learns}")
-        lines += [*self._products(), *self._leaves(), *self._crossings()]
+        lines += [*self._products(), *self._verification(), *self._leaves(), *self._crossings()]
         lines += [f"note: {note}" for note in plan.notes]
         return "\n".join(lines)
 
@@ -147,6 +183,20 @@ class Report:
             kept.append((self._pattern(eqn), f"{self._pattern(eqn)} stays inside: {why}"))
         lines += _grouped(kept)
         return lines
+
+    def _verification(self) -> list[str]:
+        if not self.plan.request.verify:
+            return ["not verified: a device that returns a wrong product is not noticed"]
+        checked = self.checked
+        if not checked:
+            return ["verified: nothing comes back from the devices that could be wrong"]
+        coarsest, least = max(checked, key=lambda each: each[1])
+        return [
+            f"verified: each of the {len(checked)} products, on blinded values; what is wrong by "
+            f"more than {least:.1g} of its row's RMS (less for most, this for {coarsest}) escapes "
+            f"with a probability of 2^-{VECTORS} at most; copies of what was sent take up to "
+            f"{self.bytes_kept / 1e6:.1f} MB inside"
+        ]
 
     def _leaves(self) -> list[str]:
         lines = [f"device-resident leaves, updated where they lie: {len(self.resident)}"]
@@ -178,6 +228,15 @@ class Report:
             split = ", ".join(f"k{c}" for c in sorted(plan.sharded)) or "none"
             lines.append(f"{plan.request.workers} workers; classes split over them: {split}")
         return lines
+
+
+def _noticed(crossing: Crossing, sent: Mapping[int, ArrayType]) -> float:
+    """The smallest error that the check of a product notices, over the RMS of its row."""
+    assert crossing.product is not None and crossing.operands is not None
+    lhs, rhs = (sent[v] for v in crossing.operands)
+    unit = unit_roundoff(lhs.dtype, rhs.dtype, crossing.blinded.dtype)
+    terms, columns = crossing.product.sizes(lhs.shape, rhs.shape)
+    return resolution(terms, block_width(terms, columns, unit), unit)
 
 
 def _grouped(lines: Iterable[tuple[str, str]]) -> list[str]:

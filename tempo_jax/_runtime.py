@@ -25,12 +25,21 @@ from enclave_runtime.memory import Arena
 from enclave_runtime.program import DEVICE, ArrayType
 from enclave_runtime.wire import Kind
 from tempo_jax import _jaxpr
-from tempo_jax._enclave import Enclave, handle_array, handle_text
+from tempo_jax._enclave import Enclave
 from tempo_jax._host_program import HostResult, build_host_program
 from tempo_jax._mesh import local_shape, sharded_axis
 from tempo_jax._observation import HostView, Product
-from tempo_jax._plan import Plan, export_segments, input_bytes, offloaded
-from tempo_jax._sealed import BLINDED, ENCRYPTED, RESIDENT, SealedArray, is_sealed
+from tempo_jax._plan import Plan, input_bytes, offloaded
+from tempo_jax._provision import provisioned
+from tempo_jax._sealed import (
+    BLINDED,
+    ENCRYPTED,
+    RESIDENT,
+    SealedArray,
+    handle_array,
+    handle_text,
+    is_sealed,
+)
 from tempo_jax.errors import EnclaveError, TempoError
 
 
@@ -77,13 +86,12 @@ class Runtime:
         self._compiled: dict[bool, Any] = {}
         self._lock = threading.Lock()
         self._threads = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="tempo_jax")
-        names = [enclave.compile(blob) for blob in export_segments(plan.cut)]
-        segments = tuple(
-            dataclasses.replace(s, executable=name)
-            for s, name in zip(plan.program.segments, names, strict=True)
-        )
-        self._program = dataclasses.replace(plan.program, segments=segments)
-        self._number = enclave.provision(self._program, plan.flat.consts)
+        self._program, self._number = provisioned(plan, enclave)
+
+    @property
+    def digest(self) -> str:
+        """The hash of what the enclave was told."""
+        return self._program.digest
 
     # The host program
 
@@ -378,7 +386,9 @@ class Runtime:
         def begin(*flat: Any) -> tuple[Any, ...]:
             concrete = jax.tree.unflatten(structure, [np.asarray(x) for x in flat])
             self._enclave.free_dropped()
-            reserved = self._enclave.connection.reserve(self._program.arena_bytes)
+            reserved: tuple[str, Arena] = self._enclave.connection.reserve(
+                self._program.arena_bytes
+            )
             try:
                 run, blinded = self._begin(*reserved, concrete, raises=True)
             except BaseException:

@@ -18,6 +18,16 @@ from tempo_jax.errors import SealedValueError
 ENCRYPTED, RESIDENT, BLINDED = "encrypted", "resident", "blinded"
 
 
+def handle_text(handle: Any) -> str:
+    """A handle, uint32[4], in the protocol's hexadecimal form."""
+    return np.asarray(handle).tobytes().hex()
+
+
+def handle_array(text: str) -> np.ndarray:
+    """Inverse of `handle_text`."""
+    return np.frombuffer(bytes.fromhex(text), np.uint32).copy()
+
+
 class HandleOwner(Protocol):
     """The enclave client that counts the owners of handles."""
 

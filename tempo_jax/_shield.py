@@ -19,14 +19,15 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
+from enclave_runtime.program import DEVICE
 from tempo_jax import _jaxpr
 from tempo_jax._enclave import Enclave
 from tempo_jax._observation import active_views
 from tempo_jax._plan import Plan, Request, make_plan
 from tempo_jax._report import Report
 from tempo_jax._runtime import Runtime, Traffic
-from tempo_jax._sealed import BLINDED, is_sealed
-from tempo_jax.errors import SecrecyError, UnsupportedError
+from tempo_jax._sealed import BLINDED, RESIDENT, SealedArray, is_sealed
+from tempo_jax.errors import RoleError, SecrecyError, UnsupportedError
 from tempo_jax.schemes import Mixing, Scheme
 
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_shield", default=False)
@@ -42,6 +43,7 @@ def shield(
     offload: str = "auto",
     mesh: Mesh | None = None,
     donate: bool = True,
+    verify: bool = False,
 ) -> Any:
     """Transforms a function so that untrusted devices compute on blinded operands only.
 
@@ -66,6 +68,10 @@ def shield(
         every product that can be blinded.
       mesh: a mesh with one axis to spread the blinded products over.
       donate: whether a carried state is donated.
+      verify: whether the enclave checks every product that the devices return (Freivalds). A
+        wrong one stops the run with an `IntegrityError` that names the equation, and the last
+        state stands. Leaves stay in the enclave then, since nothing could check an update on
+        the devices. `explain` says what is checked and how small an error is noticed.
 
     Returns:
       A `Shielded` function.
@@ -93,8 +99,11 @@ def shield(
             offload=offload,
             mesh=mesh,
             donate=donate,
+            verify=verify,
         )
-    return Shielded(function, enclave, scheme or Mixing(), public, placement, offload, mesh, donate)
+    return Shielded(
+        function, enclave, scheme or Mixing(), public, placement, offload, mesh, donate, verify
+    )
 
 
 class _Signature:
@@ -120,7 +129,7 @@ class _Signature:
 
 
 def _aval(x: Any) -> Any:
-    if is_sealed(x):
+    if is_sealed(x) or isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
     try:
         aval = jax.typeof(x)
@@ -158,13 +167,14 @@ class Shielded:
         offload: str,
         mesh: Mesh | None,
         donate: bool,
+        verify: bool = False,
     ):
         """Checks the options; see `shield`."""
         functools.update_wrapper(self, function)
         if not isinstance(enclave, Enclave):
             raise UnsupportedError(
-                f"shield: enclave is a {type(enclave).__name__}, expected what `Enclave.launch()` "
-                "returns"
+                f"shield: enclave is a {type(enclave).__name__}, expected what `Enclave.launch()`, "
+                "`.connect(...)` or `.attach(...)` returns"
             )
         if not isinstance(scheme, Scheme):
             raise UnsupportedError(
@@ -185,6 +195,7 @@ class Shielded:
         self._weighs_costs = placement == "auto" and offload == "auto"
         self._mesh = mesh
         self._donate = donate
+        self._verify = verify
         self._programs: dict[Any, list[_Program]] = {}
         self._lock = threading.RLock()
 
@@ -222,6 +233,13 @@ class Shielded:
         """The flat arguments as the runtime takes them: sealed, or arrays where public."""
         inputs = []
         for i, x in enumerate(signature.leaves):
+            if is_sealed(x) and x.form == BLINDED and self._verify:
+                raise UnsupportedError(
+                    f"shield: argument {i} of `{self._name}` lies blinded on the devices, where "
+                    "nothing checks it, and verify=True takes nothing unchecked. Have the function "
+                    "that made it verify as well, or accept the value as it is: "
+                    "`enclave.seal(enclave.open(x))`."
+                )
             if is_sealed(x):
                 inputs.append(self._enclave.check_owned(x))
             elif i in signature.public:
@@ -238,6 +256,12 @@ class Shielded:
                     f"shield: argument {i} of `{self._name}` is a plain array that a surrounding "
                     "jit or scan would keep in its program. Seal it with `enclave.seal` outside "
                     "and pass the sealed value in, or name the argument in `public=`."
+                )
+            elif not self._enclave.is_client:
+                raise RoleError(
+                    f"shield: argument {i} of `{self._name}` is plain, and the host has no key to "
+                    "seal it with. Pass what the client sealed (`tempo.load_sealed`), or name the "
+                    "argument in `public=` on both sides."
                 )
             else:
                 inputs.append(self._enclave.seal(x))
@@ -291,6 +315,7 @@ class Shielded:
             costs=self._enclave.costs if self._weighs_costs else None,
             offload=self._offload,
             workers=1 if self._mesh is None else self._mesh.size,
+            verify=self._verify,
         )
         return _Program(make_plan(request), out_structure, types)
 
@@ -335,6 +360,12 @@ class Shielded:
         """Runs the shielded function; see `shield`."""
         if _inside.get():
             return self._function(*args, **kwargs)
+        if not self._enclave.is_host:
+            raise RoleError(
+                f"shield: `{self._name}` runs on the host, and this is the client's side "
+                "(`Enclave.connect`): call `.provision(...)` here, and call the function on the "
+                "enclave's machine with `enclave=Enclave.attach(...)`."
+            )
         signature = self._signature(args, kwargs)
         tracing = _jaxpr.under_trace() or any(
             isinstance(x, Tracer) for x in jax.tree.leaves(signature.leaves)
@@ -356,6 +387,59 @@ class Shielded:
             if aval.dtype == jax.dtypes.float0:
                 outputs[i] = np.zeros(aval.shape, jax.dtypes.float0)
         return jax.tree.unflatten(program.out_structure, outputs)
+
+    def provision(self, *args: Any, **kwargs: Any) -> str:
+        """Gives the enclave the program for such arguments, so that the host may run it.
+
+        The client calls this; then `shield` of the same function finds the program on the host
+        (`Enclave.attach`), by the hash of its description and of its code. Called on the
+        host, it checks that the client did.
+
+        Where a state is carried whose returned form needs a plan of its own (a leaf that comes
+        back weakly typed, or lies on the devices from then on), that is provisioned as well.
+
+        Arrays that the function closes over go to the enclave encrypted, and on the host only
+        their shapes and dtypes matter. Of two programs that differ in such arrays alone, the host
+        gets the one provisioned last.
+
+        Args:
+          *args: arguments as for a call; only structure, shapes, dtypes and, of sealed values,
+            where they lie matter. `jax.ShapeDtypeStruct` stands for an array.
+          **kwargs: likewise.
+
+        Returns:
+          The hash of the program for the arguments as given.
+
+        Raises:
+          UnprovisionedError: on the host, if the client did not provision it.
+        """
+        signature = self._signature(args, kwargs)
+        program = self._program(signature)
+        provisioned = []
+        while program not in provisioned:
+            self._runtime(program)
+            provisioned.append(program)
+            signature = self._following(signature, program)
+            program = self._program(signature)
+        return self._runtime(provisioned[0]).digest
+
+    def _following(self, signature: _Signature, program: _Program) -> _Signature:
+        """The signature of the next call, whose state is the one that this call returns."""
+        plan, leaves = program.plan, list(signature.leaves)
+        places = dict(zip(plan.sealed, (p.place for p in plan.program.outputs), strict=True))
+        for i, position in plan.request.carried.items():
+            if position in places:
+                aval = program.types[position]
+                form = BLINDED if places[position] == DEVICE else RESIDENT
+                leaves[i] = SealedArray(
+                    (None, None),
+                    form,
+                    aval.shape,
+                    aval.dtype,
+                    aval.weak_type,
+                    self._enclave.session,
+                )
+        return _Signature(leaves, signature.structure, signature.public)
 
     def explain(self, *args: Any, **kwargs: Any) -> Report:
         """What runs where, under which keys, and what crosses, without running anything.

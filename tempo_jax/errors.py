@@ -20,6 +20,10 @@ class EnclaveDiedError(EnclaveError):
     """The enclave process ended, or its connection broke."""
 
 
+class LaunchError(EnclaveError):
+    """An enclave of the wanted kind that cannot be started here; the message says what to do."""
+
+
 class SharedMemoryError(TempoError):
     """`/dev/shm` is too small for a step."""
 
@@ -28,9 +32,29 @@ class SealedValueError(TempoError):
     """A sealed value that was donated, belongs to another enclave, or was altered."""
 
 
+class CheckpointError(TempoError):
+    """A checkpoint that is altered, of another key or tree, or older than one already seen."""
+
+
 class SecrecyError(TempoError):
     """A value that should be secret is already known to the host."""
 
 
+class IntegrityError(TempoError):
+    """The devices returned something wrong under `shield(..., verify=True)`; nothing was kept."""
+
+
 class UnsupportedError(TempoError):
     """A program or argument that cannot be shielded, with the reason and what to do."""
+
+
+class RoleError(TempoError):
+    """A request that the client's or the host's side cannot make; the other side can."""
+
+
+class ChannelError(EnclaveError):
+    """No channel to the enclave: nothing answers, or it did not accept this peer."""
+
+
+class UnprovisionedError(EnclaveError):
+    """A program that the enclave's client did not provision."""

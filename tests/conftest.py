@@ -7,6 +7,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import shutil  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
 import hypothesis  # noqa: E402
@@ -25,6 +26,15 @@ _enclave.machine_costs = lambda measure: CostModel()
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs Gramine where it is not installed."""
+    if shutil.which("gramine-direct") is None:
+        reason = "gramine-direct is not on the PATH (Gramine is in no package registry)"
+        for item in items:
+            if item.get_closest_marker("gramine"):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

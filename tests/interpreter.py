@@ -43,6 +43,7 @@ def plan(
     *arguments: Any,
     stateful: bool = False,
     scheme: Scheme = SIGNED_PERMUTATION,
+    verify: bool = False,
 ) -> Flat:
     """Plans a function as `shield(function, scheme=scheme, offload="all")` does.
 
@@ -51,6 +52,7 @@ def plan(
       *arguments: pytrees of arrays.
       stateful: whether the first argument and the first result carry state.
       scheme: the blinding scheme.
+      verify: whether products are checked.
     """
     leaves, structure = jax.tree.flatten(arguments)
     out: list[Any] = []
@@ -70,6 +72,7 @@ def plan(
         costs=None,
         offload=True,
         workers=1,
+        verify=verify,
     )
     return Flat(make_plan(request), out[0], leaves)
 

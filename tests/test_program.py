@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 
 import tempo_jax as tempo
+from enclave_runtime.products import Convolution, DotGeneral
 from enclave_runtime.program import (
     ALIGNMENT,
     MAX_RANK,
@@ -73,9 +74,22 @@ def product_program() -> Program:
     return with_executables(plan(_products, *operands, scheme=Mixing()).plan.program)
 
 
-@pytest.fixture(scope="module", params=["program", "product_program"])
+@pytest.fixture(scope="module")
+def verified_program() -> Program:
+    """A program whose products are checked, a convolution among them."""
+
+    def products(x: jax.Array, w: jax.Array, image: jax.Array, kernel: jax.Array) -> Any:
+        convolved = jax.lax.conv_general_dilated(image, kernel, (2, 1), "SAME")
+        return jnp.tanh(x @ w), jnp.tanh(convolved)
+
+    shapes = (6, 5), (5, 4), (3, 4, 6, 6), (5, 4, 3, 3)
+    operands = (uniform(i, *shape) for i, shape in enumerate(shapes))
+    return with_executables(plan(products, *operands, verify=True).plan.program)
+
+
+@pytest.fixture(scope="module", params=["program", "product_program", "verified_program"])
 def any_program(request) -> Program:
-    """Either of them."""
+    """One of them."""
     return request.getfixturevalue(request.param)
 
 
@@ -111,6 +125,12 @@ def test_programs_have_every_part(program, product_program):  # else the changes
     assert {c.copies for c in product_program.classes} == {1, 2} and product_program.parameters
     uploads = [c for s in product_program.segments for c in s.uploads]
     assert len(uploads) == 2 and all(c.operands for c in uploads)
+
+
+def test_verified_program_has_both_products(verified_program):
+    uploads = [c for s in verified_program.segments for c in s.uploads]
+    assert verified_program.verify and all(c.operands and c.source for c in uploads)
+    assert {type(c.product) for c in uploads} == {DotGeneral, Convolution}
 
 
 def test_decoding_inverts_encoding(any_program):

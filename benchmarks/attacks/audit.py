@@ -20,7 +20,7 @@ from benchmarks.attacks.traces import ProductTruth, ProductView
 from enclave_runtime.hadamard import AxisMap
 from enclave_runtime.keys import KeySchedule
 from enclave_runtime.program import DEVICE, Layout
-from tempo_jax import _connection
+from tempo_jax import _launch
 from tempo_jax._plan import Plan
 from tempo_jax.testing import Product
 
@@ -44,7 +44,7 @@ def launch(root: bytes) -> Iterator[tempo.Enclave]:
     """Starts an enclave with this root secret, 32 bytes."""
     with (
         mock.patch.dict(os.environ, {ROOT_VARIABLE: root.hex()}),
-        mock.patch.object(_connection, "ENCLAVE_MODULE", "benchmarks.attacks.open_enclave"),
+        mock.patch.object(_launch, "ENCLAVE_MODULE", "benchmarks.attacks.open_enclave"),
     ):
         enclave = tempo.Enclave.launch()
     with enclave:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-TARGETS = ("quote", "wire", "program")
+TARGETS = ("quote", "wire", "program", "checkpoint")
 CORPUS = Path(__file__).parent / "corpus"
 
 OneInput = Callable[[bytes], None]

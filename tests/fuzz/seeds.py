@@ -20,6 +20,7 @@ from enclave_runtime import evidence
 from enclave_runtime.program import Program
 from enclave_runtime.wire import Frame, Kind
 from tempo_jax.schemes import Mixing, SignedPermutation
+from tests.fuzz import fuzz_checkpoint
 from tests.fuzz.harness import CORPUS
 from tests.interpreter import plan
 from tests.toy_pki import COMPONENTS, Toy, sgx_extension
@@ -81,7 +82,12 @@ def _programs() -> dict[str, bytes]:
 
 def main() -> None:
     """Writes all seeds."""
-    for target, made in (("quote", _quotes()), ("wire", _frames()), ("program", _programs())):
+    for target, made in (
+        ("quote", _quotes()),
+        ("wire", _frames()),
+        ("program", _programs()),
+        ("checkpoint", fuzz_checkpoint.made_seeds()),
+    ):
         folder = CORPUS / target
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in made.items():

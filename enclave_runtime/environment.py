@@ -1,0 +1,19 @@
+"""Variables and options with which the enclave's interpreter is started, wherever it runs.
+
+Shared: `tempo_jax._launch` starts the development process with them, and the Gramine
+manifest fixes them. Holds no secret.
+"""
+
+from __future__ import annotations
+
+ENCLAVE_MODULE = "enclave_runtime"
+
+# glibc returns large blocks to the system at once and then pays a page fault for every page of
+# the next result; keeping them made elementwise segments several times faster (mallopt(3)).
+ALLOCATOR_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+# The enclave shares NumPy's products out itself; two pools of threads would wait for each other.
+ENCLAVE_ENVIRONMENT = {**ALLOCATOR_ENVIRONMENT, "OPENBLAS_NUM_THREADS": "1"}

@@ -1,0 +1,174 @@
+"""Which checkpoints the enclave writes and which it lets be restored.
+
+A *lineage* is the row of checkpoints under one secret, numbered from 1 on. The secret is the
+client's, handed over encrypted, so that a later enclave can restore what this one wrote; or
+it follows from the enclave's identity (SGX: MRENCLAVE and the processor), and then only the
+same enclave on the same machine can.
+
+An enclave that died remembers nothing, and storage belongs to the host: which checkpoint is
+the newest, only the client can know. It says so with the secret and with every restore,
+and the enclave refuses older ones. A client that forgot says "none", and then the
+host may choose among all checkpoints of the lineage. Called by `session`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from enclave_runtime.checkpoint import (
+    MAX_RUN,
+    CheckpointError,
+    CheckpointReader,
+    CheckpointWriter,
+    Recipient,
+    Seen,
+    decode_leaves,
+    lineage_name,
+    mismatch,
+)
+from enclave_runtime.encryption import SECRET_BYTES, derive_key
+
+# 16 bytes that Gramine derives with EGETKEY; only this MRENCLAVE on this processor gets them.
+IDENTITY_KEY = "/dev/attestation/keys/_sgx_mrenclave"
+IDENTITY_KEY_BYTES = 16
+
+
+@dataclasses.dataclass
+class _Lineage:
+    """One secret and what is known of its checkpoints."""
+
+    secret: bytes
+    recipient: Recipient
+    newest: Seen | None = None  # that the client told of
+    last: int = 0  # the highest number told of, restored or given away here
+
+    def __repr__(self) -> str:
+        return "_Lineage(<secret>)"
+
+    def learn(self, seen: Seen | None) -> None:
+        """Takes note of what the client has seen; older news change nothing."""
+        if seen is not None and (self.newest is None or seen.number > self.newest.number):
+            self.newest = seen
+            self.last = max(self.last, seen.number)
+
+
+class Lineages:
+    """The lineages that the client provisioned; the last one is in use."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, _Lineage] = {}
+        self._current: _Lineage | None = None
+
+    def provision(self, order: Any) -> None:
+        """Takes a secret into use.
+
+        Args:
+          order: the client's: `recipient` with `secret` in hex or the `run`'s name, and `newest`.
+
+        Raises:
+          CheckpointError: malformed, or this enclave has no identity to derive a secret from.
+        """
+        if not isinstance(order, dict):
+            raise CheckpointError("an order for a checkpoint key is not an object")
+        if order.get("recipient") == Recipient.CLIENT:
+            recipient, secret = Recipient.CLIENT, _client_secret(order.get("secret"))
+        elif order.get("recipient") == Recipient.ENCLAVE:
+            recipient, secret = Recipient.ENCLAVE, _identity_secret(order.get("run"))
+        else:
+            raise CheckpointError("a checkpoint key is the client's or the enclave's")
+        seen = _decode_seen(order.get("newest"))
+        lineage = self._known.setdefault(lineage_name(secret), _Lineage(secret, recipient))
+        lineage.learn(seen)
+        self._current = lineage
+
+    def _in_use(self) -> _Lineage:
+        if self._current is None:
+            raise CheckpointError(
+                "the client provisioned no checkpoint key: launch the enclave with "
+                "`checkpoint_key=`, or call `use_checkpoint_key`"
+            )
+        return self._current
+
+    def writer(self, leaves: Any) -> CheckpointWriter:
+        """Begins the next checkpoint; its number is spent even if it is never finished."""
+        lineage = self._in_use()
+        lineage.last += 1
+        return CheckpointWriter(
+            lineage.secret, lineage.recipient, lineage.last, decode_leaves(leaves)
+        )
+
+    def reader(self, head: bytes, order: Any) -> CheckpointReader:
+        """Begins to restore a checkpoint, if the client lets it.
+
+        Args:
+          head: of the checkpoint.
+          order: the client's: the `leaves` it expects, the `newest` checkpoint it has seen, and
+            `allow_rollback_to`, the number of an older one that it asks for by name.
+
+        Raises:
+          CheckpointError: another key, altered, older than allowed, or another tree.
+        """
+        lineage = self._in_use()
+        if not isinstance(order, dict):
+            raise CheckpointError("an order to restore is not an object")
+        lineage.learn(_decode_seen(order.get("newest")))
+        reader = CheckpointReader(lineage.secret, head)
+        number = reader.header.number
+        if (named := order.get("allow_rollback_to")) is not None:
+            if number != named:
+                raise CheckpointError(
+                    f"this is checkpoint {number}, and `allow_rollback_to` names another"
+                )
+        else:
+            _check_newest(reader, lineage.newest)
+        if (text := mismatch(reader.leaves, decode_leaves(order.get("leaves")))) is not None:
+            raise CheckpointError(text)
+        lineage.last = max(lineage.last, number)
+        return reader
+
+
+def _check_newest(reader: CheckpointReader, newest: Seen | None) -> None:
+    number = reader.header.number
+    if newest is None or number > newest.number:
+        return
+    if number < newest.number:
+        raise CheckpointError(
+            f"checkpoint {number} is older than checkpoint {newest.number}, which the client has "
+            f"seen. Restore the newest one, or ask for this one with `allow_rollback_to={number}`"
+        )
+    if reader.header.identifier != newest.identifier:
+        raise CheckpointError(
+            f"there are several checkpoints {number}, from enclaves that ran side by side, and "
+            f"this is not the one that the client has seen; `allow_rollback_to={number}` takes it"
+        )
+
+
+def _decode_seen(fields: Any) -> Seen | None:
+    return None if fields is None else Seen.decode(fields)
+
+
+def _client_secret(text: Any) -> bytes:
+    try:
+        secret = bytes.fromhex(text)
+    except (TypeError, ValueError):
+        secret = b""
+    if len(secret) != SECRET_BYTES:
+        raise CheckpointError(f"a checkpoint key has {SECRET_BYTES} bytes")
+    return secret
+
+
+def _identity_secret(run: Any) -> bytes:
+    if not isinstance(run, str) or not 0 < len(run) <= MAX_RUN:
+        raise CheckpointError(f"a run's name has 1 to {MAX_RUN} characters")
+    try:
+        with open(IDENTITY_KEY, "rb") as file:
+            key = file.read(IDENTITY_KEY_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(
+            "this enclave has no identity to seal to, which takes SGX under Gramine; seal to a "
+            "client's key, `CheckpointKey.generate()`"
+        ) from error
+    if len(key) != IDENTITY_KEY_BYTES:
+        raise CheckpointError(f"an enclave's identity key has {IDENTITY_KEY_BYTES} bytes")
+    return derive_key(key, f"checkpoint run {run}")

@@ -1,0 +1,1 @@
+"""Owner, enclave and host as three processes; see README.md."""

@@ -1,0 +1,130 @@
+"""How an enclave's process is started: as an ordinary process, or under Gramine.
+
+Untrusted: whoever verifies an enclave does not rely on how it was started. Used by `_connection`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal, get_args
+
+import enclave_runtime
+from enclave_runtime.environment import ENCLAVE_ENVIRONMENT, ENCLAVE_MODULE
+from tempo_jax.errors import LaunchError
+
+Kind = Literal["process", "gramine-direct", "gramine-sgx"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+APPLICATION = "enclave"  # what `python -m enclave_runtime.gramine` names what it builds
+# The enclave serves one processor; flags meant for the host's devices would mislead it.
+_NOT_INHERITED = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What to start.
+
+    Attributes:
+      arguments: of the process.
+      environment: all of its variables; under Gramine the manifest's reach the enclave, not these.
+      directory: where it starts; None is where this process is.
+    """
+
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    directory: Path | None = None
+
+
+def command(kind: Kind = "process", directory: str | os.PathLike[str] | None = None) -> Command:
+    """What starts an enclave of a kind.
+
+    Args:
+      kind: ``process`` protects only where the operating system does; ``gramine-direct`` is
+        Gramine without SGX, which protects no more and behaves like it; ``gramine-sgx`` protects.
+      directory: what ``python -m enclave_runtime.gramine build`` made; None uses one in the
+        user's cache, built on first use and again when what it was built from has changed.
+
+    Raises:
+      LaunchError: this machine cannot start it, or the directory is not built.
+    """
+    if kind not in KINDS:
+        raise LaunchError(f"an enclave of kind {kind!r}, expected one of {', '.join(KINDS)}")
+    if kind == "process":
+        if directory is not None:
+            raise LaunchError(
+                "an enclave of kind 'process' runs from no directory; pass kind='gramine-direct' "
+                "or kind='gramine-sgx', or leave the directory out"
+            )
+        return Command((sys.executable, "-m", ENCLAVE_MODULE), _environment())
+    loader = shutil.which(kind)
+    if loader is None:
+        raise LaunchError(
+            f"{kind} is not on the PATH: install Gramine 1.9 or later "
+            "(https://gramine.readthedocs.io), or launch with kind='process', which protects "
+            "only where the operating system does"
+        )
+    built = _cached() if directory is None else Path(directory).expanduser().resolve()
+    fix = f"`python -m enclave_runtime.gramine build --out {built}`"
+    if not (built / f"{APPLICATION}.manifest").exists():
+        raise LaunchError(f"{built} holds no enclave for Gramine: build one with {fix}")
+    signature = (f"{APPLICATION}.manifest.sgx", f"{APPLICATION}.sig")
+    if kind == "gramine-sgx" and not all((built / name).exists() for name in signature):
+        raise LaunchError(
+            f"the enclave in {built} is not signed: make a key with `gramine-sgx-gen-private-key` "
+            f"and build again with {fix}"
+        )
+    return Command((loader, APPLICATION), dict(os.environ), built)
+
+
+def _environment() -> dict[str, str]:
+    environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+    path = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = _root() if not path else os.pathsep.join((_root(), path))
+    return {**environment, **ENCLAVE_ENVIRONMENT}
+
+
+def _root() -> str:
+    return str(Path(enclave_runtime.__file__).resolve().parent.parent)
+
+
+def cache_directory() -> Path:
+    """Where an enclave for Gramine is built if none is named."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "tempo_jax" / "gramine"
+
+
+def _cached() -> Path:
+    directory = cache_directory()
+    if not (directory / f"{APPLICATION}.manifest").exists() or not _is_current(directory):
+        _build(directory)
+    return directory
+
+
+def _is_current(directory: Path) -> bool:
+    """Whether the enclave's source is what the directory was built from."""
+    build = [sys.executable, "-m", "enclave_runtime.gramine", "current", str(directory)]
+    return not subprocess.run(build, env=_environment(), capture_output=True).returncode
+
+
+def _build(directory: Path) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Built aside and moved when finished, so that an interrupted build is never taken for one.
+    with tempfile.TemporaryDirectory(dir=directory.parent) as aside:
+        fresh = Path(aside) / "built"
+        build = [sys.executable, "-m", "enclave_runtime.gramine", "build", "--out", str(fresh)]
+        run = subprocess.run(build, env=_environment(), capture_output=True, text=True)
+        if run.returncode:
+            raise LaunchError(f"the enclave for Gramine could not be built: {run.stderr.strip()}")
+        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            fresh.rename(directory)
+        except OSError:
+            # Another process was faster, and what it built does as well.
+            if not (directory / f"{APPLICATION}.manifest").exists():
+                raise

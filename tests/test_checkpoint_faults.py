@@ -1,0 +1,55 @@
+"""A training run goes on after kills, cuts and a full disk; `benchmarks.faults` tries them all."""
+
+import pytest
+
+from benchmarks import faults
+from benchmarks.faults import CHECKPOINT, KILLED_ENCLAVE, KILLED_HOST, RESET, STEP, TRUNCATED, Tally
+from tempo_jax import _connection
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "counts"),
+    [
+        (KILLED_ENCLAVE, "signed-permutation", {STEP: 1, CHECKPOINT: 1}),
+        (KILLED_ENCLAVE, "mixing", {STEP: 1}),
+        (RESET, "mixing", {STEP: 1}),
+    ],
+)
+def test_training_survives_its_enclave(monkeypatch, kind, scheme, counts):
+    monkeypatch.setattr(_connection, "STOP_SECONDS", 0.5)
+    tally = Tally()
+    faults.strike_enclave(kind, scheme, counts, tally)
+    assert tally.failures == []
+    assert tally.survived == tally.tried == sum(counts.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "scheme", "counts"),
+    [
+        (KILLED_HOST, "signed-permutation", {CHECKPOINT: 1}),
+        (TRUNCATED, "mixing", {STEP: 1}),
+    ],
+)
+def test_training_survives_its_host(kind, scheme, counts):
+    tally = Tally()
+    faults.strike_host(kind, scheme, counts, tally)
+    assert tally.failures == []
+    assert tally.survived == tally.tried == sum(counts.values())
+
+
+def test_checkpoint_on_a_full_disk_leaves_the_one_before():
+    tally = Tally()
+    faults.fill_disk(1, tally, mount=faults.may_mount())
+    assert tally.failures == []
+    assert tally.survived == tally.tried == 1
+
+
+def test_a_run_that_ends_elsewhere_does_not_count():
+    tally = Tally()
+    tally.count("a", [], 1e-12)
+    tally.count("b", [], 1e-9)
+    tally.count("c", [], float("nan"))
+    tally.count("d", ["lost a checkpoint"], 0.0)
+    assert (tally.survived, tally.tried) == (1, 4)
+    assert tally.failures == ["b: another result", "c: another result", "d: lost a checkpoint"]

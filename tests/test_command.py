@@ -1,0 +1,116 @@
+"""The command `tempo-jax`, as a host's administrator and a curious client use it."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tempo_jax as tempo
+from tempo_jax import _inspection
+from tempo_jax._command import main
+from tempo_jax._serving import Served, served
+from tests.test_enclave import is_running, wait_until
+
+INSECURE = tempo.AttestationPolicy(insecure_accept_no_sgx=True)
+
+
+@pytest.fixture(scope="module")
+def ports(tmp_path_factory) -> Iterator[Served]:
+    """A serving enclave without owner."""
+    with served(host_key=tmp_path_factory.mktemp("command") / "key") as running:
+        yield running
+
+
+def test_inspection_says_that_nothing_is_proved(ports, capsys):
+    assert main(["enclave", "inspect", ports.client]) == 0
+    printed = capsys.readouterr().out
+    assert f"session      {ports.session}, without owner" in printed
+    assert "platform     process" in printed
+    assert "It shows no SGX quote and proves nothing" in printed
+
+
+def test_inspection_owns_nothing_and_reads_by_machine(ports, capsys):
+    for _ in range(2):
+        assert main(["enclave", "inspect", ports.client, "--json"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first == second and first["owned"] is False and first["bound"] is True
+    assert first["measurement"] == {} and len(first["key_sha256"]) == 64
+    identity = tempo.ClientIdentity.generate()
+    with tempo.Enclave.connect(ports.client, policy=INSECURE, identity=identity):
+        assert _inspection.inspect(ports.client).owned
+
+
+def test_inspection_of_this_machine(capsys):
+    assert main(["enclave", "inspect", "--local", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["platform"] == "process"
+
+
+def test_inspection_reads_the_measurement_out_of_a_quote():
+    quote = (Path(__file__).parent / "data" / "sgx_quote").read_bytes()
+    evidence = _inspection.Evidence("gramine-sgx", quote=quote)
+    measurement, data = _inspection._measurement(evidence)
+    assert measurement["mrenclave"] == quote[112:144].hex()
+    assert measurement["mrsigner"] == quote[176:208].hex()
+    assert data == quote[368:432]
+    shown = {**measurement, "debug": False}
+    found = _inspection.Inspection("a:1", "gramine-sgx", "s", False, "00", True, shown)
+    assert "signatures and TCB status are verified only then" in found.verdict
+    assert str(measurement["mrenclave"]) in str(found)
+    debug = _inspection.Inspection("a:1", "gramine-sgx", "s", False, "00", True, {"debug": True})
+    assert "DEBUG mode" in debug.verdict
+    unbound = _inspection.Inspection("a:1", "process", "s", False, "00", False, {})
+    assert "do not connect" in unbound.verdict
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["enclave", "inspect", "127.0.0.1:1"], 1, "nothing answers at 127.0.0.1:1"),
+        (["enclave", "inspect", "nowhere"], 1, "expected HOST:PORT"),
+        (["enclave", "inspect"], 2, "one of the arguments ADDRESS --local is required"),
+        (["enclave", "serve", "--client-port", "65536"], 2, "'65536' is not the number of a port"),
+        (["enclave", "serve", "--host-port", "x"], 2, "'x' is not the number of a port"),
+        (["enclave"], 2, "required: ACTION"),
+        ([], 2, "required: COMMAND"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments, status, text, capsys):
+    try:
+        assert main(arguments) == status
+    except SystemExit as ended:
+        assert ended.code == status
+    assert text in capsys.readouterr().err
+
+
+def test_enclave_that_cannot_listen_says_why(ports, capfd, tmp_path):
+    taken = ports.client.rpartition(":")[2]
+    key = str(tmp_path / "key")
+    assert main(["enclave", "serve", "--client-port", taken, "--host-key", key]) == 1
+    printed = capfd.readouterr().err
+    assert "enclave: cannot start:" in printed and "ended with status 2" in printed
+    assert not Path(key).exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_serving_ends_with_the_command(tmp_path, how):
+    key = tmp_path / "key"
+    command = [sys.executable, "-m", "tempo_jax", "enclave", "serve", "--json"]
+    ports = ["--client-port", "0", "--host-port", "0", "--host-key", str(key)]
+    with subprocess.Popen([*command, *ports], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            where = json.loads(process.stdout.readline())
+            assert where["host_key"] == str(key) and key.stat().st_mode & 0o777 == 0o600
+            assert main(["enclave", "inspect", where["client"]]) == 0
+            tempo.Enclave.attach(where["host"], host_key=key).close()
+            process.send_signal(how)
+            status = process.wait(20)
+        finally:
+            process.kill()
+    assert wait_until(lambda: not is_running(where["process"]))
+    if how is not signal.SIGKILL:
+        assert status == 0 and not key.exists()

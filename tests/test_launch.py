@@ -1,0 +1,133 @@
+"""Which command starts which kind of enclave, and what a machine that cannot start it is told."""
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tempo_jax as tempo
+from enclave_runtime.environment import ENCLAVE_ENVIRONMENT
+from tempo_jax import _launch
+from tempo_jax.errors import EnclaveError, LaunchError
+
+
+@pytest.fixture
+def tools(monkeypatch, tmp_path) -> Path:
+    """A folder that is searched first for tools."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    return folder
+
+
+def stand_in(folder: Path, name: str) -> None:
+    """A loader that, like Gramine's, takes an application's name and reads its manifest there."""
+    path = folder / name
+    path.write_text(
+        f'#!/bin/sh\n[ "$#" = 1 ] && [ -f "$1.manifest" ] || exit 3\n'
+        f'exec "{sys.executable}" -m enclave_runtime\n'
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def built(tmp_path) -> Path:
+    """A folder that looks built."""
+    folder = tmp_path / "built"
+    folder.mkdir()
+    (folder / "enclave.manifest").touch()
+    return folder
+
+
+def test_ordinary_process(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_for_the_devices")
+    command = _launch.command()
+    assert command == _launch.command("process")
+    assert command.arguments == (sys.executable, "-m", "enclave_runtime")
+    assert command.directory is None
+    assert "XLA_FLAGS" not in command.environment
+    assert command.environment.items() >= ENCLAVE_ENVIRONMENT.items()
+
+
+def test_unknown_kind():
+    with pytest.raises(LaunchError, match="kind 'sgx', expected one of process, gramine-direct"):
+        tempo.Enclave.launch(kind="sgx")  # pyright: ignore[reportArgumentType]
+    assert issubclass(LaunchError, EnclaveError)
+
+
+def test_ordinary_process_takes_no_directory(built):
+    with pytest.raises(LaunchError, match="'process' runs from no directory"):
+        tempo.Enclave.launch(directory=built)
+
+
+@pytest.mark.parametrize("kind", ["gramine-direct", "gramine-sgx"])
+def test_without_gramine(monkeypatch, tmp_path, kind):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LaunchError, match=f"{kind} is not on the PATH: install Gramine 1.9"):
+        tempo.Enclave.launch(kind=kind)
+
+
+def test_directory_that_is_not_built(tools, tmp_path):
+    stand_in(tools, "gramine-direct")
+    fix = r"enclave_runtime\.gramine build --out .*/empty"
+    with pytest.raises(LaunchError, match=f"holds no enclave for Gramine: build one with `.*{fix}"):
+        tempo.Enclave.launch(kind="gramine-direct", directory=tmp_path / "empty")
+
+
+def test_directory_that_is_not_signed(tools, built):
+    stand_in(tools, "gramine-sgx")
+    with pytest.raises(LaunchError, match="is not signed: make a key with `gramine-sgx-gen-priv"):
+        tempo.Enclave.launch(kind="gramine-sgx", directory=built)
+    for name in ("enclave.manifest.sgx", "enclave.sig"):
+        (built / name).touch()
+    command = _launch.command("gramine-sgx", built)
+    assert command.arguments == (str(tools / "gramine-sgx"), "enclave")
+
+
+def test_loader_runs_in_the_directory_and_gets_the_secret_through_its_pipe(
+    tools, built, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", _launch._root())
+    stand_in(tools, "gramine-direct")
+    with tempo.Enclave.launch(kind="gramine-direct", directory=built) as enclave:
+        sealed = enclave.seal(jnp.arange(3.0))
+        np.testing.assert_array_equal(enclave.open(sealed), [0, 1, 2])
+        result = tempo.shield(lambda x: x + 1, enclave=enclave)(sealed)
+        np.testing.assert_array_equal(enclave.open(result), [1, 2, 3])
+
+
+def test_cache_is_built_once_and_again_when_it_is_old(tools, monkeypatch, tmp_path):
+    stand_in(tools, "gramine-direct")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    builds = []
+
+    def build(directory: Path) -> None:
+        builds.append(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "enclave.manifest").touch()
+
+    monkeypatch.setattr(_launch, "_build", build)
+    monkeypatch.setattr(_launch, "_is_current", lambda _: True)
+    first = _launch.command("gramine-direct")
+    assert first == _launch.command("gramine-direct")
+    assert builds == [tmp_path / "cache/tempo_jax/gramine"] == [first.directory]
+    monkeypatch.setattr(_launch, "_is_current", lambda _: False)
+    _launch.command("gramine-direct")
+    assert len(builds) == 2
+
+
+def test_an_unfinished_build_is_not_current(tmp_path):
+    assert not _launch._is_current(tmp_path)
+
+
+def test_a_build_that_fails_leaves_nothing(monkeypatch, tmp_path):
+    kept = tmp_path / "cache" / "gramine"
+    kept.mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(LaunchError, match="the enclave for Gramine could not be built"):
+        _launch._build(kept)
+    assert [path.name for path in kept.parent.iterdir()] == ["gramine"]

@@ -304,7 +304,10 @@ def test_narrow_formats(dtype, enclave):
 
 
 def test_enclave_draws_from_no_other_generator():
-    for path in pathlib.Path(enclave_runtime.__file__).parent.rglob("*.py"):
+    root = pathlib.Path(enclave_runtime.__file__).parent
+    for path in root.rglob("*.py"):
+        if root / "gramine" in path.parents:
+            continue  # builds the enclave and never runs in it
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr == "random":
                 assert not isinstance(node.value, ast.Name) or node.value.id not in ("np", "jax")

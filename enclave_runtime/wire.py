@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import socket
 import struct
 from typing import Any, NamedTuple
@@ -108,6 +109,14 @@ def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
 
+def _finite(text: str) -> float:
+    # Python reads 1e999 as an infinity, which no frame could carry on.
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError("a number is too large")
+    return value
+
+
 def decode_body(kind: Kind, request: int, body: bytes) -> Frame:
     """Returns the frame with this body.
 
@@ -122,7 +131,7 @@ def decode_body(kind: Kind, request: int, body: bytes) -> Frame:
         raise WireError("a frame's JSON is longer than its body")
     try:
         text = str(body[JSON_LENGTH.size : end], "utf-8")
-        fields = json.loads(text, parse_constant=_refuse_constant)
+        fields = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise WireError("a frame's JSON does not parse") from error
     if not isinstance(fields, dict):

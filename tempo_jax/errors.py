@@ -8,6 +8,10 @@ class TempoError(Exception):
     """Base of every error that tempo_jax raises on purpose."""
 
 
+class AttestationError(TempoError):
+    """Evidence that does not show the enclave that the policy asks for."""
+
+
 class EnclaveError(TempoError):
     """The enclave refused a request or failed while answering it."""
 

@@ -149,7 +149,7 @@ def test_malformed_body_is_refused(encoded, text):
         wire.decode_body(Kind.BEGIN, 1, encoded)
 
 
-@pytest.mark.parametrize("constant", [b"NaN", b"Infinity", b"-Infinity"])
+@pytest.mark.parametrize("constant", [b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1.5e400"])
 def test_number_that_json_does_not_have_is_refused(constant):
     with pytest.raises(WireError, match="does not parse"):
         wire.decode_body(Kind.BEGIN, 1, body(b'{"a":' + constant + b"}"))

@@ -65,6 +65,7 @@ class ProductTruth:
       scales: random scalars of x, w and g.
       decoys_x: rows below `x`, or None.
       decoys_g: rows below `g`, or None.
+      mask: added to `w`, or None.
     """
 
     x: np.ndarray
@@ -74,6 +75,7 @@ class ProductTruth:
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
     decoys_x: np.ndarray | None = None
     decoys_g: np.ndarray | None = None
+    mask: np.ndarray | None = None
 
     @functools.cached_property
     def y(self) -> np.ndarray:
@@ -364,13 +366,17 @@ def blind_product(
     truth = ProductTruth(x, w, g)
     if how.decoys != "none":
         count = blinding.decoy_count(len(x))
-        truth.decoys_x = blinding.draw_decoys(rng, x, count)
-        truth.decoys_g = blinding.draw_decoys(rng, g, count)
+        matched = how.decoys == "matched"
+        draw = blinding.matched_decoys if matched else blinding.draw_decoys
+        truth.decoys_x, truth.decoys_g = draw(rng, x, count), draw(rng, g, count)
         if how.decoys == "x":
             truth.decoys_g = np.zeros_like(truth.decoys_g)
         x, g = np.concatenate([x, truth.decoys_x]), np.concatenate([g, truth.decoys_g])
     if how.scalars:
         truth.scales = tuple(np.exp(rng.uniform(-1, 1, 3)))
+    if how.masked:
+        truth.mask = blinding.draw_mask(rng, w)
+        w = w + truth.mask
     a = blinding.GROUPS[how.rows](row_rng, len(x))
     b, c = (blinding.GROUPS[how.features](feature_rng, size) for size in w.shape)
     truth.keys = (a, b, c)

@@ -1,0 +1,102 @@
+"""Writes the seeds of the corpora: ``python -m tests.fuzz.seeds``.
+
+Run it after a format changed. Inputs that a fuzzer found have names that start with `found` and
+are left alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from enclave_runtime import evidence
+from enclave_runtime.program import Program
+from enclave_runtime.wire import Frame, Kind
+from tempo_jax.schemes import Mixing, SignedPermutation
+from tests.fuzz.harness import CORPUS
+from tests.interpreter import plan
+from tests.toy_pki import COMPONENTS, Toy, sgx_extension
+
+SAMPLE = Path(__file__).parent.parent / "data" / "sgx_quote"
+
+
+def _quotes() -> dict[str, bytes]:
+    toy = Toy()
+    without_chain = Toy(chain=b"", chain_ending=b"")
+    quote = base64.b64encode(without_chain.quote).decode()
+    shown = {"format": evidence.FORMAT, "platform": "gramine-sgx", "quote": quote}
+    return {
+        "sample": SAMPLE.read_bytes(),
+        "toy": toy.quote,
+        "without_chain": without_chain.quote,
+        "extension": sgx_extension(toy.fmspc, COMPONENTS, toy.pce_svn),
+        "evidence_quote": json.dumps(shown).encode(),
+        "evidence_process": evidence.make_evidence(b"key", bytes(32), bytes(32)),
+    }
+
+
+def _frames() -> dict[str, bytes]:
+    nested: Any = {"a": [{"b": [None, True, -1.5, "é", {}]}]}
+    frames = {
+        "hello": Frame(Kind.HELLO, 0, {"challenge": "ab" * 32}),
+        "begin": Frame(Kind.BEGIN, 7, {"program": 0, "inputs": [{"handle": "h"}, {"offset": 64}]}),
+        "compile": Frame(Kind.COMPILE, 2, {}, bytes(range(64))),
+        "nested": Frame(Kind.REPLY, (1 << 64) - 1, nested),
+    }
+    encoded = {name: frame.encode() for name, frame in frames.items()}
+    return {
+        **encoded,
+        "short": encoded["hello"][:-1],
+        "infinite": encoded["nested"].replace(b"-1.5", b"1e99"),
+    }
+
+
+def _products(x: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ w) @ v
+
+
+def _convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.tanh(jax.lax.conv_general_dilated(x, kernel, (2, 1), "SAME"))
+
+
+def _program(
+    scheme: Any, *shapes: tuple[int, ...], function: Any = _products, verify: bool = False
+) -> bytes:
+    operands = (np.ones(shape, np.float32) for shape in shapes)
+    planned: Program = plan(function, *operands, scheme=scheme, verify=verify).plan.program
+    segments = tuple(
+        dataclasses.replace(segment, executable=f"{number:064x}")
+        for number, segment in enumerate(planned.segments)
+    )
+    return json.dumps(dataclasses.replace(planned, segments=segments).encode()).encode()
+
+
+def _programs() -> dict[str, bytes]:
+    return {
+        "permutation": _program(SignedPermutation(), (6, 5), (5, 4), (4, 3)),
+        "mixing": _program(Mixing(), (128, 64), (64, 64), (64, 64)),
+        "verified": _program(SignedPermutation(), (6, 5), (5, 4), (4, 3), verify=True),
+        "verified_convolution": _program(
+            SignedPermutation(), (3, 4, 6, 6), (5, 4, 3, 3), function=_convolution, verify=True
+        ),
+    }
+
+
+def main() -> None:
+    """Writes all seeds."""
+    for target, made in (("quote", _quotes()), ("wire", _frames()), ("program", _programs())):
+        folder = CORPUS / target
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in made.items():
+            (folder / name).write_bytes(content)
+
+
+if __name__ == "__main__":
+    main()

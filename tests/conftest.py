@@ -6,6 +6,8 @@ import os
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# The attacks multiply small matrices, for which BLAS's threads only wait for each other.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import shutil  # noqa: E402
 from collections.abc import Iterator  # noqa: E402

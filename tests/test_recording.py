@@ -1,5 +1,7 @@
 """Recorded traces: what the host saw of the library, with the keys that an evaluator derives."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -17,8 +19,9 @@ def test_recorded_products_are_the_plain_ones_under_their_keys(scheme):
     outside = {"dense1", "dense2", "head"} - INSIDE.get(scheme.name, set())
     for views, truths in zip(trace.views, trace.truth, strict=True):
         assert set(views) == outside
-        for name, view in views.items():
-            truth = truths[name]
+        for name, seen in views.items():
+            view: Any = seen
+            truth: Any = truths[name]
             t_x, t_w, t_g = truth.scales
             rows = len(truth.x)
             assert (len(view.x) >= rows + DECOYS) == (scheme.name == "mixing")
@@ -38,5 +41,6 @@ def test_recorded_products_are_the_plain_ones_under_their_keys(scheme):
             if scheme.name == "tempo":  # whose second versions bring dW into the layout of W
                 dw = truth.b.T @ view.dw @ undo_c.T
                 np.testing.assert_allclose(dw, truth.dw, atol=1e-9)
-    kept = [truths["dense2"].c for truths in trace.truth]
-    assert np.array_equal(*kept) == (scheme.name != "mixing")
+    first, second = (truths["dense2"].c for truths in trace.truth)
+    assert first is not None and second is not None
+    assert np.array_equal(first, second) == (scheme.name != "mixing")

@@ -82,7 +82,8 @@ def _multiply(a: Any, b: Any) -> jax.Array:
 
 def shielded(scheme: Scheme, x: Any, w: Any, g: Any) -> tuple[Any, Any, Any]:
     """Y, dX and dW as the library computes them, in the operands' format."""
-    blinder = _blinder(scheme, *x.shape, w.shape[1])
+    (m, n), p = x.shape, w.shape[1]
+    blinder = _blinder(scheme, m, n, p)
     blinded_x, of_x = blinder.blind(x, (0, 1), (1, 1))
     blinded_w, of_w = blinder.blind(w, (1, 2), (0, 1))
     blinded_g, of_g = blinder.blind(g, (0, 2), (0, 0))
@@ -135,10 +136,10 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     note = f"worst result of {len(names)} products"
     measurements = [_cost("deviation in float64", worst, limit, note)]
     shapes = (ROWS, INNER), (INNER, COLUMNS), (ROWS, COLUMNS)
-    operands = [rng.normal(size=shape) for shape in shapes]
+    x, w, g = (rng.normal(size=shape) for shape in shapes)
     decoys = decoy_count(ROWS, getattr(scheme, "decoy_rows", 0))
     for dtype, limit in ROUNDING.items():
-        for result, (ours, theirs) in deviations(scheme, *operands, dtype).items():
+        for result, (ours, theirs) in deviations(scheme, x, w, g, dtype).items():
             factor = float(np.sqrt(ROWS / decoys)) if decoys and result == "dw" else 1.0
             note = "over plain JAX's" + f", which allows for √(rows/decoys) = {factor:.1f}" * (
                 factor > 1

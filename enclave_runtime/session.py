@@ -406,9 +406,9 @@ class Session:
         }
 
 
-def _peak_memory() -> int:
+def _peak_memory(path: str = "/proc/self/status") -> int:
     """Most resident memory so far, in bytes; `getrusage` would start from the parent's size."""
-    with open("/proc/self/status") as status:
+    with open(path) as status:
         fields = dict(line.split(":", 1) for line in status)
     # Gramine tells the most that was mapped, and nothing else.
     return int((fields.get("VmHWM") or fields["VmPeak"]).split()[0]) * 1024

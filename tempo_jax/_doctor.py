@@ -92,11 +92,11 @@ def _system() -> Finding:
 def _jax() -> Finding:
     try:
         import jax
-        import jaxlib
+        from jaxlib.version import __version__ as jaxlib_version
     except ImportError as error:
         return Finding("jax", "fail", str(error), "pip install -U tempo-jax")
     oldest = ".".join(map(str, OLDEST_JAX))
-    detail = f"{jax.__version__}, jaxlib {jaxlib.__version__}"
+    detail = f"{jax.__version__}, jaxlib {jaxlib_version}"
     if _version(jax.__version__) < OLDEST_JAX:
         fix = f"pip install -U 'jax>={oldest}'"
         return Finding("jax", "fail", f"{detail}, expected {oldest} or later", fix)

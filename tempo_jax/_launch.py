@@ -122,4 +122,9 @@ def _build(directory: Path) -> None:
         if run.returncode:
             raise LaunchError(f"the enclave for Gramine could not be built: {run.stderr.strip()}")
         shutil.rmtree(directory, ignore_errors=True)
-        fresh.rename(directory)
+        try:
+            fresh.rename(directory)
+        except OSError:
+            # Another process was faster, and what it built does as well.
+            if not (directory / f"{APPLICATION}.manifest").exists():
+                raise

@@ -18,12 +18,14 @@ import pytest
 
 import enclave_runtime
 import tempo_jax as tempo
+from enclave_runtime import session
 from enclave_runtime.gramine import __main__ as cli
 from enclave_runtime.gramine import building, closure, manifest, rules, staging
 from enclave_runtime.gramine.building import BuildError, Options, build
 from enclave_runtime.gramine.staging import Staged, StagingError
 from tempo_jax._connection import Connection
 from tempo_jax._launch import Command
+from tempo_jax._serving import served
 from tempo_jax.errors import EnclaveDiedError
 from tests.steps import uniform
 
@@ -461,33 +463,55 @@ def test_the_staged_tree_is_small_and_complete(built):
     assert not folders & {"site-packages", "tests", "test", "tkinter", "idlelib", "gramine"}
     assert not folders & {"etils", "yaml", "pip", "flax", "optax", "tempo_jax"}
     # Gramine brings glibc; another one beside it would not fit its loader.
-    assert not [n for n in names if re.match(r"lib/(libc|libm|ld-linux|libpthread)", n)]
+    assert not [n for n in names if re.match(r"lib/(libc|libm|ld-linux.*|libpthread)\.so", n)]
     # Code that only builds stays out; code that serves is there.
     own = {Path(n).stem for n in names if n.startswith("packages/enclave_runtime/")}
     modules = {p.stem for p in (ROOT / "enclave_runtime").rglob("*.py") if "gramine" not in p.parts}
     assert own == modules
 
 
+def staged_command(built: Path) -> Command:
+    """What starts the staged enclave as an ordinary process."""
+    tree = built / "tree"
+    arguments = tuple(staging.command(tree, "-m", "enclave_runtime"))
+    return Command(arguments, staging.host_environment(tree), Path("/"))
+
+
+def shielded_step(enclave: tempo.Enclave, **options: Any) -> None:
+    """One shielded product and what follows it, against plain JAX."""
+    x, w = uniform(1, 130, 64), uniform(2, 64, 66)
+    shielded = tempo.shield(lambda x, w: jnp.tanh(x @ w), enclave=enclave, offload="all", **options)
+    before = enclave.statistics()["blindings"]
+    result = enclave.open(shielded(enclave.seal(x), enclave.seal(w)))
+    np.testing.assert_allclose(result, jnp.tanh(x @ w), atol=1e-9)
+    assert enclave.statistics()["blindings"] > before
+
+
 @pytest.mark.slow
 def test_the_staged_tree_runs_and_loads_nothing_else(built):
     """As near to Gramine as a machine without it gets: the tree alone, under its options."""
-    tree = built / "tree"
-    command = Command(
-        tuple(staging.command(tree, "-m", "enclave_runtime")),
-        staging.host_environment(tree),
-        Path("/"),
-    )
-    with tempo.Enclave(Connection(command)) as enclave:
-        x, w = uniform(1, 130, 64), uniform(2, 64, 66)
-        shielded = tempo.shield(lambda x, w: jnp.tanh(x @ w), enclave=enclave, offload="all")
-        result = enclave.open(shielded(enclave.seal(x), enclave.seal(w)))
-        np.testing.assert_allclose(result, jnp.tanh(x @ w), atol=1e-9)
-        assert enclave.statistics()["blindings"] > 0
+    with tempo.Enclave(Connection(staged_command(built))) as enclave:
+        shielded_step(enclave, verify=True)
+        shielded_step(enclave, scheme=tempo.schemes.SignedPermutation())
+        enclave.use_checkpoint_key(tempo.CheckpointKey.generate())
+        state = {"step": jnp.arange(3.0)}
+        restored = enclave.restore(enclave.checkpoint(enclave.seal(state)), like=state)
+        np.testing.assert_array_equal(enclave.open(restored)["step"], [0, 1, 2])
         maps = Path(f"/proc/{enclave.connection.process.pid}/maps").read_text()
     objects = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if ".so" in line}
     assert len(objects) > 80
-    foreign = {Path(o).name for o in objects if not o.startswith(f"{tree}/")}
+    foreign = {Path(o).name for o in objects if not o.startswith(f"{built}/tree/")}
     assert {n for n in foreign if not staging._GLIBC.fullmatch(n)} == set()
+
+
+@pytest.mark.slow
+def test_the_staged_tree_serves_over_tls(built, tmp_path):
+    policy = tempo.AttestationPolicy(insecure_accept_no_sgx=True)
+    with (
+        served(host_key=tmp_path / "key", command=staged_command(built)) as ports,
+        tempo.Enclave.connect(ports.client, policy=policy) as client,
+    ):
+        np.testing.assert_array_equal(client.open(client.seal(jnp.arange(3.0))), [0, 1, 2])
 
 
 @pytest.mark.slow
@@ -495,8 +519,10 @@ def test_modules_come_from_the_staged_tree(built):
     tree = built / "tree"
     code = (
         "import sys, json, enclave_runtime.server\n"
+        "from enclave_runtime import keys\n"
+        "cache = type(keys._shuffled._cache).__name__\n"
         "files = [getattr(m, '__file__', None) for m in sys.modules.values()]\n"
-        "print(json.dumps([sys.path, sys.flags.no_site, [f for f in files if f]]))"
+        "print(json.dumps([sys.path, sys.flags.no_site, [f for f in files if f], cache]))"
     )
     run = subprocess.run(
         staging.command(tree, "-c", code),
@@ -506,7 +532,8 @@ def test_modules_come_from_the_staged_tree(built):
         text=True,
         check=True,
     )
-    path, no_site, files = json.loads(run.stdout)
+    path, no_site, files, cache = json.loads(run.stdout)
+    assert cache == "NullCache"  # no machine code of Numba's is read from or written to a file
     assert no_site == 1
     assert all(Path(p).is_relative_to(tree) for p in path)
     assert len(files) > 500
@@ -516,14 +543,19 @@ def test_modules_come_from_the_staged_tree(built):
 # With Gramine
 
 
+def test_peak_memory_where_gramine_tells_only_what_was_mapped(tmp_path):
+    status = tmp_path / "status"
+    status.write_text("VmPeak:\t  400000 kB\n")
+    assert session._peak_memory(str(status)) == 400000 * 1024
+    status.write_text("VmPeak:\t  400000 kB\nVmHWM:\t     300 kB\n")
+    assert session._peak_memory(str(status)) == 300 * 1024
+
+
 @pytest.mark.gramine
 @pytest.mark.slow
 def test_shielded_call_under_gramine(built):
     with tempo.Enclave.launch(kind="gramine-direct", directory=built) as enclave:
-        x, w = uniform(1, 130, 64), uniform(2, 64, 66)
-        shielded = tempo.shield(lambda x, w: jnp.tanh(x @ w), enclave=enclave, offload="all")
-        result = enclave.open(shielded(enclave.seal(x), enclave.seal(w)))
-        np.testing.assert_allclose(result, jnp.tanh(x @ w), atol=1e-9)
+        shielded_step(enclave)
         assert enclave.statistics()["peak_memory_bytes"] > 0
 
 

@@ -14,7 +14,10 @@ import importlib.machinery
 import json
 import os
 import pkgutil
+import socket
+import ssl
 import sys
+import threading
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -66,7 +69,31 @@ def exercise() -> None:
     exported = jax.export.export(jax.jit(program))(jax.ShapeDtypeStruct((4, 4), jnp.float32))
     executor = Executor()
     executor.run(executor.compile(bytes(exported.serialize())), [jnp.ones((4, 4), jnp.float32)])
+    _shake_hands()
     "localhost".encode("idna")  # the codec that looks up hosts
+
+
+def _shake_hands() -> None:
+    """A client connects: a certificate with evidence is made and sent."""
+    from enclave_runtime import channel
+    from enclave_runtime.evidence import NONCE_BYTES
+    from enclave_runtime.tls import ServerIdentity
+
+    outside, inside = socket.socketpair()
+    server = ServerIdentity().context()
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+
+    def accept() -> None:
+        with server.wrap_socket(inside, server_side=True) as connection:
+            connection.recv(1)
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    name = channel.server_name(bytes(NONCE_BYTES))
+    with client.wrap_socket(outside, server_hostname=name) as connection:
+        connection.sendall(b"x")
+    thread.join()
 
 
 def _import_all(package: str) -> None:

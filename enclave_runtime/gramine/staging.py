@@ -7,9 +7,9 @@ nothing to compile or to compare at start-up. It also keeps Numba from caching m
 which it wants a source file to stamp: the kernels are compiled in the enclave's own memory.
 
 What goes in: every file that `closure` saw loaded, and with each module its siblings in the same
-directory, because what a package imports late is nearly always a neighbour. Left out are tests,
-GUI parts and packages that the enclave only could use. Shared objects go in if they were loaded,
-and Python's own extension modules.
+directory, because what a package imports late is nearly always a neighbour; small packages go in
+whole. Left out are tests, GUI parts and packages that the enclave only could use. Shared objects
+go in if they were loaded, and Python's own extension modules.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ PACKAGES = (
     "scipy",
     "typing_extensions",
 )
+
+# Taken whole: small, and they import their own parts on use, some only in rare cases.
+WHOLE_PACKAGES = ("cryptography", "flatbuffers", "ml_dtypes", "opt_einsum")
 
 # Options of the interpreter: no `site`, no user's packages, nothing from the current directory,
 # no bytecode written, UTF-8 whatever the locale.
@@ -247,10 +250,13 @@ def _with_siblings(source: Source, files: Iterable[Path]) -> Iterator[Path]:
     for path in files:
         yield path
         folders.add(path.parent)
-    for folder in folders - set(source.roots):
-        for path in folder.glob("*.py"):
-            if not _UNWANTED.fullmatch(path.stem):
-                yield path
+    siblings = [path for folder in folders - set(source.roots) for path in folder.glob("*.py")]
+    for root in source.roots:
+        for package in WHOLE_PACKAGES:
+            siblings += (root / package).rglob("*.py")
+    for path in siblings:
+        if not _UNWANTED.fullmatch(path.stem):
+            yield path
 
 
 def _place(source: Source, path: Path) -> Path | None:

@@ -169,7 +169,8 @@ def _match_duals(matrices: list[_Matrices], view: ProductView) -> None:
     for m in matrices:
         if m.used or len(m.left) != 1:
             continue
-        for left, right in ((m.left[0].T, m.right[0]), (m.right[0], m.left[0].T)):
+        # JAX writes the gradient of y first, which tells them apart where both are square.
+        for left, right in ((m.right[0], m.left[0].T), (m.left[0].T, m.right[0])):
             if left.shape == view.x.shape and right.shape == (len(view.x), view.w.shape[1]):
                 m.used = True
                 view.x_dual, view.g_dual, view.dw = left, right, left.T @ right
@@ -231,15 +232,18 @@ def record(
       victim: key of `VICTIMS`.
       scheme: of the library.
       seed: of weights and batches; the enclave's keys are its own.
-      steps: recorded steps, after the victim's warm-up in the clear.
+      steps: recorded steps, after the victim's warm-up in the clear; Adam's, or where the scheme
+        keeps no weight on the devices under Adam, those of SGD with momentum.
       batch: examples in a step; the victim's own by default.
       cache: folder for plain histories, or None.
     """
     chosen = VICTIMS[victim]
-    history = traces.cached_train(chosen, seed, steps, batch=batch, cache=cache)
+    # Weights that stay on the devices show most, and under most groups Adam's do not.
+    linear = not (scheme.group.elementwise or scheme.keys_per_product)
+    history = traces.cached_train(chosen, seed, steps, batch=batch, linear=linear, cache=cache)
     drawn = traces.batches(chosen, seed, steps, batch or chosen.batch, repeat=False)
-    state = traces.warm_up(chosen, seed, drawn)
-    optimizer = tempo.cheap_update(chosen.optimizer)
+    optimizer, state = traces.start(chosen, seed, drawn, linear=linear)
+    optimizer = tempo.cheap_update(optimizer)
 
     def step(state, inputs, labels):
         parameters, moments = state

@@ -13,6 +13,7 @@ import hashlib
 import pathlib
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -253,13 +254,39 @@ def warm_up(victim: Victim, seed: int, drawn: list[np.ndarray]) -> tuple[Paramet
     return parameters, state
 
 
+def start(
+    victim: Victim, seed: int, drawn: list[np.ndarray], *, linear: bool
+) -> tuple[optax.GradientTransformation, tuple[Parameters, Any]]:
+    """The optimizer of the recorded steps, and parameters and moments after the warm-up."""
+    parameters, moments = warm_up(victim, seed, drawn)
+    if not linear:
+        return victim.optimizer, (parameters, moments)
+    optimizer = victim.linear_optimizer
+    return optimizer, (parameters, optimizer.init(parameters))
+
+
 def train(
-    victim: Victim, seed: int, steps: int, *, batch: int | None = None, repeat: bool = False
+    victim: Victim,
+    seed: int,
+    steps: int,
+    *,
+    batch: int | None = None,
+    repeat: bool = False,
+    linear: bool = False,
 ) -> History:
-    """Trains in the clear and keeps every operand of the last `steps` steps."""
-    data, optimizer = victim.data(), victim.optimizer
+    """Trains in the clear and keeps every operand of the last `steps` steps.
+
+    Args:
+      victim: what to train.
+      seed: of weights and batches.
+      steps: recorded.
+      batch: examples in a step; the victim's own by default.
+      repeat: whether every recorded step sees the same batch.
+      linear: whether recorded steps are `Victim.linear_optimizer`'s.
+    """
+    data = victim.data()
     drawn = batches(victim, seed, steps, batch or victim.batch, repeat=repeat)
-    parameters, state = warm_up(victim, seed, drawn)
+    optimizer, (parameters, state) = start(victim, seed, drawn, linear=linear)
 
     def loss(parameters, probes, inputs, labels):
         tape = _Tape(probes)
@@ -330,18 +357,20 @@ def cached_train(
     *,
     batch: int | None = None,
     repeat: bool = False,
+    linear: bool = False,
     cache: pathlib.Path | None = CACHE,
 ) -> History:
     """`train`, kept on disk under a name made of all that determines it; None: no cache."""
     if cache is None:
-        return train(victim, seed, steps, batch=batch, repeat=repeat)
+        return train(victim, seed, steps, batch=batch, repeat=repeat, linear=linear)
     source = pathlib.Path(__file__).with_name("victims.py").read_bytes()
-    settings = (VERSION, jax.__version__, victim.name, seed, steps, batch or victim.batch, repeat)
+    run = (victim.name, seed, steps, batch or victim.batch, repeat, linear)
+    settings = (VERSION, jax.__version__, *run)
     name = hashlib.sha256(repr(settings).encode() + source).hexdigest()[:16]
     path = cache / f"{victim.name}-{seed}-{name}.npz"
     if path.exists():
         return _load(path, steps)
-    history = train(victim, seed, steps, batch=batch, repeat=repeat)
+    history = train(victim, seed, steps, batch=batch, repeat=repeat, linear=linear)
     _save(history, path)
     return history
 

@@ -96,6 +96,19 @@ class ClassKeys:
         return {c: self._uses[c] for c in layout.classes if c is not None}
 
 
+def _last_uses(program: Program) -> dict[int, int]:
+    """For each first operand the last segment that gets a product of it and one without decoys."""
+    plain = {
+        c.value for s in program.segments for c in s.downloads if c.blinded.shape == c.array.shape
+    }
+    return {
+        c.operands[0]: index
+        for index, s in enumerate(program.segments)
+        for c in s.uploads
+        if c.operands is not None and c.operands[1] in plain
+    }
+
+
 class Run:
     """The state of one run. Its methods are called under the session's order, see `Session`."""
 
@@ -124,6 +137,7 @@ class Run:
         self._schedule = schedule
         self._number = number
         self._tensors: dict[int, Any] = {}  # what was drawn for each blinded value alone
+        self._last_uses = _last_uses(program)
         self._next = 0
         self._arrived: set[int] = set()
         self._last_uploads: list[jax.Array] = []
@@ -234,6 +248,9 @@ class Run:
         segment = self.program.segments[index]
         for value in self._doomed:
             del self._values[value]
+        for value, last in self._last_uses.items():
+            if last == index - 1:
+                self._tensors[value] = self._scheme.let_go(self._tensors[value])
         self._last_uploads = self._uploads(index)
         self._values.update(
             zip((c.value for c in segment.uploads), self._last_uploads, strict=True)

@@ -298,7 +298,12 @@ class _Policy:
             if isinstance(fused.parts[0].members[number].out, Patches):
                 seconds += costs.rearranging(lengths[name], itemsize)
             if kind == TO_WEIGHT:
-                seconds += 2 * decoys * inner * columns * copies / costs.dot_flops
+                flops = 2 * decoys * inner * columns
+            else:  # the mask of w comes off
+                flops = 4 * self.scheme.traded * padded * (inner + columns)
+            seconds += flops * copies / costs.dot_flops
+        # A sketch of w, its singular directions, and the mask.
+        seconds += 10 * self.scheme.traded * lengths["w"] * copies / costs.dot_flops
         return seconds
 
 

@@ -49,8 +49,8 @@ def shield(
     else in the enclave. Results equal those of the plain function up to the order of
     floating-point sums.
 
-    The first argument and the first output carry state, as in `jax.lax.scan`, when their
-    structure, shapes and dtypes agree: the argument is donated, and using it again is an
+    The first argument and the result, or its first part as in `jax.lax.scan`, carry state when
+    their structure, shapes and dtypes agree: the argument is donated, and using it again is an
     error. Plain arguments are sealed on the way in. Every output stays sealed unless the
     function passes it through `reveal`.
 
@@ -275,16 +275,16 @@ class Shielded:
             with _tracing_inside():
                 result = self._function(*args, **kwargs)
             out, structure = jax.tree.flatten(result)
-            carry = result[0] if type(result) is tuple and result else result
-            structures.append((structure, jax.tree.structure(carry)))
+            first = result[0] if type(result) is tuple and result else result
+            structures.append((structure, (structure, jax.tree.structure(first))))
             structures.append([jax.typeof(x) for x in out])
             return [_physical_output(x) for x in out]
 
         closed = _jaxpr.trace(flat_function, [_physical(a) for a in signature.avals])
-        (out_structure, carry_structure), types = structures
+        (out_structure, carry_structures), types = structures
         request = Request(
             closed=closed,
-            carried=self._carried(signature, carry_structure, types),
+            carried=self._carried(signature, carry_structures, types),
             public=signature.public,
             on_devices=signature.on_devices,
             scheme=self._scheme,
@@ -295,14 +295,20 @@ class Shielded:
         return _Program(make_plan(request), out_structure, types)
 
     def _carried(
-        self, signature: _Signature, carry_structure: Any, types: Sequence[Any]
+        self, signature: _Signature, carry_structures: Sequence[Any], types: Sequence[Any]
     ) -> dict[int, int]:
-        """Leaves of the first argument and their outputs, if these carry state."""
+        """Leaves of the first argument and their outputs, if these carry state.
+
+        Args:
+          signature: of the call.
+          carry_structures: of what may be the new state: the whole result, or its first part.
+          types: abstract values of the flat outputs.
+        """
         args, _ = jax.tree.unflatten(signature.structure, signature.avals)
         if not args:
             return {}
         first, structure = jax.tree.flatten(args[0])
-        if structure != carry_structure or not first:
+        if structure not in carry_structures or not first:
             return {}
         same = all(
             a.shape == b.shape and a.dtype == b.dtype

@@ -17,7 +17,9 @@ import tempo_jax as tempo
 from benchmarks.attacks import structure
 from enclave_runtime import hadamard
 from enclave_runtime.keys import KeySchedule
-from enclave_runtime.program import KeyClass
+from enclave_runtime.program import KeyClass, Layout
+from enclave_runtime.run import _last_uses
+from enclave_runtime.schemes.mixing import TensorSecret
 from tempo_jax.schemes import Mixing, Orthogonal, Tempo
 from tests.steps import assert_close, uniform
 
@@ -320,6 +322,55 @@ def test_blocks_of_a_key_show_under_two_rounds_only(rounds, found):
     blocks = structure.find_blocks(seen[:1], seen[1:], rng)
     share = structure.share_right(blocks, key.order[0, -1] // 64)
     assert share > 0.95 if found else share < 0.45
+
+
+def leading(matrix: np.ndarray) -> np.ndarray:
+    return np.linalg.svd(matrix)[0][:, :4]
+
+
+def blinded_weight(scheme: Mixing, w: np.ndarray) -> tuple[Any, Any, np.ndarray]:
+    """What `blind` tells of a weight, its layout, and what is left when the keys are taken off."""
+    schedule = KeySchedule()
+    keys = {i: scheme.draw(KeyClass(n), schedule.stream("key", i)) for i, n in enumerate(w.shape)}
+    layout, out = Layout((0, 1), (0, 1)), np.empty_like(w)
+    secret = scheme.blind(w, layout, keys, out, lambda: schedule.stream("tensor"))
+    maps = {0: keys[0].element.transpose(), 1: keys[1].element.inverse()}
+    return secret, layout, hadamard.unmix(out, maps) / secret.scalar
+
+
+@pytest.mark.parametrize(("traded", "shown"), [(0, True), (8, False)])
+def test_strongest_directions_of_a_weight_are_traded_for_random_ones(traded, shown):
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(96, 64)) + 4 * rng.normal(size=(96, 4)) @ rng.normal(size=(4, 64))
+    secret, _, seen = blinded_weight(Mixing(traded=traded), w)
+    assert (secret.mask is None) == shown
+    for a, b in ((w, seen), (w.T, seen.T)):
+        overlap = np.square(leading(a).T @ leading(b)).sum() / 4
+        assert overlap > 0.999 if shown else overlap < 0.5
+    # Rounding does not grow: the mask takes away about as much as it adds.
+    assert 0.5 < np.linalg.norm(seen) / np.linalg.norm(w) < 1.5
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, 1e35, np.inf, np.nan])
+def test_masks_take_any_weight(value):
+    w = np.full((64, 64), value, np.float32)
+    _, _, seen = blinded_weight(Mixing(), w)
+    if np.isfinite(value):
+        assert np.isfinite(seen).all() and np.abs(seen).max() > 0
+
+
+def test_plain_operands_are_kept_for_products_with_masks_alone(enclave):
+    program = tempo.shield(jax.grad(two_layers), enclave=enclave).explain(*small()).plan.program
+    assert not _last_uses(program), "everything stays inside"
+    plan = tempo.shield(jax.grad(two_layers), enclave=enclave, offload="all").explain(*small()).plan
+    uploads = [(i, c) for i, s in enumerate(plan.program.segments) for c in s.uploads]
+    decoys = {c.value for s in plan.program.segments for c in s.downloads if c.blinded != c.array}
+    expected = {c.operands[0]: i for i, c in uploads if c.operands[1] not in decoys}
+    assert _last_uses(plan.program) == expected
+    assert len(expected) < len(uploads), "the gradients of weights need decoys alone"
+    secret = TensorSecret(1.0, np.ones((1, 2)), 1.0, np.ones((2, 2)))
+    assert Mixing().let_go(secret).plain is None
+    assert Mixing().let_go(secret).decoys is secret.decoys
 
 
 def test_mixing_uses_three_rounds():

@@ -262,6 +262,24 @@ def test_arguments_other_than_the_state_are_not_donated(enclave, train, state):
     assert_close(enclave.open((x, y)), BATCHES[1])
 
 
+def test_a_pair_of_parameters_and_moments_is_carried_as_the_whole_result(enclave):
+    tx = tempo.cheap_update(optax.sgd(0.1, momentum=0.9))
+
+    def step(state, x):
+        parameters, moments = state
+        grads = jax.grad(lambda p: jnp.square(jnp.tanh(x @ p)).sum())(parameters)
+        updates, moments = tx.update(grads, moments, parameters)
+        return optax.apply_updates(parameters, updates), moments
+
+    parameters = uniform(1, 6, 4)
+    state = enclave.seal((parameters, tx.init(parameters)))
+    train = shield_all(step, enclave=enclave)
+    assert len(train.explain(state, uniform(2, 8, 6)).plan.placement.resident) == 2
+    train(state, uniform(2, 8, 6))
+    with pytest.raises(SealedValueError, match="was donated to an earlier call"):
+        train(state, uniform(2, 8, 6))
+
+
 def test_state_is_kept_without_donation(enclave):
     train = shield_all(train_step, enclave=enclave, donate=False)
     first, _ = train(enclave.seal(initial_state()), *BATCHES[0])

@@ -18,6 +18,7 @@ BLOCK = 64  # rows that one Hadamard block mixes
 CONDITION = 4.0
 DECOYS = 32
 DECOY_ENERGY = 4.0
+STRONGEST = 8
 
 
 class Stage(NamedTuple):
@@ -124,9 +125,11 @@ class Blinding:
       rows: group of row keys, drawn for every product and step.
       features: group of the keys of W's axes.
       lifetime: steps for which feature keys are kept.
-      decoys: `none`; `coupled`: rows below X and G; `x`: below X only, with zeros below G.
+      decoys: `none`; `coupled`: rows below X and G; `matched`: the same, half of them of the
+        signal's own covariance; `x`: below X only, with zeros below G.
       shared_rows: whether all products of a step use one row key.
       scalars: whether every tensor gets a random scalar.
+      masked: whether a low-rank mask is added to W.
       keeps_inside: whether the classifier and thin products stay in the enclave.
       dual: whether dW is computed from second versions of X and G, in the other polarity.
     """
@@ -137,11 +140,20 @@ class Blinding:
     decoys: str = "none"
     shared_rows: bool = False
     scalars: bool = False
+    masked: bool = False
     keeps_inside: bool = False
     dual: bool = False
 
 
-_MIXING = Blinding("invertible", "invertible", 1, decoys="coupled", scalars=True, keeps_inside=True)
+_MIXING = Blinding(
+    "invertible",
+    "invertible",
+    1,
+    decoys="coupled",
+    scalars=True,
+    masked=True,
+    keeps_inside=True,
+)
 SCHEMES = {
     "signed_permutation": Blinding("signed", "signed", FOREVER),
     "tempo": Blinding("scaled", "scaled", FOREVER, dual=True),
@@ -158,6 +170,8 @@ CONTROLS = {
     # What is left of mixing for a host that finds the diagonals in its keys.
     "orthogonal_decoys": dataclasses.replace(_MIXING, rows="orthogonal", features="orthogonal"),
     "mixing_two_rounds": dataclasses.replace(_MIXING, rows="two rounds", features="two rounds"),
+    "mixing_matched": dataclasses.replace(_MIXING, decoys="matched", masked=False),
+    "mixing_without_mask": dataclasses.replace(_MIXING, masked=False),
     "mixing_kept": dataclasses.replace(_MIXING, lifetime=FOREVER),
 }
 BLINDINGS = SCHEMES | CONTROLS
@@ -169,14 +183,36 @@ def decoy_count(rows: int) -> int:
 
 
 def draw_decoys(rng: np.random.Generator, x: np.ndarray, count: int) -> np.ndarray:
-    """Rows like X's: half combine its rows, half have its spectrum in a fresh random basis."""
-    half = count // 2
-    matched = rng.normal(size=(half, len(x))) @ x
+    """Rows with X's spectrum in a fresh random basis."""
     spectrum = np.linalg.svd(x, compute_uv=False)
     width = x.shape[1]
     spectrum = np.pad(spectrum, (0, width - len(spectrum)))
-    fresh = (rng.normal(size=(count - half, width)) * spectrum) @ _haar(rng, width)
-    rows = np.concatenate([matched, fresh])
+    rows = (rng.normal(size=(count, width)) * spectrum) @ _haar(rng, width)
     energy = np.sqrt((rows**2).sum(1, keepdims=True))
     rows *= rng.uniform(0.5, 1.5, (count, 1)) / np.where(energy > 0, energy, 1)
     return rows * np.sqrt(DECOY_ENERGY * (x**2).sum() / (rows**2).sum())
+
+
+def matched_decoys(rng: np.random.Generator, x: np.ndarray, count: int) -> np.ndarray:
+    """Half of them combinations of X's rows, which raise the directions that they should hide."""
+    matched = rng.normal(size=(count // 2, len(x))) @ x
+    matched *= rng.uniform(0.5, 1.5, (len(matched), 1)) / np.linalg.norm(matched, axis=1)[:, None]
+    matched *= np.sqrt(DECOY_ENERGY / 2 * (x**2).sum() / (matched**2).sum())
+    return np.concatenate([matched, draw_decoys(rng, x, count - len(matched)) / np.sqrt(2)])
+
+
+def draw_mask(rng: np.random.Generator, w: np.ndarray) -> np.ndarray:
+    """Trades W's strongest directions for random ones: a mask of rank ``2 STRONGEST``.
+
+    About the leading right singular directions Q (a random sketch and one power iteration) are
+    brought down to the size of the others, and as many random directions of their size come up.
+    """
+    n, p = w.shape
+    sketch = np.linalg.qr(w.T @ (w @ rng.normal(size=(p, STRONGEST))))[0]
+    left, sizes, turn = np.linalg.svd(w @ sketch, full_matrices=False)
+    right = sketch @ turn.T
+    rest = np.sqrt(max((w**2).sum() - (sizes**2).sum(), 0.0) / (min(n, p) - STRONGEST))
+    removed = np.maximum(sizes - rest * rng.uniform(0.5, 1.5, STRONGEST), 0)
+    added = sizes * rng.uniform(0.5, 1.5, STRONGEST)
+    r, s = (np.linalg.qr(rng.normal(size=(size, STRONGEST)))[0] for size in (n, p))
+    return r * added @ s.T - left * removed @ right.T

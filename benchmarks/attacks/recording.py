@@ -132,6 +132,8 @@ def match_step(
     # Backward products last: an input and a gradient may have one shape.
     for view in views.values():
         _match_backward(matrices, view)
+    for view in reversed(views.values()):
+        _match_duals(matrices, view)
     return views, sources
 
 
@@ -149,10 +151,32 @@ def _match_backward(matrices: list[_Matrices], view: ProductView) -> None:
             found = _partner(matrices, view.w, view.w.T)
             if found is not None:
                 product, i, left = found
+                product.used = True
                 view.g = product.right[i].T if left else product.left[i]
     if view.g is not None:
         view.dx = view.g @ view.w.T
         view.dw = view.x.T @ view.g if view.dw is None else view.dw
+
+
+def _match_duals(matrices: list[_Matrices], view: ProductView) -> None:
+    """Finds second versions of x and g by their shapes, the last layer's first, as they ran.
+
+    Where the gradient of x is not computed, that of y is seen in this version alone.
+    """
+    assert view.x is not None and view.w is not None
+    if _partner(matrices, view.x.T, view.x) is not None:
+        return
+    for m in matrices:
+        if m.used or len(m.left) != 1:
+            continue
+        # JAX writes the gradient of y first, which tells them apart where both are square.
+        for left, right in ((m.right[0], m.left[0].T), (m.left[0].T, m.right[0])):
+            if left.shape == view.x.shape and right.shape == (len(view.x), view.w.shape[1]):
+                m.used = True
+                view.x_dual, view.g_dual, view.dw = left, right, left.T @ right
+                if view.g is None:
+                    view.g, view.dx = right, right @ view.w.T
+                return
 
 
 def _match_convolution(
@@ -208,15 +232,18 @@ def record(
       victim: key of `VICTIMS`.
       scheme: of the library.
       seed: of weights and batches; the enclave's keys are its own.
-      steps: recorded steps, after the victim's warm-up in the clear.
+      steps: recorded steps, after the victim's warm-up in the clear; Adam's, or where the scheme
+        keeps no weight on the devices under Adam, those of SGD with momentum.
       batch: examples in a step; the victim's own by default.
       cache: folder for plain histories, or None.
     """
     chosen = VICTIMS[victim]
-    history = traces.cached_train(chosen, seed, steps, batch=batch, cache=cache)
+    # Weights that stay on the devices show most, and under most groups Adam's do not.
+    linear = not (scheme.group.elementwise or scheme.keys_per_product)
+    history = traces.cached_train(chosen, seed, steps, batch=batch, linear=linear, cache=cache)
     drawn = traces.batches(chosen, seed, steps, batch or chosen.batch, repeat=False)
-    state = traces.warm_up(chosen, seed, drawn)
-    optimizer = tempo.cheap_update(chosen.optimizer)
+    optimizer, state = traces.start(chosen, seed, drawn, linear=linear)
+    optimizer = tempo.cheap_update(optimizer)
 
     def step(state, inputs, labels):
         parameters, moments = state

@@ -19,7 +19,17 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 import tempo_jax as tempo
-from benchmarks.attacks import blinding, congruence, few_shot, labels, linkage, rows, store, traces
+from benchmarks.attacks import (
+    blinding,
+    congruence,
+    exactness,
+    few_shot,
+    labels,
+    linkage,
+    rows,
+    store,
+    traces,
+)
 from benchmarks.attacks.results import Control, Measurement, Row
 from benchmarks.attacks.traces import Trace
 
@@ -58,7 +68,7 @@ class Plan:
     """One attack of the suite.
 
     Attributes:
-      attack: `S1` to `S9`, `theft` or `information`.
+      attack: `S1` to `S10`, `theft` or `information`.
       run: the attack.
       victims: on which it runs.
       setting: of the traces.
@@ -82,10 +92,13 @@ def plans(*, quick: bool) -> list[Plan]:
     """All attacks, in the order in which the table shows them."""
     few = Setting(2) if quick else Setting(6)
     many = Setting(12) if quick else Setting(60)
+    # A step of the wider victims is tens of megabytes.
+    several = Setting(12)
     large = Setting(2 if quick else 4, batch=1024)
     repeated = Setting(2 if quick else 4, batch=1024, repeat=True)
     some = ("mlp",) if quick else ALL
-    linked = ("mlp", "transformer") if quick else ALL
+    mlps = ("mlp",) if quick else MLPS
+    wider = ("transformer",) if quick else ("cnn", "transformer")
     dense = ("mlp",) if quick else (*MLPS, "mlp_large")
     align: Run = congruence.attack
     shoot: Run = few_shot.attack
@@ -96,15 +109,20 @@ def plans(*, quick: bool) -> list[Plan]:
         Plan(
             "S1",
             linkage.attack,
-            linked,
+            mlps,
             many,
-            (
-                ("signed_permutation", "mlp", "columns linked", 0.9, False),
-                ("signed_permutation", "transformer", "columns linked", 0.9, False),
-            ),
+            (("signed_permutation", "mlp", "columns linked", 0.9, False),),
+        ),
+        Plan(
+            "S1",
+            linkage.attack,
+            wider,
+            several,
+            (("signed_permutation", "transformer", "columns linked", 0.9, False),),
         ),
         Plan("S2", rows.attack, dense, few, (("permuted_rows", "mlp", "stolen", 0.905, False),)),
-        Plan("S3", align, some, many, (("kept_orthogonal", "mlp", "stolen, max", 0.85, False),)),
+        Plan("S3", align, mlps, many, (("kept_orthogonal", "mlp", "stolen, max", 0.85, False),)),
+        *([] if quick else [Plan("S3", align, wider, several)]),
         Plan(
             "S4",
             _module("steps"),
@@ -165,8 +183,21 @@ def plans(*, quick: bool) -> list[Plan]:
             ),
         ),
         Plan("S9", shoot, dense, few, (("fresh_orthogonal", "mlp", "stolen", 0.20, False),)),
-        Plan("theft", _module("theft"), some[:1], few),
-        Plan("information", _module("information"), some[:1], few),
+        Plan("S10", exactness.attack, some[:1] if quick else ("mlp", "transformer"), few),
+        Plan(
+            "theft",
+            _module("theft"),
+            some[:1] if quick else MLPS,
+            few,
+            (("signed_permutation", "mlp", "substitute's accuracy", 0.95, False),),
+        ),
+        Plan(
+            "information",
+            _module("information"),
+            some,
+            few,
+            (("signed_permutation", "mlp", "bits, sorted columns", 3, False),),
+        ),
     ]
 
 

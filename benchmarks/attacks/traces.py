@@ -13,6 +13,7 @@ import hashlib
 import pathlib
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,7 @@ class ProductTruth:
       scales: random scalars of x, w and g.
       decoys_x: rows below `x`, or None.
       decoys_g: rows below `g`, or None.
+      mask: added to `w`, or None.
     """
 
     x: np.ndarray
@@ -74,6 +76,7 @@ class ProductTruth:
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
     decoys_x: np.ndarray | None = None
     decoys_g: np.ndarray | None = None
+    mask: np.ndarray | None = None
 
     @functools.cached_property
     def y(self) -> np.ndarray:
@@ -251,13 +254,39 @@ def warm_up(victim: Victim, seed: int, drawn: list[np.ndarray]) -> tuple[Paramet
     return parameters, state
 
 
+def start(
+    victim: Victim, seed: int, drawn: list[np.ndarray], *, linear: bool
+) -> tuple[optax.GradientTransformation, tuple[Parameters, Any]]:
+    """The optimizer of the recorded steps, and parameters and moments after the warm-up."""
+    parameters, moments = warm_up(victim, seed, drawn)
+    if not linear:
+        return victim.optimizer, (parameters, moments)
+    optimizer = victim.linear_optimizer
+    return optimizer, (parameters, optimizer.init(parameters))
+
+
 def train(
-    victim: Victim, seed: int, steps: int, *, batch: int | None = None, repeat: bool = False
+    victim: Victim,
+    seed: int,
+    steps: int,
+    *,
+    batch: int | None = None,
+    repeat: bool = False,
+    linear: bool = False,
 ) -> History:
-    """Trains in the clear and keeps every operand of the last `steps` steps."""
-    data, optimizer = victim.data(), victim.optimizer
+    """Trains in the clear and keeps every operand of the last `steps` steps.
+
+    Args:
+      victim: what to train.
+      seed: of weights and batches.
+      steps: recorded.
+      batch: examples in a step; the victim's own by default.
+      repeat: whether every recorded step sees the same batch.
+      linear: whether recorded steps are `Victim.linear_optimizer`'s.
+    """
+    data = victim.data()
     drawn = batches(victim, seed, steps, batch or victim.batch, repeat=repeat)
-    parameters, state = warm_up(victim, seed, drawn)
+    optimizer, (parameters, state) = start(victim, seed, drawn, linear=linear)
 
     def loss(parameters, probes, inputs, labels):
         tape = _Tape(probes)
@@ -328,18 +357,20 @@ def cached_train(
     *,
     batch: int | None = None,
     repeat: bool = False,
+    linear: bool = False,
     cache: pathlib.Path | None = CACHE,
 ) -> History:
     """`train`, kept on disk under a name made of all that determines it; None: no cache."""
     if cache is None:
-        return train(victim, seed, steps, batch=batch, repeat=repeat)
+        return train(victim, seed, steps, batch=batch, repeat=repeat, linear=linear)
     source = pathlib.Path(__file__).with_name("victims.py").read_bytes()
-    settings = (VERSION, jax.__version__, victim.name, seed, steps, batch or victim.batch, repeat)
+    run = (victim.name, seed, steps, batch or victim.batch, repeat, linear)
+    settings = (VERSION, jax.__version__, *run)
     name = hashlib.sha256(repr(settings).encode() + source).hexdigest()[:16]
     path = cache / f"{victim.name}-{seed}-{name}.npz"
     if path.exists():
         return _load(path, steps)
-    history = train(victim, seed, steps, batch=batch, repeat=repeat)
+    history = train(victim, seed, steps, batch=batch, repeat=repeat, linear=linear)
     _save(history, path)
     return history
 
@@ -364,13 +395,17 @@ def blind_product(
     truth = ProductTruth(x, w, g)
     if how.decoys != "none":
         count = blinding.decoy_count(len(x))
-        truth.decoys_x = blinding.draw_decoys(rng, x, count)
-        truth.decoys_g = blinding.draw_decoys(rng, g, count)
+        matched = how.decoys == "matched"
+        draw = blinding.matched_decoys if matched else blinding.draw_decoys
+        truth.decoys_x, truth.decoys_g = draw(rng, x, count), draw(rng, g, count)
         if how.decoys == "x":
             truth.decoys_g = np.zeros_like(truth.decoys_g)
         x, g = np.concatenate([x, truth.decoys_x]), np.concatenate([g, truth.decoys_g])
     if how.scalars:
         truth.scales = tuple(np.exp(rng.uniform(-1, 1, 3)))
+    if how.masked:
+        truth.mask = blinding.draw_mask(rng, w)
+        w = w + truth.mask
     a = blinding.GROUPS[how.rows](row_rng, len(x))
     b, c = (blinding.GROUPS[how.features](feature_rng, size) for size in w.shape)
     truth.keys = (a, b, c)

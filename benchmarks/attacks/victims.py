@@ -112,6 +112,11 @@ class Victim:
         """Adam at the victim's rate."""
         return optax.adam(self.learning_rate)
 
+    @property
+    def linear_optimizer(self) -> optax.GradientTransformation:
+        """SGD with momentum, which keeps weights on the devices where Adam does not."""
+        return optax.sgd(10 * self.learning_rate, momentum=0.9)
+
     def loss(
         self, parameters: Parameters, inputs: Any, labels: Any, products: Products
     ) -> jax.Array:

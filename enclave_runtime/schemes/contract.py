@@ -114,6 +114,13 @@ class Scheme(abc.ABC):
             for them.
         """
 
+    def let_go(self, secret: Any) -> Any:
+        """What later products need of an operand's `blind` once it was the first operand of one.
+
+        Called when no product is left whose second operand has no decoys.
+        """
+        return secret
+
     @abc.abstractmethod
     def warm_up(self, array: ArrayType, layout: Layout, classes: tuple[KeyClass, ...]) -> None:
         """Compiles what `blind` and `unblind` need for such values."""

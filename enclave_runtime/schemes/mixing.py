@@ -2,14 +2,15 @@
 
 With a key matrix for each axis, A for rows, B for what is contracted, C for columns::
 
-    X̂ = t_x A [X; R] Bᵀ      Ŵ = t_w B⁻ᵀ W Cᵀ      Ŷ = X̂ Ŵ
-    Ĝ = t_g A⁻ᵀ [G; Q] C⁻¹   dX̂ = Ĝ Ŵᵀ             dŴ = X̂ᵀ Ĝ
+    X̂ = t_x A [X; R] Bᵀ      Ŵ = t_w B⁻ᵀ (W + U Vᵀ) Cᵀ   Ŷ = X̂ Ŵ
+    Ĝ = t_g A⁻ᵀ [G; Q] C⁻¹   dX̂ = Ĝ Ŵᵀ                   dŴ = X̂ᵀ Ĝ
 
 R and Q are decoy rows in the same places; unblinding cuts them off Ŷ and dX̂, and takes
-RᵀQ off dŴ. Each key is ``P S H P S H P S D H P S`` in fast form (`enclave_runtime.hadamard`)
-with D log-uniform of condition 4. With a single transform outside D, the Gram matrix of a
-blinded tensor would show which rows share a block; with two, every row meets every other.
-The scalars t hide norms.
+RᵀQ off dŴ. The mask U Vᵀ trades W's strongest directions for random ones; unblinding takes
+(X U) Vᵀ off Ŷ and (G V) Uᵀ off dX̂. Each key is ``P S H P S H P S D H P S`` in fast form
+(`enclave_runtime.hadamard`) with D log-uniform of condition 4. With a single transform
+outside D, the Gram matrix of a blinded tensor would show which rows share a block; with
+two, every row meets every other. The scalars t hide norms.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,11 +56,15 @@ class TensorSecret(NamedTuple):
       scalar: the tensor's.
       decoys: its decoy rows, if any.
       energy: the sum of its squares, which may be 0 or not finite.
+      plain: the tensor itself, if it has decoys; needed where the other operand has a mask.
+      mask: by the key class of its axis, each of the two factors of the mask added to the tensor.
     """
 
     scalar: float
     decoys: np.ndarray | None
     energy: float
+    plain: np.ndarray | None = None
+    mask: Mapping[int, np.ndarray] | None = None
 
     def __repr__(self) -> str:
         return "TensorSecret(<secret>)"
@@ -80,6 +85,8 @@ class Mixing(Scheme):
     Attributes:
       condition: bound on each key's condition number, at least 1.
       decoy_rows: least number of decoy rows, at least 0; they fill up to a multiple of 64.
+      traded: strongest directions of the other operand that are traded for random ones, at
+        least 0. Without decoys it cannot be told which operand that is, and none are.
 
     References:
       The study in SECURITY.md.
@@ -87,6 +94,7 @@ class Mixing(Scheme):
 
     condition: float = 4.0
     decoy_rows: int = 32
+    traded: int = 8
     name: ClassVar[str] = "mixing"
     group: ClassVar[Group] = Group.INVERTIBLE
     keys_per_product: ClassVar[bool] = True
@@ -101,6 +109,8 @@ class Mixing(Scheme):
             raise ValueError("Mixing: condition is a number between 1 and 1e6")
         if type(self.decoy_rows) is not int or not 0 <= self.decoy_rows <= 4096:
             raise ValueError("Mixing: decoy_rows is an int between 0 and 4096")
+        if type(self.traded) is not int or not 0 <= self.traded <= 64:
+            raise ValueError("Mixing: traded is an int between 0 and 64")
 
     @property
     def key_budget(self) -> int | None:
@@ -138,14 +148,66 @@ class Mixing(Scheme):
         true_energy = _energy(x)
         # Nothing, and what is not finite, is no basis for a scale; it is hidden all the same.
         energy = true_energy if np.isfinite(true_energy) and true_energy > 0 else 1.0
-        decoys = _decoy_rows(x, count, energy, draws) if count else None
+        plain = x
+        decoys, mask = None, None
+        if count:
+            decoys = _decoy_rows(x, count, energy, draws)
+        elif self.decoy_rows and np.isfinite(true_energy):
+            mask = self._mask(x, layout, energy, draws)
+            if mask is not None:
+                first, second = mask.values()
+                x = _plus_product(x, first, second.swapaxes(-1, -2))
         total = energy * (1 + DECOY_ENERGY * bool(count))
         mean = np.sqrt(total / out.size)
         scalar = float(4 ** (draws.uniform(1)[0] - 0.5) / np.clip(mean, _TINY, 1 / _TINY))
         last = x.ndim - 1
         maps[last] = maps[last].scaled(scalar)
         mix_into(out, x, maps, decoys)
-        return TensorSecret(scalar, decoys, true_energy)
+        return TensorSecret(scalar, decoys, true_energy, plain if count else None, mask)
+
+    def _mask(
+        self, w: np.ndarray, layout: Layout, energy: float, stream: KeyStream
+    ) -> dict[int, np.ndarray] | None:
+        """The two factors of W's mask, (…, n, 2 k) and (…, p, 2 k), by their axes' classes.
+
+        About the k strongest right singular directions (a random sketch and one power
+        iteration) are brought down to the size of the others, and k random directions come up.
+        """
+        *batch, n, p = w.shape
+        k = min(self.traded, min(n, p) // 2)
+        if k == 0:
+            return None
+        copies = math.prod(batch)
+
+        def normal(rows: int) -> np.ndarray:
+            return stream.normal(copies * rows * k, w.dtype).reshape(*batch, rows, k)
+
+        def uniform() -> np.ndarray:
+            return (0.5 + stream.uniform(copies * k)).reshape(*batch, 1, k).astype(w.dtype)
+
+        # Over W's size, so that nothing leaves float32's range.
+        scale = w.dtype.type(1 / np.clip(math.sqrt(energy / w.size), _TINY, 1 / _TINY))
+        sketch = _product(w, normal(p) * scale)
+        sketch = np.linalg.qr(_product(w.swapaxes(-1, -2), sketch * scale))[0]
+        left, sizes, turn = np.linalg.svd(_product(w, sketch), full_matrices=False)
+        right = sketch @ turn.swapaxes(-1, -2)
+        sizes = sizes[..., None, :]
+        whole: Any = energy
+        if copies > 1:
+            whole = np.square(w, dtype=np.float64).sum((-1, -2), keepdims=True)
+        own = np.square(sizes, dtype=np.float64).sum(-1, keepdims=True)
+        rest = np.maximum(whole - own, 0)
+        others = np.sqrt(rest / (min(n, p) - k)).astype(w.dtype)
+        removed = np.maximum(sizes - others * uniform(), 0)
+        # Where there is nothing to remove, or nothing at all, directions come up all the same.
+        usual = math.sqrt(energy / copies / min(n, p))
+        added = np.maximum(sizes, usual) * uniform()
+        random = [np.linalg.qr(normal(rows))[0] for rows in (n, p)]
+        (first, second) = (c for c in layout.classes[-2:] if c is not None)
+        return {
+            first: np.concatenate([random[0] * added, -left * removed], -1).astype(w.dtype),
+            second: np.concatenate([random[1], right], -1).astype(w.dtype),
+        }
 
     def unblind(
         self,
@@ -171,29 +233,54 @@ class Mixing(Scheme):
             # Rounding would leave noise of the decoys' size, which optimizers scale up.
             plain[...] = 0
         elif left.decoys is not None and right.decoys is not None:
-            _subtract_product(plain, left.decoys, right.decoys)
+            plain = _plus_product(plain, -left.decoys.swapaxes(-1, -2), right.decoys)
+        elif right.mask is not None:
+            assert left.plain is not None, "an operand was let go before its last use"
+            # W's axes are the result's columns and what was summed over.
+            outer = next(f for c, f in right.mask.items() if c == layout.classes[last])
+            inner = next(f for c, f in right.mask.items() if c != layout.classes[last])
+            projected = _product(left.plain, inner)
+            plain = _plus_product(plain, -projected, outer.swapaxes(-1, -2))
         return jnp.asarray(rounded(plain, blinded.dtype))
+
+    def let_go(self, secret: TensorSecret) -> TensorSecret:
+        """Without the plain tensor: products with a masked operand have all come back."""
+        return secret._replace(plain=None)
 
     def warm_up(self, array: ArrayType, layout: Layout, classes: tuple[KeyClass, ...]) -> None:
         """Compiles the kernels; they do not depend on shapes."""
         hadamard.warm_up()
 
 
-def _subtract_product(plain: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """``plain -= leftᵀ right`` in place, its rows shared out over the processors."""
-    rows = plain.shape[-2]
-    turned = left.swapaxes(-1, -2)
+def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """``left @ right``, the rows of the result shared out over the processors."""
+    out = np.empty((*left.shape[:-1], right.shape[-1]), left.dtype)
 
     def run(start: int, stop: int) -> None:
-        plain[..., start:stop, :] -= turned[..., start:stop, :] @ right
+        np.matmul(left[..., start:stop, :], right, out=out[..., start:stop, :])
 
-    hadamard.in_parallel(run, rows, plain.size)
+    hadamard.in_parallel(run, left.shape[-2], left.size)
+    return out
+
+
+def _plus_product(x: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """``x + left @ right``, its rows shared out over the processors."""
+    out = np.empty_like(x)
+
+    def run(start: int, stop: int) -> None:
+        part = out[..., start:stop, :]
+        np.matmul(left[..., start:stop, :], right, out=part)
+        part += x[..., start:stop, :]
+
+    hadamard.in_parallel(run, x.shape[-2], x.size)
+    return out
 
 
 def _energy(x: np.ndarray) -> float:
     """The sum of squares, in float64 where float32 would overflow or underflow."""
     flat = x.reshape(-1)
-    energy = float(np.dot(flat, flat))
+    with np.errstate(over="ignore", invalid="ignore"):
+        energy = float(np.dot(flat, flat))
     if not _LEAST_ENERGY < energy < np.inf:
         wide = flat.astype(np.float64)
         energy = float(np.dot(wide, wide))
@@ -201,7 +288,11 @@ def _energy(x: np.ndarray) -> float:
 
 
 def _decoy_rows(x: np.ndarray, count: int, energy: float, stream: KeyStream) -> np.ndarray:
-    """Decoys for (…, m, n), with the signal's spectrum: half in its basis, half in a random one."""
+    """Decoys for (…, m, n): the signal's spectrum in a random basis.
+
+    Decoys in the signal's own basis would raise its strongest directions, so that the pencil of
+    ``X̂ᵀX̂`` and ``dX̂ᵀdX̂`` shows these to a host that has a checkpoint.
+    """
     *batch, rows, columns = x.shape
     copies = math.prod(batch)
     sample = x if rows <= _SAMPLED_ROWS else x[..., stream.permutation(rows)[:_SAMPLED_ROWS], :]
@@ -211,10 +302,8 @@ def _decoy_rows(x: np.ndarray, count: int, energy: float, stream: KeyStream) -> 
     decoys = combine @ sample
     faint = _FAINT * math.sqrt(energy * taken / x.size)
     decoys += faint * stream.normal(decoys.size, x.dtype).reshape(decoys.shape)
-    half = count // 2
-    turn = hadamard.draw(stream, columns, condition=1.0)
-    turned = np.ascontiguousarray(decoys[..., half:, :])
-    decoys[..., half:, :] = hadamard.mix(turned, {turned.ndim - 1: turn})
+    turn = hadamard.draw(stream, columns, condition=1.0, copies=copies)
+    decoys = hadamard.mix(decoys, {decoys.ndim - 1: turn})
     lengths = np.sqrt(np.square(decoys, dtype=np.float64).sum(-1, keepdims=True))
     amplitude = (0.5 + stream.uniform(copies * count)).reshape(*batch, count, 1)
     amplitude *= math.sqrt(DECOY_ENERGY * energy / np.square(amplitude).sum())

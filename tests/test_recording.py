@@ -1,0 +1,42 @@
+"""Recorded traces: what the host saw of the library, with the keys that an evaluator derives."""
+
+import numpy as np
+import pytest
+
+from benchmarks.attacks import recording
+from benchmarks.attacks.blinding import DECOYS
+from tempo_jax.schemes import Mixing, SignedPermutation, Tempo
+
+INSIDE = {"mixing": {"head"}}
+GRADIENTS = {("mixing", "dense2"), *(("signed_permutation", f"dense{i}") for i in (1, 2))}
+
+
+@pytest.mark.parametrize("scheme", [Mixing(), SignedPermutation(), Tempo()], ids=lambda s: s.name)
+def test_recorded_products_are_the_plain_ones_under_their_keys(scheme):
+    trace = recording.record("mlp", scheme, 0, 2, cache=None)
+    outside = {"dense1", "dense2", "head"} - INSIDE.get(scheme.name, set())
+    for views, truths in zip(trace.views, trace.truth, strict=True):
+        assert set(views) == outside
+        for name, view in views.items():
+            truth = truths[name]
+            t_x, t_w, t_g = truth.scales
+            rows = len(truth.x)
+            assert (len(view.x) >= rows + DECOYS) == (scheme.name == "mixing")
+            undo_b, undo_c = np.linalg.inv(truth.b), np.linalg.inv(truth.c)
+            x = np.linalg.solve(truth.a, view.x) @ undo_b.T / t_x
+            np.testing.assert_allclose(x[:rows], truth.x, atol=1e-9)
+            w = truth.b.T @ view.w @ undo_c.T / t_w
+            mask = np.linalg.svd(w - truth.w, compute_uv=False)
+            assert (mask > 1e-9 * mask[0]).sum() <= 2 * getattr(scheme, "traded", 0) or (
+                mask[0] < 1e-9
+            )
+            # The first layer needs no dX, which is what ties the columns' keys of G and W together,
+            # and under two polarities nothing ties the rows' of G and X.
+            if (scheme.name, name) in GRADIENTS:
+                g = truth.a.T @ view.g @ truth.c / t_g
+                np.testing.assert_allclose(g[:rows], truth.g, atol=1e-9)
+            if scheme.name == "tempo":  # whose second versions bring dW into the layout of W
+                dw = truth.b.T @ view.dw @ undo_c.T
+                np.testing.assert_allclose(dw, truth.dw, atol=1e-9)
+    kept = [truths["dense2"].c for truths in trace.truth]
+    assert np.array_equal(*kept) == (scheme.name != "mixing")

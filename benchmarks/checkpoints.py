@@ -83,7 +83,7 @@ def table(results: Json) -> str:
         f"{where['processor']}, {where['cores']} cores; {', '.join(versions)}; "
         f"{results['scheme']}, medians of {results['rounds']} rounds.",
         "",
-        "| model (batch) | sealing ÷ plain step | of which in quartiles | writing ÷ plain step | "
+        "| model (batch) | sealing ÷ plain step | quartiles | writing ÷ plain step | "
         "restoring ÷ plain step | shielded step ÷ plain step | leaves | checkpoint, MB "
         "(its arrays) |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|",

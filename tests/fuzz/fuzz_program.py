@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 
-from enclave_runtime import program, schemes
+from enclave_runtime import fields as checked_fields
+from enclave_runtime import products, program, schemes
 from enclave_runtime.program import Program, ProgramError
 from tests.fuzz import harness
 
@@ -27,4 +28,4 @@ def one_input(data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    harness.fuzz(one_input, (program, schemes), harness.mutate_json)
+    harness.fuzz(one_input, (checked_fields, products, program, schemes), harness.mutate_json)

@@ -63,9 +63,15 @@ def _products(x: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.tanh(x @ w) @ v
 
 
-def _program(scheme: Any, *shapes: tuple[int, ...]) -> bytes:
+def _convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.tanh(jax.lax.conv_general_dilated(x, kernel, (2, 1), "SAME"))
+
+
+def _program(
+    scheme: Any, *shapes: tuple[int, ...], function: Any = _products, verify: bool = False
+) -> bytes:
     operands = (np.ones(shape, np.float32) for shape in shapes)
-    planned: Program = plan(_products, *operands, scheme=scheme).plan.program
+    planned: Program = plan(function, *operands, scheme=scheme, verify=verify).plan.program
     segments = tuple(
         dataclasses.replace(segment, executable=f"{number:064x}")
         for number, segment in enumerate(planned.segments)
@@ -77,6 +83,10 @@ def _programs() -> dict[str, bytes]:
     return {
         "permutation": _program(SignedPermutation(), (6, 5), (5, 4), (4, 3)),
         "mixing": _program(Mixing(), (128, 64), (64, 64), (64, 64)),
+        "verified": _program(SignedPermutation(), (6, 5), (5, 4), (4, 3), verify=True),
+        "verified_convolution": _program(
+            SignedPermutation(), (3, 4, 6, 6), (5, 4, 3, 3), function=_convolution, verify=True
+        ),
     }
 
 

@@ -250,13 +250,16 @@ def _with_siblings(source: Source, files: Iterable[Path]) -> Iterator[Path]:
     for path in files:
         yield path
         folders.add(path.parent)
-    siblings = [path for folder in folders - set(source.roots) for path in folder.glob("*.py")]
+    for folder in folders - set(source.roots):
+        for path in folder.glob("*.py"):
+            if not _UNWANTED.fullmatch(path.stem):
+                yield path
     for root in source.roots:
         for package in WHOLE_PACKAGES:
-            siblings += (root / package).rglob("*.py")
-    for path in siblings:
-        if not _UNWANTED.fullmatch(path.stem):
-            yield path
+            for path in (root / package).rglob("*.py"):
+                parts = path.relative_to(root).with_suffix("").parts
+                if not any(_UNWANTED.fullmatch(part) for part in parts):
+                    yield path
 
 
 def _place(source: Source, path: Path) -> Path | None:

@@ -165,8 +165,8 @@ CONTROLS = {
     "fresh_orthogonal": Blinding("orthogonal", "orthogonal", 1),
     "permuted_rows": Blinding("permutation", "orthogonal", FOREVER),
     "shared_rows": Blinding("orthogonal", "orthogonal", FOREVER, shared_rows=True),
-    "mixing_without_decoys": dataclasses.replace(_MIXING, decoys="none"),
-    "mixing_uncoupled": dataclasses.replace(_MIXING, decoys="x"),
+    "mixing_without_decoys": dataclasses.replace(_MIXING, decoys="none", masked=False),
+    "mixing_uncoupled": dataclasses.replace(_MIXING, decoys="x", masked=False),
     # What is left of mixing for a host that finds the diagonals in its keys.
     "orthogonal_decoys": dataclasses.replace(_MIXING, rows="orthogonal", features="orthogonal"),
     "mixing_two_rounds": dataclasses.replace(_MIXING, rows="two rounds", features="two rounds"),

@@ -1,6 +1,7 @@
 """What all tests share: eight CPU devices, float64, one enclave, one hypothesis profile."""
 
 import os
+import signal
 
 # JAX reads this when it starts, so it stands before the imports.
 os.environ["XLA_FLAGS"] = (
@@ -22,6 +23,9 @@ from tempo_jax._cost import CostModel  # noqa: E402
 
 # Tests compare sums taken in different orders; in float64 these differ by rounding alone.
 jax.config.update("jax_enable_x64", True)
+
+# In a shell's background Python ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Plans must not depend on how fast the machine that tests them is.
 _enclave.machine_costs = lambda measure: CostModel()

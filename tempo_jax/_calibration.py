@@ -19,7 +19,7 @@ import jax
 
 from tempo_jax._cost import CostModel
 
-_FORMAT = 1  # raise when what is measured changes its meaning
+_FORMAT = 2  # raise when what is measured changes its meaning
 
 
 def machine_costs(measure: Callable[[], dict[str, Any]]) -> CostModel:

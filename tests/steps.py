@@ -28,6 +28,8 @@ PLAIN_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensiv
 # `shield` with every product on the devices, however small: what most tests are about.
 shield_all = functools.partial(tempo.shield, scheme=SIGNED_PERMUTATION, offload="all")
 
+_MOMENTUM = tempo.cheap_update(optax.sgd(0.1, momentum=0.9))
+
 # loss(parameters, rest, batch) -> (loss, (rest, outputs)); `rest` is whatever else is carried.
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, tuple[Any, jax.Array]]]
 
@@ -51,6 +53,25 @@ def uniform(seed: int, *shape: int, dtype: Any = jnp.float64) -> jax.Array:
     """Values in [-1, 1)."""
     values = np.random.default_rng(seed).uniform(-1, 1, shape)
     return jnp.asarray(values, dtype)
+
+
+def momentum_step(state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, jax.Array]:
+    """One step of a small MLP with momentum; the loss is revealed."""
+    params, moments = state
+
+    def loss_of(params: Any) -> jax.Array:
+        hidden = jnp.tanh(x @ params["first"] + params["bias"])
+        return jnp.mean((hidden @ params["second"] - y) ** 2)
+
+    loss, gradients = jax.value_and_grad(loss_of)(params)
+    updates, moments = _MOMENTUM.update(gradients, moments, params)
+    return (optax.apply_updates(params, updates), moments), tempo.reveal(loss)
+
+
+def momentum_state() -> Any:
+    """What `momentum_step` starts from; x has 5 columns and y 3."""
+    params = {"first": uniform(3, 5, 4), "bias": uniform(4, 4), "second": uniform(5, 4, 3)}
+    return params, _MOMENTUM.init(params)
 
 
 def uniform_like(tree: Any, seed: int = 0) -> Any:

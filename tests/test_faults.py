@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import tempo_jax as tempo
@@ -33,29 +32,12 @@ from tempo_jax.errors import (
     TempoError,
 )
 from tests.steps import assert_close, shield_all, uniform
+from tests.steps import momentum_state as initial_state
+from tests.steps import momentum_step as train_step
 from tests.test_enclave import is_running, nothing_left_behind
 
-OPTIMIZER = tempo.cheap_update(optax.sgd(0.1, momentum=0.9))
 X, Y = uniform(1, 6, 5), uniform(2, 6, 3)
 VISITS = 4  # of one step
-
-
-def train_step(state, x, y):
-    """One step of an MLP with momentum; the loss is revealed."""
-    params, optimizer = state
-
-    def loss_of(params):
-        hidden = jnp.tanh(x @ params["first"] + params["bias"])
-        return jnp.mean((hidden @ params["second"] - y) ** 2)
-
-    loss, gradients = jax.value_and_grad(loss_of)(params)
-    updates, optimizer = OPTIMIZER.update(gradients, optimizer, params)
-    return (optax.apply_updates(params, updates), optimizer), tempo.reveal(loss)
-
-
-def initial_state():
-    params = {"first": uniform(3, 5, 4), "bias": uniform(4, 4), "second": uniform(5, 4, 3)}
-    return params, OPTIMIZER.init(params)
 
 
 def plain_state(steps: int) -> Any:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import tempo_jax as tempo
@@ -32,10 +31,11 @@ from tempo_jax.errors import (
     UnsupportedError,
 )
 from tests.steps import assert_close, shield_all, uniform
+from tests.steps import momentum_state as initial_state
+from tests.steps import momentum_step as train_step
 
 INSECURE = tempo.AttestationPolicy(insecure_accept_no_sgx=True)
 IDENTITY = tempo.ClientIdentity(bytes(range(32)))
-OPTIMIZER = tempo.cheap_update(optax.sgd(0.1, momentum=0.9))
 X, Y = uniform(1, 6, 5), uniform(2, 6, 3)
 
 
@@ -57,24 +57,6 @@ def roles(tmp_path_factory) -> Iterator[Roles]:
         tempo.Enclave.attach(ports.host, host_key=ports.host_key) as host,
     ):
         yield Roles(ports, client, host)
-
-
-def train_step(state, x, y):
-    """One step of an MLP with momentum; the loss is revealed."""
-    params, optimizer = state
-
-    def loss_of(params):
-        hidden = jnp.tanh(x @ params["first"] + params["bias"])
-        return jnp.mean((hidden @ params["second"] - y) ** 2)
-
-    loss, gradients = jax.value_and_grad(loss_of)(params)
-    updates, optimizer = OPTIMIZER.update(gradients, optimizer, params)
-    return (optax.apply_updates(params, updates), optimizer), tempo.reveal(loss)
-
-
-def initial_state() -> Any:
-    params = {"first": uniform(3, 5, 4), "bias": uniform(4, 4), "second": uniform(5, 4, 3)}
-    return params, OPTIMIZER.init(params)
 
 
 def carry(path: Path, tree: Any) -> Any:

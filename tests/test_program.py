@@ -464,11 +464,11 @@ SCHEME_REFUSALS: list[tuple[str, Any, str]] = [
     ("mixing", {"condition": 4.0}, "mixing takes the parameters condition, decoy_rows"),
     *(("orthogonal", {"budget": x}, "out of range") for x in (0, -1, 1.0, True, None, "1", [])),
     *(
-        ("mixing", {"condition": x, "decoy_rows": 32}, "out of range")
+        ("mixing", {"condition": x, "decoy_rows": 32, "traded": 8}, "out of range")
         for x in (0.5, 1e7, float("nan"), None, "4", [4.0])
     ),
     *(
-        ("mixing", {"condition": 4.0, "decoy_rows": x}, "out of range")
+        ("mixing", {"condition": 4.0, "decoy_rows": x, "traded": 8}, "out of range")
         for x in (-1, 4097, 32.0, None, [])
     ),
     *(("tempo", {"coefficients": x}, "out of range") for x in ("", "reals", None, [], {})),

@@ -30,6 +30,7 @@ from benchmarks.attacks.traces import Trace
 from benchmarks.attacks.victims import VICTIMS, Parameters, Plain
 
 LABELS = 100
+RESTARTS = 4
 DRAWS = 3  # sets of labelled examples, over which accuracies are averaged
 STEPS = 200
 LEARNING_RATE = 1e-3
@@ -171,18 +172,21 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     if not trace.victim.startswith("mlp"):
         return []
     accuracies: dict[str, list[float]] = {}
-    named = name_columns(trace, rng)
+    # Pixels are matched from random starts, and a mirrored match is hard to leave.
+    names = [name_columns(trace, rng) for _ in range(RESTARTS)]
     for _ in range(DRAWS):
         chosen = rng.choice(len(data.inputs), LABELS, replace=False)
         examples = data.inputs[chosen], data.labels[chosen]
         fresh = victim.initialize(rng)
         starts = {"black-box": fresh, "as seen": as_seen(trace, fresh)}
-        if named is not None:
-            starts["linked"] = fresh | named
+        for i, named in enumerate(names):
+            if named is None:
+                continue
+            starts[f"linked {i}"] = linked = fresh | named
             if "head" in named:
-                name_classes(trace, starts["linked"], *examples)
-                untrained = victim.accuracy(starts["linked"])
-                accuracies.setdefault("linked, not trained", []).append(untrained)
+                name_classes(trace, linked, *examples)
+                untrained = victim.accuracy(linked)
+                accuracies.setdefault(f"linked {i}, not trained", []).append(untrained)
         for name, start in starts.items():
             accuracy = train_substitute(trace.victim, start, *examples)
             accuracies.setdefault(name, []).append(accuracy)

@@ -2,7 +2,7 @@
 
 Written from the formulas alone, apart from `enclave_runtime`, so that controls no shipped scheme
 offers can be attacked, and so that a fault of the library is not repeated here:
-``X̂ = t A [X; R] Bᵀ``, ``Ŵ = t B⁻ᵀ W Cᵀ``, ``Ĝ = t A⁻ᵀ [G; Q] C⁻¹``.
+``X̂ = t A [X; R] Bᵀ``, ``Ŵ = t B⁻ᵀ (W + M) Cᵀ``, ``Ĝ = t A⁻ᵀ [G; Q] C⁻¹``.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from enclave_runtime.schemes.contract import Group, Scheme, keyed_axes
 from enclave_runtime.schemes.orthogonal import mix_into, rounded, to_mixable
 
 DECOY_ENERGY = 4.0  # of all decoy rows, over the signal's
-_SAMPLED_ROWS = 512  # at most so many rows of the signal go into covariance-matched decoys
+_SAMPLED_ROWS = 512  # at most so many rows of the signal give decoys its spectrum
 _ROUNDS = 3  # Hadamard transforms of a key: one inside D, two outside
 _FAINT = 2.0**-6  # of a decoy's length, in directions that the signal may not have
 _LEAST_ENERGY = 1e-25  # below, squares of float32 may have lost digits

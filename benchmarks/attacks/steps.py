@@ -138,6 +138,11 @@ def plain_directions(truth: ProductTruth, side: str) -> np.ndarray:
     return left if side == "b" else right.T
 
 
+def counted(item: str, whole: np.ndarray) -> int:
+    """How many directions are compared: of ``Ŵ dŴᵀ``, where size says little, all."""
+    return whole.shape[1] if item == "eig" else DIRECTIONS
+
+
 def compare_steps(trace: Trace, name: str) -> dict[str, tuple[float, float, float, float]]:
     """Links directions of consecutive steps.
 
@@ -160,7 +165,7 @@ def compare_steps(trace: Trace, name: str) -> dict[str, tuple[float, float, floa
         for item in ITEMS:
             pairs = [
                 (
-                    *links(seen[t][item], seen[t + 1][item]),
+                    *links(seen[t][item], seen[t + 1][item], counted(item, own[t])),
                     overlap(seen[t][item], seen[t + 1][item]),
                     overlap(seen[t][item], own[t]),
                 )
@@ -190,6 +195,7 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     for item in ITEMS:
         for i, how in enumerate(("by rank", "by oracle")):
             worst = max(found, key=lambda name: found[name][item][i])
+            whole = counted(item, plain_directions(trace.truth[0][worst], "b"))
             measurements.append(
                 measure(
                     "S4",
@@ -197,8 +203,8 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
                     found[worst][item][i],
                     chance=0,
                     threshold=1 + i,
-                    best=DIRECTIONS,
-                    note=f"of {DIRECTIONS}, worst in {worst}",
+                    best=whole,
+                    note=f"of {whole}, worst in {worst}",
                 )
             )
     # In attention the second operand is made of activations, whose mean is no secret of W's.

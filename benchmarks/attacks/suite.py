@@ -142,7 +142,7 @@ def plans(*, quick: bool) -> list[Plan]:
             _module("steps"),
             ("mlp",),
             repeated,
-            (("mixing_without_decoys", "mlp", "eig directions linked by rank", 15, False),),
+            (("mixing_without_decoys", "mlp", "eig directions linked by oracle", 15, False),),
         ),
         Plan(
             "S4",

@@ -115,9 +115,10 @@ def name_columns(trace: Trace, rng: np.random.Generator) -> Parameters | None:
     normalized = trace.victim == "mlp_bn"
 
     def rows(name: str, what: str) -> np.ndarray:
-        """Rows of all steps, their signs undone."""
+        """Rows of all steps, their signs undone together, so that steps agree."""
         views = [trace.views[t][name] for t in window]
-        values = [row_signs(v.x) * getattr(v, what) for v in views]  # pyright: ignore
+        signs = np.split(row_signs(np.concatenate([v.x for v in views])), len(views))  # pyright: ignore
+        values = [s * getattr(v, what) for s, v in zip(signs, views, strict=True)]
         if normalized and what == "y":
             values = [(v - v.mean(0)) / (v.std(0) + 1e-12) for v in values]
         return np.concatenate(values)

@@ -170,7 +170,7 @@ class Channel:
             greeting = wire.receive(self._connection, GREETING_BYTES).fields
             session, owned = str(greeting["session"]), greeting["owned"] is True
             challenge = bytes.fromhex(greeting["challenge"])
-            secret = identity.session_secret(session)
+            secret = identity.session_secret(session, public_key)
             keys = session_keys(secret)
             if not owned:
                 wire.send(self._connection, Frame(Kind.OWN, 0, {}, secret))

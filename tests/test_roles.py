@@ -16,6 +16,7 @@ import pytest
 
 import tempo_jax as tempo
 from enclave_runtime.wire import Kind
+from tempo_jax._channel import dial
 from tempo_jax._cost import CostModel
 from tempo_jax._host_key import default_path, read_host_key, write_host_key
 from tempo_jax._plan import export_segments
@@ -251,7 +252,9 @@ def test_host_neither_seals_nor_opens_nor_provisions(roles):
 
 def test_host_holds_nothing_that_the_client_does_not_show(roles):
     # Neither the session's keys nor the identity are reachable from the host's side.
-    secret = IDENTITY.session_secret(roles.host.session)
+    connection, certificate = dial(roles.ports.client)
+    connection.close()
+    secret = IDENTITY.session_secret(roles.host.session, certificate.public_key)
     keys = roles.client.connection.keys
     reachable = repr(vars(roles.host.connection))
     for value in (secret, *keys):
@@ -387,7 +390,7 @@ def test_identity_is_kept_safe(tmp_path):
     with pytest.raises(FileExistsError):
         tempo.ClientIdentity.generate().save(path)
     loaded = tempo.ClientIdentity.load(path)
-    assert loaded.session_secret("s") == identity.session_secret("s")
+    assert loaded.session_secret("s", b"key") == identity.session_secret("s", b"key")
     assert repr(identity) == str(identity) == "ClientIdentity(<secret>)"
     for use in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(ChannelError, match="cannot be pickled"):

@@ -73,7 +73,7 @@ class CheckpointError(Exception):
 
 
 class Recipient(enum.IntEnum):
-    """Whose secret a checkpoint is sealed under."""
+    """Whose secret a checkpoint is sealed under: the client's, or it and the enclave's together."""
 
     CLIENT = 1
     ENCLAVE = 2

@@ -2,8 +2,9 @@
 
 A *lineage* is the row of checkpoints under one secret, numbered from 1 on. The secret is the
 client's, handed over encrypted, so that a later enclave can restore what this one wrote; or
-it follows from the enclave's identity (SGX: MRENCLAVE and the processor), and then only the
-same enclave on the same machine can.
+it follows from the client's and the enclave's identity (SGX: MRENCLAVE and the processor) together,
+and then only the same enclave on the same machine can. The identity alone is nobody's secret: the
+host may start the same enclave again, as its own owner, and have it derive the same key.
 
 An enclave that died remembers nothing, and storage belongs to the host: which checkpoint is
 the newest, only the client can know. It says so with the secret and with every restore,
@@ -64,19 +65,19 @@ class Lineages:
         """Takes a secret into use.
 
         Args:
-          order: the client's: `recipient` with `secret` in hex or the `run`'s name, and `newest`.
+          order: the client's: `recipient`, `secret` in hex, for an enclave's identity also the
+            `run`'s name, and `newest`.
 
         Raises:
           CheckpointError: malformed, or this enclave has no identity to derive a secret from.
         """
         if not isinstance(order, dict):
             raise CheckpointError("an order for a checkpoint key is not an object")
-        if order.get("recipient") == Recipient.CLIENT:
-            recipient, secret = Recipient.CLIENT, _client_secret(order.get("secret"))
-        elif order.get("recipient") == Recipient.ENCLAVE:
-            recipient, secret = Recipient.ENCLAVE, _identity_secret(order.get("run"))
-        else:
+        if order.get("recipient") not in (Recipient.CLIENT, Recipient.ENCLAVE):
             raise CheckpointError("a checkpoint key is the client's or the enclave's")
+        recipient, secret = Recipient(order["recipient"]), _client_secret(order.get("secret"))
+        if recipient is Recipient.ENCLAVE:
+            secret = _identity_secret(secret, order.get("run"))
         seen = _decode_seen(order.get("newest"))
         lineage = self._known.setdefault(lineage_name(secret), _Lineage(secret, recipient))
         lineage.learn(seen)
@@ -158,7 +159,8 @@ def _client_secret(text: Any) -> bytes:
     return secret
 
 
-def _identity_secret(run: Any) -> bytes:
+def _identity_secret(secret: bytes, run: Any) -> bytes:
+    """The secret of a run that takes both to know: the client's and this enclave's own."""
     if not isinstance(run, str) or not 0 < len(run) <= MAX_RUN:
         raise CheckpointError(f"a run's name has 1 to {MAX_RUN} characters")
     try:
@@ -171,4 +173,5 @@ def _identity_secret(run: Any) -> bytes:
         ) from error
     if len(key) != IDENTITY_KEY_BYTES:
         raise CheckpointError(f"an enclave's identity key has {IDENTITY_KEY_BYTES} bytes")
-    return derive_key(key, f"checkpoint run {run}")
+    # Both have a fixed length, so no two pairs give the same bytes.
+    return derive_key(key + secret, f"checkpoint run {run}")

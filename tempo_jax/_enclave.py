@@ -360,7 +360,7 @@ class Enclave:
           ledger: what the client has seen; without one, old checkpoints pass for the newest.
 
         Raises:
-          CheckpointError: the key is the enclave's identity, and it has none outside SGX.
+          CheckpointError: the key takes the enclave's identity, and it has none outside SGX.
         """
         for name, value, kind in (
             ("key", key, CheckpointKey),

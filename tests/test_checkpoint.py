@@ -381,8 +381,10 @@ def test_another_tree_is_refused(values, text):
         ({"recipient": 1}, "has 32 bytes"),
         ({"recipient": 1, "secret": "00" * 31}, "has 32 bytes"),
         ({"recipient": 1, "secret": "zz" * 32}, "has 32 bytes"),
-        ({"recipient": 2, "run": ""}, "1 to 256 characters"),
-        ({"recipient": 2, "run": 3}, "1 to 256 characters"),
+        ({"recipient": 2, "run": "r"}, "has 32 bytes"),
+        ({"recipient": 2, "run": "r", "secret": "00" * 16}, "has 32 bytes"),
+        ({"recipient": 2, "run": "", "secret": "00" * 32}, "1 to 256 characters"),
+        ({"recipient": 2, "run": 3, "secret": "00" * 32}, "1 to 256 characters"),
         ({"recipient": 1, "secret": "00" * 32, "newest": 3}, "malformed"),
         ({"recipient": 1, "secret": "00" * 32, "newest": {"number": 1}}, "malformed"),
         *(
@@ -442,7 +444,7 @@ def test_seed_is_accepted_by_its_layer(name):
 
 
 def test_sealing_to_an_identity(monkeypatch, tmp_path):
-    run = {"recipient": 2, "run": "my run", "newest": None}
+    run = {"recipient": 2, "run": "my run", "secret": SECRET.hex(), "newest": None}
     with pytest.raises(CheckpointError, match="no identity to seal to, which takes SGX"):
         Lineages().provision(run)
     monkeypatch.setattr(lineage, "IDENTITY_KEY", str(tmp_path / "key"))
@@ -451,15 +453,24 @@ def test_sealing_to_an_identity(monkeypatch, tmp_path):
         with pytest.raises(CheckpointError, match="has 16 bytes"):
             Lineages().provision(run)
     (tmp_path / "key").write_bytes(bytes(range(16)))
-    first, again, other = Lineages(), Lineages(), Lineages()
+    first, again, other, stranger, client = (Lineages() for _ in range(5))
     first.provision(run)
     again.provision(run)
     other.provision({**run, "run": "another run"})
+    # A second instance of the enclave on this machine, with an owner who knows the run's name.
+    stranger.provision({**run, "secret": OTHER_SECRET.hex()})
+    # And the client's secret without the enclave's.
+    client.provision({**run, "recipient": 1})
     head = first.writer([]).head
     assert Header.decode(head).recipient is Recipient.ENCLAVE
     again.reader(head, order(values={}))
-    with pytest.raises(CheckpointError, match="another key"):
-        other.reader(head, order(values={}))
+    for refused in (other, stranger, client):
+        with pytest.raises(CheckpointError, match="another key"):
+            refused.reader(head, order(values={}))
+        # Nor by one who makes the header say otherwise.
+        own = refused.writer([]).header.lineage
+        with pytest.raises(CheckpointError, match=ALTERED):
+            refused.reader(head[:24] + own + head[40:], order(values={}))
     (tmp_path / "key").write_bytes(bytes(range(1, 17)))
     moved = Lineages()
     moved.provision(run)

@@ -130,7 +130,7 @@ def made_seeds() -> dict[str, bytes]:
         "head": b"c" + HEAD,
         "manifest": b"m" + json.dumps({"leaves": encoded}).encode(),
         "key": b"k" + json.dumps(KEY_ORDER | {"newest": seen.encode()}).encode(),
-        "identity": b"k" + json.dumps({"recipient": 2, "run": "r", "newest": None}).encode(),
+        "identity": b"k" + json.dumps(KEY_ORDER | {"recipient": 2, "run": "r"}).encode(),
         **{name: b"r" + json.dumps(order).encode() for name, order in orders.items()},
         "ledger": b"l" + CheckpointLedger({"ab" * 16: seen}).to_json().encode(),
     }

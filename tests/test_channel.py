@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -30,6 +31,7 @@ from tempo_jax._host_key import read_host_key
 from tempo_jax._loopback import Attachment
 from tempo_jax._serving import Served, served
 from tempo_jax.errors import AttestationError, ChannelError, EnclaveDiedError, EnclaveError
+from tests.toy_pki import der
 
 INSECURE = tempo.AttestationPolicy(insecure_accept_no_sgx=True)
 DATA = Path(__file__).parent / "data"
@@ -594,6 +596,59 @@ def test_certificate_that_no_enclave_made_gets_nothing(name):
         with pytest.raises(AttestationError, match=text):
             Channel(address, INSECURE, IDENTITY)
     assert received in ([], [b""]), "the client sent something before it had verified"
+
+
+# What `cryptography` raises on parts of a certificate, here with others of the same length.
+ECDSA_WITH_SHA256 = bytes.fromhex("300a06082a8648ce3d040302")
+HOSTILE: dict[str, tuple[bytes, bytes, type[Exception]]] = {
+    "version": (bytes.fromhex("a003020102"), bytes.fromhex("a003020104"), x509.InvalidVersion),
+    "curve": (
+        bytes.fromhex("06082a8648ce3d030107"),
+        bytes.fromhex("06082a8648ce3d030155"),
+        UnsupportedAlgorithm,
+    ),
+    "key's algorithm": (
+        bytes.fromhex("06072a8648ce3d0201"),
+        bytes.fromhex("06072a8648ce3d0255"),
+        UnsupportedAlgorithm,
+    ),
+    "one extension twice": (
+        bytes.fromhex("06032a0305"),
+        bytes.fromhex("06032a0304"),
+        x509.DuplicateExtension,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_certificate_that_cannot_be_read_is_refused(name):
+    old, new, cause = HOSTILE[name]
+    key, subject = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC))
+        .not_valid_after(datetime.datetime(2099, 1, 1, tzinfo=datetime.UTC))
+    )
+    for arcs in (channel.EVIDENCE_OID, "1.2.3.4", "1.2.3.5"):
+        extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(arcs), b"{}")
+        builder = builder.add_extension(extension, critical=False)
+    certificate = builder.sign(key, hashes.SHA256())
+
+    def signed(content: bytes) -> bytes:
+        # Signed again, so that the signature is not what is refused.
+        signature = der(0x03, b"\0" + key.sign(content, ec.ECDSA(hashes.SHA256())))
+        return der(0x30, content + ECDSA_WITH_SHA256 + signature)
+
+    content = certificate.tbs_certificate_bytes
+    assert content.count(old) == 1 and len(old) == len(new)
+    assert _channel._read(signed(content), b"").evidence == b"{}"
+    with pytest.raises(AttestationError, match="not one that an enclave makes") as caught:
+        _channel._read(signed(content.replace(old, new)), b"")
+    assert isinstance(caught.value.__cause__, cause)
 
 
 def test_impostor_would_have_seen_what_a_client_sends():

@@ -9,7 +9,8 @@ host may start the same enclave again, as its own owner, and have it derive the 
 An enclave that died remembers nothing, and storage belongs to the host: which checkpoint is
 the newest, only the client can know. It says so with the secret and with every restore,
 and the enclave refuses older ones. A client that forgot says "none", and then the
-host may choose among all checkpoints of the lineage. Called by `session`.
+host may choose among all checkpoints of the lineage. Every order to restore serves once, so
+that the host cannot use one again later, of a rollback above all. Called by `session`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from enclave_runtime.checkpoint import (
     MAX_RUN,
+    ORDER_BYTES,
     CheckpointError,
     CheckpointReader,
     CheckpointWriter,
@@ -33,6 +35,7 @@ from enclave_runtime.encryption import SECRET_BYTES, derive_key
 # 16 bytes that Gramine derives with EGETKEY; only this MRENCLAVE on this processor gets them.
 IDENTITY_KEY = "/dev/attestation/keys/_sgx_mrenclave"
 IDENTITY_KEY_BYTES = 16
+MAX_SPENT = 1 << 16  # orders that a session remembers, a few MB
 
 
 @dataclasses.dataclass
@@ -60,6 +63,7 @@ class Lineages:
     def __init__(self) -> None:
         self._known: dict[bytes, _Lineage] = {}
         self._current: _Lineage | None = None
+        self._spent: set[bytes] = set()  # identifiers of orders to restore
 
     def provision(self, order: Any) -> None:
         """Takes a secret into use.
@@ -104,29 +108,54 @@ class Lineages:
 
         Args:
           head: of the checkpoint.
-          order: the client's: the `leaves` it expects, the `newest` checkpoint it has seen, and
-            `allow_rollback_to`, the number of an older one that it asks for by name.
+          order: the client's: its `id`, which serves once, the `leaves` it expects, the `newest`
+            checkpoint it has seen, and `allow_rollback_to`, an older one that it asks for by
+            number, or by number and identifier.
 
         Raises:
-          CheckpointError: another key, altered, older than allowed, or another tree.
+          CheckpointError: another key, altered, older than allowed, or another tree; or an order
+            that was used before.
         """
         lineage = self._in_use()
         if not isinstance(order, dict):
             raise CheckpointError("an order to restore is not an object")
+        name = self._unspent(order.get("id"))
         lineage.learn(_decode_seen(order.get("newest")))
         reader = CheckpointReader(lineage.secret, head)
-        number = reader.header.number
         if (named := order.get("allow_rollback_to")) is not None:
-            if number != named:
-                raise CheckpointError(
-                    f"this is checkpoint {number}, and `allow_rollback_to` names another"
-                )
+            _check_named(reader, named)
         else:
             _check_newest(reader, lineage.newest)
         if (text := mismatch(reader.leaves, decode_leaves(order.get("leaves")))) is not None:
             raise CheckpointError(text)
-        lineage.last = max(lineage.last, number)
+        self._spent.add(name)
+        lineage.last = max(lineage.last, reader.header.number)
         return reader
+
+    def _unspent(self, identifier: Any) -> bytes:
+        """The identifier of an order that may still be used."""
+        name = _from_hex(identifier)
+        if len(name) != ORDER_BYTES:
+            raise CheckpointError(f"an order to restore has an id of {ORDER_BYTES} bytes")
+        if name in self._spent:
+            raise CheckpointError(
+                "this order to restore was used before, and each serves once: the client makes "
+                "another with `enclave.restore_order`"
+            )
+        # Forgetting one would let it serve again, and only the client can make orders.
+        if len(self._spent) >= MAX_SPENT:
+            raise CheckpointError(f"an enclave restores {MAX_SPENT} times: start another")
+        return name
+
+
+def _check_named(reader: CheckpointReader, named: Any) -> None:
+    number = reader.header.number
+    if isinstance(named, dict):
+        fits = Seen.decode(named) == Seen(number, reader.header.identifier)
+    else:
+        fits = type(named) is int and named == number
+    if not fits:
+        raise CheckpointError(f"this is checkpoint {number}, and `allow_rollback_to` names another")
 
 
 def _check_newest(reader: CheckpointReader, newest: Seen | None) -> None:
@@ -149,11 +178,16 @@ def _decode_seen(fields: Any) -> Seen | None:
     return None if fields is None else Seen.decode(fields)
 
 
-def _client_secret(text: Any) -> bytes:
+def _from_hex(text: Any) -> bytes:
+    """The bytes, none if it is no such text."""
     try:
-        secret = bytes.fromhex(text)
+        return bytes.fromhex(text)
     except (TypeError, ValueError):
-        secret = b""
+        return b""
+
+
+def _client_secret(text: Any) -> bytes:
+    secret = _from_hex(text)
     if len(secret) != SECRET_BYTES:
         raise CheckpointError(f"a checkpoint key has {SECRET_BYTES} bytes")
     return secret

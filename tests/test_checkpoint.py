@@ -39,6 +39,7 @@ from tests.fuzz import fuzz_checkpoint
 from tests.fuzz.harness import CORPUS
 
 SECRET, OTHER_SECRET = bytes(range(32)), bytes(range(1, 33))
+ORDER_ID = "00" * 16
 ALTERED = "failed its authentication"
 VALUES = {
     "matrix": np.arange(6, dtype=np.float64).reshape(2, 3),
@@ -301,11 +302,16 @@ def provisioned(newest: Seen | None = None) -> Lineages:
 
 
 def order(
-    newest: Seen | None = None, allow: int | None = None, values: dict[str, np.ndarray] = VALUES
+    newest: Seen | None = None,
+    allow: int | Seen | None = None,
+    values: dict[str, np.ndarray] = VALUES,
 ) -> dict[str, Any]:
+    """An order of its own to restore."""
     leaves = [leaf(name, value).encode() for name, value in values.items()]
     encoded = None if newest is None else newest.encode()
-    return {"newest": encoded, "allow_rollback_to": allow, "leaves": leaves}
+    named = allow.encode() if isinstance(allow, Seen) else allow
+    fields = {"newest": encoded, "allow_rollback_to": named, "leaves": leaves}
+    return {"id": os.urandom(16).hex(), **fields}
 
 
 def seen(data: bytes) -> Seen:
@@ -334,6 +340,40 @@ def test_checkpoint_of_a_second_enclave_with_the_number_is_refused_unless_named(
         lineages.reader(head_of(forked), order())
     lineages.reader(head_of(mine), order())
     lineages.reader(head_of(forked), order(allow=3))
+    # A number takes either of them, its identifier this one only.
+    lineages.reader(head_of(forked), order(allow=seen(forked)))
+    for head, allow in ((forked, seen(mine)), (mine, seen(forked))):
+        with pytest.raises(CheckpointError, match="names another"):
+            lineages.reader(head_of(head), order(allow=allow))
+
+
+@pytest.mark.parametrize("allow", [None, 1])
+def test_order_serves_once(allow):
+    data, lineages, used = head_of(written(number=1)), provisioned(), order(allow=allow)
+    # One that was refused has not served.
+    with pytest.raises(CheckpointError, match=ALTERED):
+        lineages.reader(data[:-1], used)
+    lineages.reader(data, used)
+    for replayed in (used, {**used, "id": used["id"].upper()}, {**used, "allow_rollback_to": 1}):
+        with pytest.raises(CheckpointError, match="was used before, and each serves once"):
+            lineages.reader(data, replayed)
+    # Nor does it after another key was in use.
+    lineages.provision({"recipient": 1, "secret": OTHER_SECRET.hex(), "newest": None})
+    lineages.provision({"recipient": 1, "secret": SECRET.hex(), "newest": None})
+    with pytest.raises(CheckpointError, match="was used before"):
+        lineages.reader(data, used)
+    lineages.reader(data, order(allow=allow))
+
+
+def test_spent_orders_are_not_forgotten_for_room(monkeypatch):
+    monkeypatch.setattr(lineage, "MAX_SPENT", 2)
+    data, lineages, used = head_of(written()), provisioned(), [order(), order()]
+    for one in used:
+        lineages.reader(data, one)
+    with pytest.raises(CheckpointError, match="an enclave restores 2 times: start another"):
+        lineages.reader(data, order())
+    with pytest.raises(CheckpointError, match="was used before"):
+        lineages.reader(data, used[0])
 
 
 def test_old_news_change_nothing():
@@ -416,9 +456,18 @@ def test_without_a_key_nothing_is_written_or_read():
     ("wrong", "text"),
     [
         (None, "an order to restore is not an object"),
-        ({}, "leaves are not a list"),
-        ({"leaves": [], "newest": 3}, "malformed"),
-        ({"leaves": [], "allow_rollback_to": "1"}, "names another"),
+        ({}, "an id of 16 bytes"),
+        ({"leaves": [], "id": 3}, "an id of 16 bytes"),
+        ({"leaves": [], "id": "00" * 15}, "an id of 16 bytes"),
+        ({"id": ORDER_ID}, "leaves are not a list"),
+        ({"id": ORDER_ID, "leaves": [], "newest": 3}, "malformed"),
+        *(
+            ({"id": ORDER_ID, "leaves": [], "allow_rollback_to": named}, text)
+            for named, text in (
+                *(("1", "names another"), (True, "names another"), (1.0, "names another")),
+                *(({}, "malformed"), ({"number": 1, "identifier": "00"}, "out of bounds")),
+            )
+        ),
     ],
 )
 def test_malformed_order_is_refused(wrong, text):

@@ -336,8 +336,12 @@ def test_older_checkpoint_is_refused_unless_named(keyed):
         keyed.restore(first, like=like)
     assert keyed.open(keyed.restore(first, like=like, allow_rollback_to=1)) == 1
     assert keyed.open(keyed.restore(second, like=like)) == 2
-    with pytest.raises(CheckpointError, match="`allow_rollback_to` names another"):
-        keyed.restore(second, like=like, allow_rollback_to=1)
+    key = keyed._checkpoint_key
+    named = key.authenticated(first)
+    assert keyed.open(keyed.restore(first, like=like, allow_rollback_to=named)) == 1
+    for other in (1, named, Seen(2, named.identifier)):
+        with pytest.raises(CheckpointError, match="`allow_rollback_to` names another"):
+            keyed.restore(second, like=like, allow_rollback_to=other)
 
 
 def test_later_enclave_refuses_what_is_older_than_the_ledger_says(keyed, other_enclave):

@@ -334,7 +334,10 @@ def test_host_checkpoints_alone_and_restores_by_the_clients_order(roles, tmp_pat
             host.restore(data, like, order=roles.client.restore_order(like))  # of another session
         with pytest.raises(CheckpointError):
             host.restore(data, like, order=client.restore_order({"other": X}))
-        restored = host.restore(data, like, order=client.restore_order(like))
+        order = client.restore_order(like)
+        restored = host.restore(data, like, order=order)
+        with pytest.raises(CheckpointError, match="was used before, and each serves once"):
+            host.restore(data, like, order=order)
         shield_all(train_step, enclave=client).provision(restored, X, Y)
         x, y = client.seal((X, Y))
         restored, _ = shield_all(train_step, enclave=host)(restored, x, y)

@@ -121,9 +121,10 @@ def made_seeds() -> dict[str, bytes]:
     """The corpus's seeds by file name; made anew when the format changes."""
     encoded = [leaf.encode() for leaf in LEAVES]
     seen = Seen(3, bytes(32))
+    common = {"id": "ab" * checkpoint.ORDER_BYTES, "leaves": encoded}
     orders = {
-        "newest": {"newest": seen.encode(), "allow_rollback_to": None, "leaves": encoded},
-        "rollback": {"newest": None, "allow_rollback_to": 3, "leaves": encoded},
+        "newest": {**common, "newest": seen.encode(), "allow_rollback_to": None},
+        "rollback": {**common, "newest": None, "allow_rollback_to": 3},
     }
     return {
         "whole": b"c" + _checkpoint(),

@@ -54,6 +54,7 @@ CHUNK = 1 << 20  # bytes; AES-GCM is fastest at about this size
 TAG_BYTES = 16
 LINEAGE_BYTES = 16
 IDENTIFIER_BYTES = 32
+ORDER_BYTES = 16  # what names an order to restore
 MAX_MANIFEST = 1 << 24  # bytes
 MAX_LEAVES = 1 << 18
 MAX_NAME = 4096  # characters
@@ -73,7 +74,7 @@ class CheckpointError(Exception):
 
 
 class Recipient(enum.IntEnum):
-    """Whose secret a checkpoint is sealed under."""
+    """Whose secret a checkpoint is sealed under: the client's, or it and the enclave's together."""
 
     CLIENT = 1
     ENCLAVE = 2

@@ -2,13 +2,15 @@
 
 A *lineage* is the row of checkpoints under one secret, numbered from 1 on. The secret is the
 client's, handed over encrypted, so that a later enclave can restore what this one wrote; or
-it follows from the enclave's identity (SGX: MRENCLAVE and the processor), and then only the
-same enclave on the same machine can.
+it follows from the client's and the enclave's identity (SGX: MRENCLAVE and the processor) together,
+and then only the same enclave on the same machine can. The identity alone is nobody's secret: the
+host may start the same enclave again, as its own owner, and have it derive the same key.
 
 An enclave that died remembers nothing, and storage belongs to the host: which checkpoint is
 the newest, only the client can know. It says so with the secret and with every restore,
 and the enclave refuses older ones. A client that forgot says "none", and then the
-host may choose among all checkpoints of the lineage. Called by `session`.
+host may choose among all checkpoints of the lineage. Every order to restore serves once, so
+that the host cannot use one again later, of a rollback above all. Called by `session`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 from enclave_runtime.checkpoint import (
     MAX_RUN,
+    ORDER_BYTES,
     CheckpointError,
     CheckpointReader,
     CheckpointWriter,
@@ -32,6 +35,7 @@ from enclave_runtime.encryption import SECRET_BYTES, derive_key
 # 16 bytes that Gramine derives with EGETKEY; only this MRENCLAVE on this processor gets them.
 IDENTITY_KEY = "/dev/attestation/keys/_sgx_mrenclave"
 IDENTITY_KEY_BYTES = 16
+MAX_SPENT = 1 << 16  # orders that a session remembers, a few MB
 
 
 @dataclasses.dataclass
@@ -59,24 +63,25 @@ class Lineages:
     def __init__(self) -> None:
         self._known: dict[bytes, _Lineage] = {}
         self._current: _Lineage | None = None
+        self._spent: set[bytes] = set()  # identifiers of orders to restore
 
     def provision(self, order: Any) -> None:
         """Takes a secret into use.
 
         Args:
-          order: the client's: `recipient` with `secret` in hex or the `run`'s name, and `newest`.
+          order: the client's: `recipient`, `secret` in hex, for an enclave's identity also the
+            `run`'s name, and `newest`.
 
         Raises:
           CheckpointError: malformed, or this enclave has no identity to derive a secret from.
         """
         if not isinstance(order, dict):
             raise CheckpointError("an order for a checkpoint key is not an object")
-        if order.get("recipient") == Recipient.CLIENT:
-            recipient, secret = Recipient.CLIENT, _client_secret(order.get("secret"))
-        elif order.get("recipient") == Recipient.ENCLAVE:
-            recipient, secret = Recipient.ENCLAVE, _identity_secret(order.get("run"))
-        else:
+        if order.get("recipient") not in (Recipient.CLIENT, Recipient.ENCLAVE):
             raise CheckpointError("a checkpoint key is the client's or the enclave's")
+        recipient, secret = Recipient(order["recipient"]), _client_secret(order.get("secret"))
+        if recipient is Recipient.ENCLAVE:
+            secret = _identity_secret(secret, order.get("run"))
         seen = _decode_seen(order.get("newest"))
         lineage = self._known.setdefault(lineage_name(secret), _Lineage(secret, recipient))
         lineage.learn(seen)
@@ -103,29 +108,54 @@ class Lineages:
 
         Args:
           head: of the checkpoint.
-          order: the client's: the `leaves` it expects, the `newest` checkpoint it has seen, and
-            `allow_rollback_to`, the number of an older one that it asks for by name.
+          order: the client's: its `id`, which serves once, the `leaves` it expects, the `newest`
+            checkpoint it has seen, and `allow_rollback_to`, an older one that it asks for by
+            number, or by number and identifier.
 
         Raises:
-          CheckpointError: another key, altered, older than allowed, or another tree.
+          CheckpointError: another key, altered, older than allowed, or another tree; or an order
+            that was used before.
         """
         lineage = self._in_use()
         if not isinstance(order, dict):
             raise CheckpointError("an order to restore is not an object")
+        name = self._unspent(order.get("id"))
         lineage.learn(_decode_seen(order.get("newest")))
         reader = CheckpointReader(lineage.secret, head)
-        number = reader.header.number
         if (named := order.get("allow_rollback_to")) is not None:
-            if number != named:
-                raise CheckpointError(
-                    f"this is checkpoint {number}, and `allow_rollback_to` names another"
-                )
+            _check_named(reader, named)
         else:
             _check_newest(reader, lineage.newest)
         if (text := mismatch(reader.leaves, decode_leaves(order.get("leaves")))) is not None:
             raise CheckpointError(text)
-        lineage.last = max(lineage.last, number)
+        self._spent.add(name)
+        lineage.last = max(lineage.last, reader.header.number)
         return reader
+
+    def _unspent(self, identifier: Any) -> bytes:
+        """The identifier of an order that may still be used."""
+        name = _from_hex(identifier)
+        if len(name) != ORDER_BYTES:
+            raise CheckpointError(f"an order to restore has an id of {ORDER_BYTES} bytes")
+        if name in self._spent:
+            raise CheckpointError(
+                "this order to restore was used before, and each serves once: the client makes "
+                "another with `enclave.restore_order`"
+            )
+        # Forgetting one would let it serve again, and only the client can make orders.
+        if len(self._spent) >= MAX_SPENT:
+            raise CheckpointError(f"an enclave restores {MAX_SPENT} times: start another")
+        return name
+
+
+def _check_named(reader: CheckpointReader, named: Any) -> None:
+    number = reader.header.number
+    if isinstance(named, dict):
+        fits = Seen.decode(named) == Seen(number, reader.header.identifier)
+    else:
+        fits = type(named) is int and named == number
+    if not fits:
+        raise CheckpointError(f"this is checkpoint {number}, and `allow_rollback_to` names another")
 
 
 def _check_newest(reader: CheckpointReader, newest: Seen | None) -> None:
@@ -148,17 +178,23 @@ def _decode_seen(fields: Any) -> Seen | None:
     return None if fields is None else Seen.decode(fields)
 
 
-def _client_secret(text: Any) -> bytes:
+def _from_hex(text: Any) -> bytes:
+    """The bytes, none if it is no such text."""
     try:
-        secret = bytes.fromhex(text)
+        return bytes.fromhex(text)
     except (TypeError, ValueError):
-        secret = b""
+        return b""
+
+
+def _client_secret(text: Any) -> bytes:
+    secret = _from_hex(text)
     if len(secret) != SECRET_BYTES:
         raise CheckpointError(f"a checkpoint key has {SECRET_BYTES} bytes")
     return secret
 
 
-def _identity_secret(run: Any) -> bytes:
+def _identity_secret(secret: bytes, run: Any) -> bytes:
+    """The secret of a run that takes both to know: the client's and this enclave's own."""
     if not isinstance(run, str) or not 0 < len(run) <= MAX_RUN:
         raise CheckpointError(f"a run's name has 1 to {MAX_RUN} characters")
     try:
@@ -171,4 +207,5 @@ def _identity_secret(run: Any) -> bytes:
         ) from error
     if len(key) != IDENTITY_KEY_BYTES:
         raise CheckpointError(f"an enclave's identity key has {IDENTITY_KEY_BYTES} bytes")
-    return derive_key(key, f"checkpoint run {run}")
+    # Both have a fixed length, so no two pairs give the same bytes.
+    return derive_key(key + secret, f"checkpoint run {run}")

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives import serialization
 from enclave_runtime import channel, wire
 from enclave_runtime.encryption import SessionKeys, session_keys
 from enclave_runtime.wire import Frame, Kind, WireError
+from tempo_jax import _certificates
 from tempo_jax._attestation import AttestationPolicy, Verified, verify_evidence
 from tempo_jax._identity import ClientIdentity
 from tempo_jax._loopback import fields_of
@@ -109,15 +110,15 @@ def _read(encoded: bytes | None, nonce: bytes) -> Certificate:
         certificate.verify_directly_issued_by(certificate)
         identifier = x509.ObjectIdentifier(channel.EVIDENCE_OID)
         extension = certificate.extensions.get_extension_for_oid(identifier).value
-    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound) as error:
+        public_key = certificate.public_key().public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    except (*_certificates.MALFORMED, InvalidSignature) as error:
         raise AttestationError(
             "the certificate of the channel is not one that an enclave makes: self-signed, with "
             "evidence in it"
         ) from error
     assert isinstance(extension, x509.UnrecognizedExtension)
-    public_key = certificate.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
     return Certificate(public_key, extension.value, nonce)
 
 
@@ -170,7 +171,7 @@ class Channel:
             greeting = wire.receive(self._connection, GREETING_BYTES).fields
             session, owned = str(greeting["session"]), greeting["owned"] is True
             challenge = bytes.fromhex(greeting["challenge"])
-            secret = identity.session_secret(session)
+            secret = identity.session_secret(session, public_key)
             keys = session_keys(secret)
             if not owned:
                 wire.send(self._connection, Frame(Kind.OWN, 0, {}, secret))

@@ -19,6 +19,7 @@ import contextlib
 import functools
 import json
 import os
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -29,7 +30,7 @@ import numpy as np
 from jax.core import Tracer
 
 from enclave_runtime import encryption
-from enclave_runtime.checkpoint import Leaf
+from enclave_runtime.checkpoint import ORDER_BYTES, Leaf, Seen
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import ArrayType, Port, Program, aligned
 from enclave_runtime.wire import Kind
@@ -360,7 +361,7 @@ class Enclave:
           ledger: what the client has seen; without one, old checkpoints pass for the newest.
 
         Raises:
-          CheckpointError: the key is the enclave's identity, and it has none outside SGX.
+          CheckpointError: the key takes the enclave's identity, and it has none outside SGX.
         """
         for name, value, kind in (
             ("key", key, CheckpointKey),
@@ -425,11 +426,12 @@ class Enclave:
                 self._ledger = self._ledger.recorded(self._checkpoint_key, data)
         return data
 
-    def restore_order(self, like: Any, *, allow_rollback_to: int | None = None) -> bytes:
-        """The client's leave for its host to restore a checkpoint: bytes to send it.
+    def restore_order(self, like: Any, *, allow_rollback_to: int | Seen | None = None) -> bytes:
+        """The client's leave for its host to restore a checkpoint, once: bytes to send it.
 
         For a client that is not where the checkpoint is. The order holds for this enclave, for
-        states like `like`, and for checkpoints at least as new as the newest in the ledger.
+        states like `like`, and for checkpoints at least as new as the newest in the ledger. It does
+        not expire: a host may keep it unused and restore later.
 
         Args:
           like: see `restore`.
@@ -441,12 +443,14 @@ class Enclave:
         """
         return self._restore_order(_checkpointing.leaves_of(like)[0], allow_rollback_to)
 
-    def _restore_order(self, leaves: Sequence[Leaf], allow_rollback_to: int | None) -> bytes:
+    def _restore_order(self, leaves: Sequence[Leaf], allow_rollback_to: int | Seen | None) -> bytes:
         key = self._used_checkpoint_key()
         newest = self._ledger.newest.get(key.lineage)
+        named = allow_rollback_to
         order = {
+            "id": secrets.token_hex(ORDER_BYTES),
             "newest": None if newest is None else newest.encode(),
-            "allow_rollback_to": allow_rollback_to,
+            "allow_rollback_to": named.encode() if isinstance(named, Seen) else named,
             "leaves": [leaf.encode() for leaf in leaves],
         }
         return self._encrypted(json.dumps(order).encode(), "restore")
@@ -465,7 +469,7 @@ class Enclave:
         data: bytes,
         like: Any,
         *,
-        allow_rollback_to: int | None = None,
+        allow_rollback_to: int | Seen | None = None,
         order: bytes | None = None,
     ) -> Any:
         """Brings a checkpoint's state into this enclave, where it gets fresh blinding keys.
@@ -475,8 +479,9 @@ class Enclave:
           like: a pytree of the same structure, shapes and dtypes: the state as first made, a
             sealed one, or `jax.eval_shape`'s result.
           allow_rollback_to: the number of a checkpoint that is older than the newest that the
-            client has seen, to go back to it on purpose.
-          order: on the host, what the client's `restore_order` gave.
+            client has seen, to go back to it on purpose; should there be several of the number,
+            `key.authenticated(data)` names exactly one.
+          order: on the host, what the client's `restore_order` gave; it serves once.
 
         Returns:
           The pytree with `SealedArray`s.

@@ -5,6 +5,7 @@ Trusted: it runs on the client's machine alone. Used by `_enclave` and `_channel
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -22,8 +23,9 @@ _MAX_FILE = 4096  # bytes
 class ClientIdentity:
     """The secret by which a client comes back to the enclaves that it owns.
 
-    Each enclave gets a secret of its own, derived from this one, so that none can pass as the
-    client to another. Whoever has the identity can open everything that was sealed with it.
+    Each enclave gets a secret of its own, derived from this one and the enclave's TLS key, so that
+    none can pass as the client to another. Whoever has the identity can open everything that was
+    sealed with it.
 
     Example:
       >>> import tempo_jax as tempo
@@ -91,6 +93,13 @@ class ClientIdentity:
         # Not chained: the parser's error would show what it could not read.
         raise ChannelError(f"{Path(path)} is not a client's identity ({_FORMAT})")
 
-    def session_secret(self, session: str) -> bytes:
-        """The secret of one session, known to this client and that session's enclave."""
-        return derive_key(self._secret, f"client identity/{session}")
+    def session_secret(self, session: str, public_key: bytes) -> bytes:
+        """The secret of one session, known to this client and that session's enclave.
+
+        Args:
+          session: its public name, as the peer gives it; anyone may say one.
+          public_key: of the TLS channel, DER. The handshake proved that the peer holds it, so a
+            peer that says another enclave's session gets a secret of its own all the same.
+        """
+        fingerprint = hashlib.sha256(public_key).hexdigest()
+        return derive_key(self._secret, f"client identity/{session}/{fingerprint}")

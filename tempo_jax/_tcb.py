@@ -34,6 +34,7 @@ STATUSES = (
     "OutOfDateConfigurationNeeded",
     "Revoked",
 )
+QE_STATUSES = ("UpToDate", "OutOfDate", "Revoked")  # a quoting enclave has no configuration
 MAX_COLLATERAL = 1 << 22  # bytes of JSON
 _TEXTS = ("tcb_info_issuer_chain", "tcb_info", "qe_identity_issuer_chain", "qe_identity")
 _BYTES = ("root_ca_crl", "pck_crl", "tcb_info_signature", "qe_identity_signature")
@@ -178,7 +179,7 @@ def converge(platform: Status, quoting: Status) -> Status:
     """The status of a platform whose quoting enclave has a status of its own.
 
     As Intel's verification library does it: a quoting enclave that is out of date makes the
-    platform so, and a revoked one revokes it.
+    platform so, and a revoked one revokes it. It has no other status, see `verify_qe_identity`.
     """
     advisories = tuple(dict.fromkeys((*platform.advisories, *quoting.advisories)))
     name = platform.name
@@ -235,7 +236,8 @@ def verify_qe_identity(
       The identity and the certificate of its signer.
 
     Raises:
-      AttestationError: forged, out of date, or not of the format (QE, version 2).
+      AttestationError: forged, out of date, not of the format (QE, version 2), or with a level
+        whose status only a platform can have.
     """
     fields, signer = _verify_document(
         collateral.qe_identity,
@@ -248,15 +250,22 @@ def verify_qe_identity(
     with _reading("QE identity"):
         if (fields["id"], fields["version"]) != ("QE", 2):
             raise AttestationError("a QE identity is not SGX's in version 2: use the PCS API v4")
+        levels = tuple(
+            (_svn(level["tcb"]["isvsvn"], 0xFFFF), _status(level)) for level in fields["tcbLevels"]
+        )
+        for _, status in levels:
+            # `converge` knows what these make of a platform, and Intel lists no other.
+            if status.name not in QE_STATUSES:
+                raise AttestationError(
+                    f"a QE identity has a level with the status {status.name}, expected one of "
+                    f"{', '.join(QE_STATUSES)}"
+                )
         identity = QEIdentity(
             (_hex(fields["miscselect"], 4), _hex(fields["miscselectMask"], 4)),
             (_hex(fields["attributes"], 16), _hex(fields["attributesMask"], 16)),
             _hex(fields["mrsigner"], 32),
             _svn(fields["isvprodid"], 0xFFFF),
-            tuple(
-                (_svn(level["tcb"]["isvsvn"], 0xFFFF), _status(level))
-                for level in fields["tcbLevels"]
-            ),
+            levels,
         )
     return identity, signer
 

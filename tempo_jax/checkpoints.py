@@ -35,7 +35,7 @@ import jax.numpy as jnp
 
 from enclave_runtime import checkpoint
 from enclave_runtime.checkpoint import Header, Recipient, Seen
-from enclave_runtime.encryption import SECRET_BYTES
+from enclave_runtime.encryption import SECRET_BYTES, derive_key
 from tempo_jax import _jaxpr
 from tempo_jax._checkpointing import leaves_of
 from tempo_jax.errors import CheckpointError
@@ -46,7 +46,7 @@ MAX_LEDGER = 1 << 24  # characters
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, slots=True)
 class CheckpointKey:
-    """What checkpoints are sealed to: a secret of the client, or an enclave's identity.
+    """What checkpoints are sealed to: a secret of the client, or it and an enclave's identity.
 
     Each training run should have a key of its own, since checkpoints are numbered, and the newest
     one remembered, for each key. Deliberately not a pytree, so that it cannot become an operand.
@@ -59,8 +59,8 @@ class CheckpointKey:
       (CheckpointKey(<secret>), True)
     """
 
-    _secret: bytes | None
-    _run: str | None
+    _secret: bytes
+    _run: str | None  # none for a key that is the client's alone
 
     @classmethod
     def generate(cls) -> CheckpointKey:
@@ -74,51 +74,59 @@ class CheckpointKey:
         Raises:
           CheckpointError: not 32 bytes.
         """
-        if not isinstance(secret, bytes) or len(secret) != SECRET_BYTES:
-            raise CheckpointError(
-                f"CheckpointKey.from_bytes: expected {SECRET_BYTES} bytes, as `to_bytes` gives them"
-            )
+        _check_secret("from_bytes", secret)
         return cls(secret, None)
 
     @classmethod
-    def enclave_identity(cls, run: str) -> CheckpointKey:
-        """Seals to the enclave itself: only the same MRENCLAVE on the same processor can restore.
+    def enclave_identity(cls, run: str, secret: bytes) -> CheckpointKey:
+        """Seals to the client and the enclave together: it takes both to restore.
 
-        An update of the enclave's code or another machine makes such checkpoints unreadable, to
-        the client too. Needs SGX.
+        Only the same MRENCLAVE on the same processor can, and only for a client that gives it the
+        same secret. An update of the enclave's code or another machine makes such checkpoints
+        unreadable, to the client too. Needs SGX.
 
         Args:
           run: a name for the training run; not secret.
+          secret: 32 random bytes that the client keeps, such as `generate().to_bytes()`. Without
+            it the host could start the same enclave again, as its owner, and open everything.
+
+        Raises:
+          CheckpointError: a name that is empty or too long, or not 32 bytes.
         """
-        if not 0 < len(run) <= checkpoint.MAX_RUN:
+        if not isinstance(run, str) or not 0 < len(run) <= checkpoint.MAX_RUN:
             raise CheckpointError(
                 f"CheckpointKey.enclave_identity: a run's name has 1 to {checkpoint.MAX_RUN} "
                 "characters"
             )
-        return cls(None, run)
+        _check_secret("enclave_identity", secret)
+        return cls(secret, run)
 
     def to_bytes(self) -> bytes:
         """The secret, 32 bytes, for the client to keep.
 
         Raises:
-          CheckpointError: the key is an enclave's.
+          CheckpointError: the key is an enclave's as well.
         """
-        if self._secret is None:
-            raise CheckpointError("the key of an enclave's identity never leaves the enclave")
+        if self._run is not None:
+            raise CheckpointError(
+                "the key of an enclave's identity never leaves the enclave; keep the `secret` that "
+                "`enclave_identity` was given"
+            )
         return self._secret
 
     @property
     def lineage(self) -> str:
         """The public name under which a ledger remembers this key's checkpoints."""
-        if self._secret is None:
-            return f"run {self._run}"
-        return checkpoint.lineage_name(self._secret).hex()
+        if self._run is None:
+            return checkpoint.lineage_name(self._secret).hex()
+        # The enclave's own name for it takes the enclave's secret; this one is the client's.
+        return derive_key(self._secret, f"ledger run {self._run}", checkpoint.LINEAGE_BYTES).hex()
 
     def order(self) -> dict[str, Any]:
-        """What the enclave is told, encrypted: whose secret, and the secret or the run's name."""
-        if self._secret is None:
-            return {"recipient": Recipient.ENCLAVE, "run": self._run}
-        return {"recipient": Recipient.CLIENT, "secret": self._secret.hex()}
+        """What the enclave is told, encrypted: who can restore, the secret, and the run's name."""
+        if self._run is None:
+            return {"recipient": Recipient.CLIENT, "secret": self._secret.hex()}
+        return {"recipient": Recipient.ENCLAVE, "secret": self._secret.hex(), "run": self._run}
 
     def authenticated(self, data: bytes) -> Seen:
         """Which checkpoint this is.
@@ -131,19 +139,27 @@ class CheckpointKey:
         """
         try:
             head = checkpoint.head_of(data)
-            if self._secret is None:
-                header = Header.decode(head)
-            else:
+            if self._run is None:
                 header = checkpoint.CheckpointReader(self._secret, head).header
+            else:
+                header = Header.decode(head)
         except checkpoint.CheckpointError as error:
             raise CheckpointError(str(error)) from error
         return Seen(header.number, header.identifier)
 
     def __repr__(self) -> str:
-        return "CheckpointKey(<secret>)" if self._secret else f"CheckpointKey(run={self._run!r})"
+        of_run = "" if self._run is None else f", run={self._run!r}"
+        return f"CheckpointKey(<secret>{of_run})"
 
     def __reduce__(self) -> Any:
         raise CheckpointError("a CheckpointKey is not pickled; keep what `to_bytes` gives")
+
+
+def _check_secret(where: str, secret: Any) -> None:
+    if not isinstance(secret, bytes) or len(secret) != SECRET_BYTES:
+        raise CheckpointError(
+            f"CheckpointKey.{where}: expected {SECRET_BYTES} bytes, as `to_bytes` gives them"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

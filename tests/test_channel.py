@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -30,6 +31,7 @@ from tempo_jax._host_key import read_host_key
 from tempo_jax._loopback import Attachment
 from tempo_jax._serving import Served, served
 from tempo_jax.errors import AttestationError, ChannelError, EnclaveDiedError, EnclaveError
+from tests.toy_pki import der
 
 INSECURE = tempo.AttestationPolicy(insecure_accept_no_sgx=True)
 DATA = Path(__file__).parent / "data"
@@ -247,8 +249,10 @@ def test_secret_of_another_length_owns_nothing(length):
 
 
 def test_owner_is_kept_by_sessions_that_share_no_secret():
-    first, second = (IDENTITY.session_secret(name * 16) for name in ("00", "01"))
-    assert first != second and len(first) == len(second) == 32
+    named = [("00" * 16, b"key"), ("01" * 16, b"key"), ("00" * 16, b"another key")]
+    derived = [IDENTITY.session_secret(*of) for of in named]
+    assert len(set(derived)) == len(named) and {len(secret) for secret in derived} == {32}
+    assert derived == [IDENTITY.session_secret(*of) for of in named]
 
 
 FIRST_FRAMES: dict[str, bytes] = {
@@ -286,7 +290,8 @@ def test_proof_counts_for_the_channel_it_was_made_for(enclave_ports, relayed):
     public_key = ServerIdentity().public_key if relayed else certificate.public_key
     with connection:
         greeting = wire.receive(connection).fields
-        key = session_keys(IDENTITY.session_secret(greeting["session"])).connection
+        secret = IDENTITY.session_secret(greeting["session"], certificate.public_key)
+        key = session_keys(secret).connection
         challenge, nonce = bytes.fromhex(greeting["challenge"]), bytes(32)
         proof = wire.prove(key, channel.proof_role("client", public_key), challenge, nonce)
         fields = {"nonce": nonce.hex(), "proof": proof.hex()}
@@ -488,10 +493,13 @@ def test_key_is_never_in_a_file_in_the_clear(monkeypatch, tmp_path):
 
 
 @contextlib.contextmanager
-def impostor(certificate: Callable[[bytes], tuple[bytes, bytes]]) -> Iterator[tuple[str, list]]:
+def impostor(
+    certificate: Callable[[bytes], tuple[bytes, bytes]], session: str = "00" * 16
+) -> Iterator[tuple[str, list]]:
     """A TLS server that shows what `certificate(nonce)` gives: certificate and key, PEM.
 
-    Gives its address and, once a client left, what that sent after the handshake.
+    It says that it is `session`. Gives its address and, once a client left, what that sent after
+    the handshake.
     """
     received: list[bytes] = []
     context = tls._bare_context()
@@ -510,7 +518,7 @@ def impostor(certificate: Callable[[bytes], tuple[bytes, bytes]]) -> Iterator[tu
         connection, _ = listener.accept()
         with connection, context.wrap_socket(connection, server_side=True) as secure:
             secure.settimeout(10)
-            challenge = {"challenge": "00" * 32, "session": "00" * 16, "owned": False}
+            challenge = {"challenge": "00" * 32, "session": session, "owned": False}
             with contextlib.suppress(OSError):
                 wire.send(secure, Frame(Kind.HELLO, 0, challenge))
                 received.append(secure.recv(1 << 16))
@@ -590,13 +598,90 @@ def test_certificate_that_no_enclave_made_gets_nothing(name):
     assert received in ([], [b""]), "the client sent something before it had verified"
 
 
+# What `cryptography` raises on parts of a certificate, here with others of the same length.
+ECDSA_WITH_SHA256 = bytes.fromhex("300a06082a8648ce3d040302")
+HOSTILE: dict[str, tuple[bytes, bytes, type[Exception]]] = {
+    "version": (bytes.fromhex("a003020102"), bytes.fromhex("a003020104"), x509.InvalidVersion),
+    "curve": (
+        bytes.fromhex("06082a8648ce3d030107"),
+        bytes.fromhex("06082a8648ce3d030155"),
+        UnsupportedAlgorithm,
+    ),
+    "key's algorithm": (
+        bytes.fromhex("06072a8648ce3d0201"),
+        bytes.fromhex("06072a8648ce3d0255"),
+        UnsupportedAlgorithm,
+    ),
+    "one extension twice": (
+        bytes.fromhex("06032a0305"),
+        bytes.fromhex("06032a0304"),
+        x509.DuplicateExtension,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_certificate_that_cannot_be_read_is_refused(name):
+    old, new, cause = HOSTILE[name]
+    key, subject = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC))
+        .not_valid_after(datetime.datetime(2099, 1, 1, tzinfo=datetime.UTC))
+    )
+    for arcs in (channel.EVIDENCE_OID, "1.2.3.4", "1.2.3.5"):
+        extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(arcs), b"{}")
+        builder = builder.add_extension(extension, critical=False)
+    certificate = builder.sign(key, hashes.SHA256())
+
+    def signed(content: bytes) -> bytes:
+        # Signed again, so that the signature is not what is refused.
+        signature = der(0x03, b"\0" + key.sign(content, ec.ECDSA(hashes.SHA256())))
+        return der(0x30, content + ECDSA_WITH_SHA256 + signature)
+
+    content = certificate.tbs_certificate_bytes
+    assert content.count(old) == 1 and len(old) == len(new)
+    assert _channel._read(signed(content), b"").evidence == b"{}"
+    with pytest.raises(AttestationError, match="not one that an enclave makes") as caught:
+        _channel._read(signed(content.replace(old, new)), b"")
+    assert isinstance(caught.value.__cause__, cause)
+
+
 def test_impostor_would_have_seen_what_a_client_sends():
     # The control of the test above: this one satisfies the (insecure) policy and gets the secret.
     honest = forged(lambda key, nonce: make_evidence(key, nonce, channel.CONFIGURATION))
     with impostor(honest) as (address, received):
         with pytest.raises(ChannelError, match="refused this client"):
             Channel(address, INSECURE, IDENTITY)
-    assert IDENTITY.session_secret("00" * 16) in received[0]
+    assert IDENTITY.session_secret("00" * 16, public_key_of(honest)) in received[0]
+
+
+def public_key_of(certificate: Callable[[bytes], tuple[bytes, bytes]]) -> bytes:
+    """The key of an impostor's certificates, DER."""
+    shown, _ = certificate(bytes(32))
+    return (
+        x509.load_pem_x509_certificate(shown)
+        .public_key()
+        .public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+
+
+def test_peer_that_names_anothers_session_gets_another_secret(enclave_ports, client):
+    # A session's name is public, and under this policy anyone's evidence will do.
+    connection, certificate = dial(enclave_ports.client)
+    connection.close()
+    honest = forged(lambda key, nonce: make_evidence(key, nonce, channel.CONFIGURATION))
+    with impostor(honest, client.session) as (address, received):
+        with pytest.raises(ChannelError, match="refused this client"):
+            Channel(address, INSECURE, IDENTITY)
+    owners = IDENTITY.session_secret(client.session, certificate.public_key)
+    assert session_keys(owners) == client.keys
+    assert owners not in received[0]
+    assert IDENTITY.session_secret(client.session, public_key_of(honest)) in received[0]
 
 
 def test_evidence_without_a_quote_is_refused_by_default(enclave_ports):

@@ -39,6 +39,7 @@ from tests.fuzz import fuzz_checkpoint
 from tests.fuzz.harness import CORPUS
 
 SECRET, OTHER_SECRET = bytes(range(32)), bytes(range(1, 33))
+ORDER_ID = "00" * 16
 ALTERED = "failed its authentication"
 VALUES = {
     "matrix": np.arange(6, dtype=np.float64).reshape(2, 3),
@@ -301,11 +302,16 @@ def provisioned(newest: Seen | None = None) -> Lineages:
 
 
 def order(
-    newest: Seen | None = None, allow: int | None = None, values: dict[str, np.ndarray] = VALUES
+    newest: Seen | None = None,
+    allow: int | Seen | None = None,
+    values: dict[str, np.ndarray] = VALUES,
 ) -> dict[str, Any]:
+    """An order of its own to restore."""
     leaves = [leaf(name, value).encode() for name, value in values.items()]
     encoded = None if newest is None else newest.encode()
-    return {"newest": encoded, "allow_rollback_to": allow, "leaves": leaves}
+    named = allow.encode() if isinstance(allow, Seen) else allow
+    fields = {"newest": encoded, "allow_rollback_to": named, "leaves": leaves}
+    return {"id": os.urandom(16).hex(), **fields}
 
 
 def seen(data: bytes) -> Seen:
@@ -334,6 +340,40 @@ def test_checkpoint_of_a_second_enclave_with_the_number_is_refused_unless_named(
         lineages.reader(head_of(forked), order())
     lineages.reader(head_of(mine), order())
     lineages.reader(head_of(forked), order(allow=3))
+    # A number takes either of them, its identifier this one only.
+    lineages.reader(head_of(forked), order(allow=seen(forked)))
+    for head, allow in ((forked, seen(mine)), (mine, seen(forked))):
+        with pytest.raises(CheckpointError, match="names another"):
+            lineages.reader(head_of(head), order(allow=allow))
+
+
+@pytest.mark.parametrize("allow", [None, 1])
+def test_order_serves_once(allow):
+    data, lineages, used = head_of(written(number=1)), provisioned(), order(allow=allow)
+    # One that was refused has not served.
+    with pytest.raises(CheckpointError, match=ALTERED):
+        lineages.reader(data[:-1], used)
+    lineages.reader(data, used)
+    for replayed in (used, {**used, "id": used["id"].upper()}, {**used, "allow_rollback_to": 1}):
+        with pytest.raises(CheckpointError, match="was used before, and each serves once"):
+            lineages.reader(data, replayed)
+    # Nor does it after another key was in use.
+    lineages.provision({"recipient": 1, "secret": OTHER_SECRET.hex(), "newest": None})
+    lineages.provision({"recipient": 1, "secret": SECRET.hex(), "newest": None})
+    with pytest.raises(CheckpointError, match="was used before"):
+        lineages.reader(data, used)
+    lineages.reader(data, order(allow=allow))
+
+
+def test_spent_orders_are_not_forgotten_for_room(monkeypatch):
+    monkeypatch.setattr(lineage, "MAX_SPENT", 2)
+    data, lineages, used = head_of(written()), provisioned(), [order(), order()]
+    for one in used:
+        lineages.reader(data, one)
+    with pytest.raises(CheckpointError, match="an enclave restores 2 times: start another"):
+        lineages.reader(data, order())
+    with pytest.raises(CheckpointError, match="was used before"):
+        lineages.reader(data, used[0])
 
 
 def test_old_news_change_nothing():
@@ -381,8 +421,10 @@ def test_another_tree_is_refused(values, text):
         ({"recipient": 1}, "has 32 bytes"),
         ({"recipient": 1, "secret": "00" * 31}, "has 32 bytes"),
         ({"recipient": 1, "secret": "zz" * 32}, "has 32 bytes"),
-        ({"recipient": 2, "run": ""}, "1 to 256 characters"),
-        ({"recipient": 2, "run": 3}, "1 to 256 characters"),
+        ({"recipient": 2, "run": "r"}, "has 32 bytes"),
+        ({"recipient": 2, "run": "r", "secret": "00" * 16}, "has 32 bytes"),
+        ({"recipient": 2, "run": "", "secret": "00" * 32}, "1 to 256 characters"),
+        ({"recipient": 2, "run": 3, "secret": "00" * 32}, "1 to 256 characters"),
         ({"recipient": 1, "secret": "00" * 32, "newest": 3}, "malformed"),
         ({"recipient": 1, "secret": "00" * 32, "newest": {"number": 1}}, "malformed"),
         *(
@@ -414,9 +456,18 @@ def test_without_a_key_nothing_is_written_or_read():
     ("wrong", "text"),
     [
         (None, "an order to restore is not an object"),
-        ({}, "leaves are not a list"),
-        ({"leaves": [], "newest": 3}, "malformed"),
-        ({"leaves": [], "allow_rollback_to": "1"}, "names another"),
+        ({}, "an id of 16 bytes"),
+        ({"leaves": [], "id": 3}, "an id of 16 bytes"),
+        ({"leaves": [], "id": "00" * 15}, "an id of 16 bytes"),
+        ({"id": ORDER_ID}, "leaves are not a list"),
+        ({"id": ORDER_ID, "leaves": [], "newest": 3}, "malformed"),
+        *(
+            ({"id": ORDER_ID, "leaves": [], "allow_rollback_to": named}, text)
+            for named, text in (
+                *(("1", "names another"), (True, "names another"), (1.0, "names another")),
+                *(({}, "malformed"), ({"number": 1, "identifier": "00"}, "out of bounds")),
+            )
+        ),
     ],
 )
 def test_malformed_order_is_refused(wrong, text):
@@ -442,7 +493,7 @@ def test_seed_is_accepted_by_its_layer(name):
 
 
 def test_sealing_to_an_identity(monkeypatch, tmp_path):
-    run = {"recipient": 2, "run": "my run", "newest": None}
+    run = {"recipient": 2, "run": "my run", "secret": SECRET.hex(), "newest": None}
     with pytest.raises(CheckpointError, match="no identity to seal to, which takes SGX"):
         Lineages().provision(run)
     monkeypatch.setattr(lineage, "IDENTITY_KEY", str(tmp_path / "key"))
@@ -451,15 +502,24 @@ def test_sealing_to_an_identity(monkeypatch, tmp_path):
         with pytest.raises(CheckpointError, match="has 16 bytes"):
             Lineages().provision(run)
     (tmp_path / "key").write_bytes(bytes(range(16)))
-    first, again, other = Lineages(), Lineages(), Lineages()
+    first, again, other, stranger, client = (Lineages() for _ in range(5))
     first.provision(run)
     again.provision(run)
     other.provision({**run, "run": "another run"})
+    # A second instance of the enclave on this machine, with an owner who knows the run's name.
+    stranger.provision({**run, "secret": OTHER_SECRET.hex()})
+    # And the client's secret without the enclave's.
+    client.provision({**run, "recipient": 1})
     head = first.writer([]).head
     assert Header.decode(head).recipient is Recipient.ENCLAVE
     again.reader(head, order(values={}))
-    with pytest.raises(CheckpointError, match="another key"):
-        other.reader(head, order(values={}))
+    for refused in (other, stranger, client):
+        with pytest.raises(CheckpointError, match="another key"):
+            refused.reader(head, order(values={}))
+        # Nor by one who makes the header say otherwise.
+        own = refused.writer([]).header.lineage
+        with pytest.raises(CheckpointError, match=ALTERED):
+            refused.reader(head[:24] + own + head[40:], order(values={}))
     (tmp_path / "key").write_bytes(bytes(range(1, 17)))
     moved = Lineages()
     moved.provision(run)

@@ -33,6 +33,7 @@ from tests.steps import TOLERANCE, assert_close, shield_all, uniform
 OPTIMIZER = tempo.cheap_update(optax.adam(1e-2))
 X, Y = uniform(1, 8, 6), uniform(2, 8, 3)
 KEY = CheckpointKey.generate()
+SECRET = bytes(range(32))
 ALTERED = "failed its authentication"
 
 
@@ -90,7 +91,7 @@ def other_enclave() -> Iterator[tempo.Enclave]:
 
 def test_key_keeps_its_secret():
     assert repr(KEY) == str(KEY) == f"{KEY}" == "CheckpointKey(<secret>)"
-    assert repr(CheckpointKey.enclave_identity("a")) == "CheckpointKey(run='a')"
+    assert repr(CheckpointKey.enclave_identity("a", SECRET)) == "CheckpointKey(<secret>, run='a')"
     for convert in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(CheckpointError, match="is not pickled"):
             convert(KEY)
@@ -109,15 +110,28 @@ def test_key_from_bytes():
 
 def test_key_of_an_identity_has_no_bytes():
     with pytest.raises(CheckpointError, match="never leaves the enclave"):
-        CheckpointKey.enclave_identity("a").to_bytes()
-    for wrong in ("", "a" * 257):
+        CheckpointKey.enclave_identity("a", SECRET).to_bytes()
+    for wrong in ("", "a" * 257, 3):
         with pytest.raises(CheckpointError, match="1 to 256 characters"):
-            CheckpointKey.enclave_identity(wrong)
+            CheckpointKey.enclave_identity(wrong, SECRET)  # pyright: ignore[reportArgumentType]
+    for wrong in (b"", bytes(31), "0" * 32, None):
+        with pytest.raises(CheckpointError, match="enclave_identity: expected 32 bytes"):
+            CheckpointKey.enclave_identity("a", wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_key_of_an_identity_has_a_ledger_of_its_own():
+    names = [
+        CheckpointKey.enclave_identity(run, secret).lineage
+        for run in ("a", "b")
+        for secret in (SECRET, SECRET[::-1])
+    ]
+    assert len({*names, CheckpointKey.from_bytes(SECRET).lineage}) == 5
+    assert CheckpointKey.enclave_identity("a", SECRET).lineage == names[0]
 
 
 def test_enclave_without_an_identity_says_so(enclave):
     with pytest.raises(CheckpointError, match="no identity to seal to, which takes SGX"):
-        enclave.use_checkpoint_key(CheckpointKey.enclave_identity("a"))
+        enclave.use_checkpoint_key(CheckpointKey.enclave_identity("a", SECRET))
 
 
 @pytest.mark.parametrize(
@@ -322,8 +336,12 @@ def test_older_checkpoint_is_refused_unless_named(keyed):
         keyed.restore(first, like=like)
     assert keyed.open(keyed.restore(first, like=like, allow_rollback_to=1)) == 1
     assert keyed.open(keyed.restore(second, like=like)) == 2
-    with pytest.raises(CheckpointError, match="`allow_rollback_to` names another"):
-        keyed.restore(second, like=like, allow_rollback_to=1)
+    key = keyed._checkpoint_key
+    named = key.authenticated(first)
+    assert keyed.open(keyed.restore(first, like=like, allow_rollback_to=named)) == 1
+    for other in (1, named, Seen(2, named.identifier)):
+        with pytest.raises(CheckpointError, match="`allow_rollback_to` names another"):
+            keyed.restore(second, like=like, allow_rollback_to=other)
 
 
 def test_later_enclave_refuses_what_is_older_than_the_ledger_says(keyed, other_enclave):
@@ -437,7 +455,7 @@ def test_launch_that_cannot_take_the_key_leaves_no_process(monkeypatch):
     close = tempo.Enclave.close
     monkeypatch.setattr(tempo.Enclave, "close", lambda self: [launched.append(self), close(self)])
     with pytest.raises(CheckpointError, match="no identity"):
-        tempo.Enclave.launch(checkpoint_key=CheckpointKey.enclave_identity("a"))
+        tempo.Enclave.launch(checkpoint_key=CheckpointKey.enclave_identity("a", SECRET))
     assert launched[0].connection.process.poll() is not None
 
 

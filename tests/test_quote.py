@@ -344,6 +344,16 @@ def test_statuses_converge_as_in_dcap_qvl(platform, quoting):
     assert sorted(ours.advisories) == sorted(theirs.advisories)
 
 
+@pytest.mark.parametrize("status", sorted(set(_tcb.STATUSES) - set(_tcb.QE_STATUSES)))
+@pytest.mark.parametrize("better", [(), ((8, "UpToDate"),)], ids=["reached", "not reached"])
+def test_quoting_enclave_with_a_platforms_status_is_refused(status, better):
+    levels = [level({"isvsvn": svn}, name) for svn, name in (*better, (1, status))]
+    toy = Toy(qe_levels=tuple(levels))
+    match = f"QE identity has a level with the status {status}, expected one of UpToDate, OutOf"
+    with pytest.raises(AttestationError, match=match):
+        verify(toy)
+
+
 @pytest.mark.parametrize(
     "toy",
     [

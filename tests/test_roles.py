@@ -16,6 +16,7 @@ import pytest
 
 import tempo_jax as tempo
 from enclave_runtime.wire import Kind
+from tempo_jax._channel import dial
 from tempo_jax._cost import CostModel
 from tempo_jax._host_key import default_path, read_host_key, write_host_key
 from tempo_jax._plan import export_segments
@@ -251,7 +252,9 @@ def test_host_neither_seals_nor_opens_nor_provisions(roles):
 
 def test_host_holds_nothing_that_the_client_does_not_show(roles):
     # Neither the session's keys nor the identity are reachable from the host's side.
-    secret = IDENTITY.session_secret(roles.host.session)
+    connection, certificate = dial(roles.ports.client)
+    connection.close()
+    secret = IDENTITY.session_secret(roles.host.session, certificate.public_key)
     keys = roles.client.connection.keys
     reachable = repr(vars(roles.host.connection))
     for value in (secret, *keys):
@@ -331,7 +334,10 @@ def test_host_checkpoints_alone_and_restores_by_the_clients_order(roles, tmp_pat
             host.restore(data, like, order=roles.client.restore_order(like))  # of another session
         with pytest.raises(CheckpointError):
             host.restore(data, like, order=client.restore_order({"other": X}))
-        restored = host.restore(data, like, order=client.restore_order(like))
+        order = client.restore_order(like)
+        restored = host.restore(data, like, order=order)
+        with pytest.raises(CheckpointError, match="was used before, and each serves once"):
+            host.restore(data, like, order=order)
         shield_all(train_step, enclave=client).provision(restored, X, Y)
         x, y = client.seal((X, Y))
         restored, _ = shield_all(train_step, enclave=host)(restored, x, y)
@@ -387,7 +393,7 @@ def test_identity_is_kept_safe(tmp_path):
     with pytest.raises(FileExistsError):
         tempo.ClientIdentity.generate().save(path)
     loaded = tempo.ClientIdentity.load(path)
-    assert loaded.session_secret("s") == identity.session_secret("s")
+    assert loaded.session_secret("s", b"key") == identity.session_secret("s", b"key")
     assert repr(identity) == str(identity) == "ClientIdentity(<secret>)"
     for use in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(ChannelError, match="cannot be pickled"):

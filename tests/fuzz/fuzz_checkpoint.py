@@ -121,16 +121,17 @@ def made_seeds() -> dict[str, bytes]:
     """The corpus's seeds by file name; made anew when the format changes."""
     encoded = [leaf.encode() for leaf in LEAVES]
     seen = Seen(3, bytes(32))
+    common = {"id": "ab" * checkpoint.ORDER_BYTES, "leaves": encoded}
     orders = {
-        "newest": {"newest": seen.encode(), "allow_rollback_to": None, "leaves": encoded},
-        "rollback": {"newest": None, "allow_rollback_to": 3, "leaves": encoded},
+        "newest": {**common, "newest": seen.encode(), "allow_rollback_to": None},
+        "rollback": {**common, "newest": None, "allow_rollback_to": 3},
     }
     return {
         "whole": b"c" + _checkpoint(),
         "head": b"c" + HEAD,
         "manifest": b"m" + json.dumps({"leaves": encoded}).encode(),
         "key": b"k" + json.dumps(KEY_ORDER | {"newest": seen.encode()}).encode(),
-        "identity": b"k" + json.dumps({"recipient": 2, "run": "r", "newest": None}).encode(),
+        "identity": b"k" + json.dumps(KEY_ORDER | {"recipient": 2, "run": "r"}).encode(),
         **{name: b"r" + json.dumps(order).encode() for name, order in orders.items()},
         "ledger": b"l" + CheckpointLedger({"ab" * 16: seen}).to_json().encode(),
     }

@@ -28,6 +28,7 @@ from enclave_runtime.executor import Executor
 from enclave_runtime.integrity import Check, IntegrityError, Verifier, excess, matches, multiply
 from enclave_runtime.keys import KeySchedule, KeyStream
 from enclave_runtime.products import (
+    ELEMENT_ROUNDING,
     RESOLUTION,
     VECTORS,
     Convolution,
@@ -36,6 +37,7 @@ from enclave_runtime.products import (
     block_width,
     decode_product,
     resolution,
+    rounding,
     unit_roundoff,
 )
 from enclave_runtime.program import ArrayType, Program, ProgramError
@@ -298,6 +300,38 @@ def test_equal_terms_round_alike_and_still_pass():
     assert case.matches(altered(case.out, np.random.default_rng(5), ERROR * case.rms)) is False
 
 
+def test_tolerance_in_a_row_that_one_element_dominates():
+    """Documents what is accepted: an element's tolerance is the larger of its own and its row's."""
+    plain = random_case("forward", "float32")
+    case = returned(FORWARD, plain.lhs, plain.rhs.at[:, 0].multiply(1e4))
+    exact = np.asarray(case.lhs, np.float64) @ np.asarray(case.rhs, np.float64)
+    terms = np.square(case.lhs, dtype=np.float64) @ np.square(case.rhs, dtype=np.float64)
+    energy = terms + np.square(exact)
+    own = ELEMENT_ROUNDING * 2.0**-24 * np.sqrt(energy)
+    (count, width), row = case.check.sizes, 5
+    whole = rounding(count, width, 2.0**-24) * np.sqrt(energy[row].sum())
+    large, small = 0, 7
+    assert 20 * whole < own[row, large] and 20 * own[row, small] < whole
+
+    def wrong(column: int, error: float) -> np.ndarray:
+        out = np.array(case.out)
+        out[row, column] += error
+        return out
+
+    rms = np.sqrt(np.mean(np.square(exact[row])))
+    for sign in (-1, 1):
+        for _ in range(5):
+            # The element that dominates: seen by the signs, and let pass by the closer look.
+            much = wrong(large, sign * 0.9 * own[row, large])
+            assert case.excess(much, integrity.draw_signs(case.check, stream())) > 10
+            assert case.matches(much) is True
+            assert case.matches(wrong(large, sign * 1.1 * own[row, large])) is False
+            # One beside it: below the row's tolerance, not seen even if it is wrong altogether.
+            assert case.matches(wrong(small, sign * 0.5 * whole)) is True
+            assert case.matches(wrong(small, sign * 2 * whole)) is False
+    assert 0.9 * own[row, large] > RESOLUTION * rms  # so the row's RMS alone bounds nothing
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("name", ["wide", "grouped", "kernel's gradient"])
 def test_a_closer_look_decides_like_the_check(monkeypatch, name, dtype):
@@ -513,6 +547,7 @@ def test_explain_says_what_is_checked(enclave):
     assert report.bytes_kept == 4 * (50 * 40 + 40 * 30 + 50 * 30)
     text = str(report)
     assert "verified: each of the 2 products" in text and "2^-16" in text
+    assert "of its row's RMS" in text and "and by more than 0.0002 of itself" in text
     assert "state['w']: verify=True keeps it inside" in text and not report.resident
     report = shield_all(step, enclave=enclave).explain(state, x)
     assert report.resident and not report.checked and report.bytes_kept == 0

@@ -3,23 +3,30 @@
 Freivalds' check. For ``Ŷ = X̂ Ŵ`` the enclave draws secret signs R, a fresh matrix for each
 product and run, and compares ``Ŷ R`` with ``X̂ (Ŵ R)`` row by row::
 
-    |Ŷ R - X̂ (Ŵ R)|_ik  ≤  5 u √(t + w) · √(S_i² + Y_i²)  +  underflow
+    |Ŷ R - X̂ (Ŵ R)|_ik  ≤  T_i  =  5 u √(t + w) · √(S_i² + Y_i²)  +  underflow
 
 with u the unit roundoff, t the terms of each element's sum, w the columns that are combined,
-``S_i² = Σ_j Σ_k (X̂_ik Ŵ_kj)²`` the energy of row i's terms and ``Y_i`` the row's norm. If some
-element is off by more than the right-hand side, then for any values of the other signs at most
-one of its own sign's two leaves the sum within the tolerance. So an error that was chosen
-without knowing R escapes one column of R with probability 1/2 at most, and all 16 with
-2⁻¹⁶, however many elements are wrong and whatever their pattern. The blinded domain
-matters: unmixing would spread one wrong element over all others, below their rounding. And
-whether a check passes depends on R and on what the host has anyway, so that a host that tries
-which lies pass learns nothing.
+``S_i² = Σ_j Σ_k (X̂_ik Ŵ_kj)²`` the energy of row i's terms and ``Y_i`` the row's norm; what is
+below 10⁻³ of all rows' average counts as that. If some element is off by more than ``T_i``, then
+for any values of the other signs at most one of its own sign's two leaves the sum within the
+tolerance. So an error that was chosen without knowing R escapes one column of R with probability
+1/2 at most, and all 16 with 2⁻¹⁶, however many elements are wrong and whatever their pattern. The
+blinded domain matters: unmixing would spread one wrong element over all others, below their
+rounding. And whether a check passes depends on R and on what the host has anyway, so that a host
+that tries which lies pass learns nothing.
 
 Where the comparison fails, the enclave computes the product itself, in float64, and refuses the
-result if an element is off by more than ``2048 u √(s² + y²)``, with y the element and s² the
-energy of its terms: what rounding makes of it in any usual order of additions. So an unlucky
+result if an element is off by more than ``e_ij = 2048 u √(s² + y²)``, with y the element and s²
+the energy of its terms: what rounding makes of it in any usual order of additions. So an unlucky
 honest device costs time and not a run; one that multiplies in a shorter format than it was
-asked for is refused. Operands whose product may overflow, or that are not finite, leave
+asked for is refused.
+
+The tolerance of an element is hence the larger of the two: a result with an element that is off
+by more than both ``T_i`` and ``e_ij`` is accepted with probability 2⁻¹⁶ at most. One whose
+elements are all within ``e_ij`` is accepted whatever ``T_i`` is, and an error below ``T_i`` as a
+rule, however small the element. Over the RMS of a row of like elements neither is above 5·10⁻⁴
+in float32; one element that dominates its row of w may be off by 1.7·10⁻⁴ of itself, which is up
+to √w times as much of the RMS. Operands whose product may overflow, or that are not finite, leave
 nothing to compare: such a product is computed inside and the device's is not used. Trusted;
 called by `run` and `session`.
 

@@ -24,7 +24,8 @@ VECTORS = 16  # independent sign vectors for each block: errors escape with 2**-
 ROUNDING = 5.0
 # An element may be off by this many unit roundoffs of itself and its terms together.
 ELEMENT_ROUNDING = 2048.0
-# Blocks are narrow enough that a check notices an error of this size, over the RMS of its row.
+# Blocks are narrow enough that a check notices an error of this size, over the RMS of its row, in
+# an element that is not much larger than that itself.
 RESOLUTION = 5e-4
 _MAX_RANK = 32
 _LIMIT = 1 << 31
@@ -149,7 +150,10 @@ def rounding(terms: int, width: int, unit: float) -> float:
 
 
 def resolution(terms: int, width: int, unit: float) -> float:
-    """The tolerance over the RMS of a row whose terms do not cancel, so that S is like Y."""
+    """The tolerance over the RMS of a row of like elements whose terms do not cancel.
+
+    So S is like Y, and s like y; see `integrity`. It is the larger one of the two.
+    """
     combined = rounding(terms, width, unit) * math.sqrt(2 * width)
     return max(combined, ELEMENT_ROUNDING * unit * math.sqrt(2))
 

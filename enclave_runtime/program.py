@@ -170,7 +170,7 @@ class Crossing:
       operands: numbers of the two downloaded values whose product an upload is, where the
         scheme has keys for each product or products are checked.
       product: which product of them it is, where it is checked.
-      source: the equation as the client knows it, for an error's text.
+      source: the equation and its line as the client knows them, for an error's text alone.
     """
 
     value: int
@@ -316,8 +316,13 @@ class Program:
         """SHA-256 of the description as canonical JSON, in hex: what a client agrees to.
 
         It covers the code of every segment, by hash, and of closed-over arrays their types alone.
+        Where in its files a side keeps the function does not count.
         """
-        text = json.dumps(self.encode(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        fields = self.encode()
+        for segment in fields["segments"]:
+            for crossing in (*segment["uploads"], *segment["downloads"]):
+                del crossing["source"]
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod

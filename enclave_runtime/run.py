@@ -131,6 +131,7 @@ class Run:
         self.awaiting: set[int] = set()  # inputs that the host still has to bring
         self.busy_seconds = 0.0
         self.blindings = 0
+        self.lied = False  # whether a wrong product came back; the session counts it and resets
         self._values = dict(constants)
         self._workers = workers
         self._executor = executor
@@ -189,7 +190,12 @@ class Run:
             np.copyto(own, view)
             use = ("check", self._number, crossing.value)
             stream = functools.partial(self._schedule.stream, *use)
-            view = self._verifier.checked(crossing, own, stream)
+            try:
+                view = self._verifier.checked(crossing, own, stream)
+            except IntegrityError as error:
+                # At once, so that no other request tries again, and no abort hides it.
+                self.lied, self._failure = True, error
+                raise
         keys = self.keys.of(crossing.layout)
         return self._scheme.unblind(view, crossing.layout, keys, operands)
 

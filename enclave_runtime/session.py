@@ -250,8 +250,7 @@ class Session:
         for index, value in blind:
             run.blind(program.inputs[index], value, blind_at[index])
         run.awaiting = set(upload)
-        with self._lock:
-            self._runs[number] = run
+        self._admit(number, run)
         return {"run": number, "upload": upload, "download": [index for index, _ in blind]}
 
     def _run(self, fields: dict[str, Any]) -> Run:
@@ -283,15 +282,40 @@ class Session:
     def _segment(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         run = self._run(fields)
         try:
+            self._refuse_after_lies(run.program)
             run.segment(fields["segment"], fields["worker"])
         except BaseException as error:
             run.fail(error)
-            with self._lock:
-                ended = self._runs.pop(fields["run"], None)
-                # The other workers of the run get the same error.
-                self._wrong_products += ended is not None and isinstance(error, IntegrityError)
+            self._end(fields["run"], run)
             raise
         return {}
+
+    def _admit(self, number: int, run: Run) -> None:
+        """Opens a run; no more that verify than there may still be wrong products.
+
+        Each open run may bring one, so runs at the same time are no more tries than runs in turn.
+
+        Raises:
+          IntegrityError: the host tried its luck too often.
+          RequestError: too many runs that verify are open.
+        """
+        with self._lock:
+            self._refuse_after_lies(run.program)
+            verifying = sum(other.program.verify for other in self._runs.values())
+            if run.program.verify and self._wrong_products + verifying >= MAX_WRONG_PRODUCTS:
+                raise RequestError(
+                    f"{verifying} runs that verify are open and {self._wrong_products} wrong "
+                    f"products came back, together at most {MAX_WRONG_PRODUCTS}: commit or abort "
+                    "a run first"
+                )
+            self._runs[number] = run
+
+    def _end(self, number: int, run: Run) -> None:
+        """Forgets a run. A wrong product counts once, whichever request ends its run first."""
+        with self._lock:
+            self._runs.pop(number, None)
+            self._wrong_products += run.lied
+            run.lied = False
 
     def _refuse_after_lies(self, program: Program) -> None:
         """Bounds how often a host may try its luck against the checks.
@@ -316,17 +340,18 @@ class Session:
             handle = run.handles[index]
             if handle is not None:
                 self._store.free(handle)
+        self._end(fields["run"], run)
         with self._lock:
-            del self._runs[fields["run"]]
             self._busy_seconds += run.busy_seconds
             self._blindings += run.blindings
         return {"handles": handles}
 
     def _abort(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
-        with self._lock:
-            run = self._runs.pop(fields["run"], None)
+        run = self._runs.get(fields["run"])
         if run is not None:
+            # Waits for a check that is going on; only then is the run's place free.
             run.fail(RunError("the host aborted the run"))
+            self._end(fields["run"], run)
         return {}
 
     # Values

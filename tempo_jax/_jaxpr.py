@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -198,6 +199,12 @@ def bind(eqn: JaxprEqn, arguments: Sequence[Any], **changes: Any) -> list[Any]:
 def source(eqn: JaxprEqn) -> str:
     """Where in the user's program an equation comes from, as `file:line (function)`."""
     return source_info_util.summarize(eqn.source_info)
+
+
+def line(eqn: JaxprEqn) -> str:
+    """Where an equation comes from as `file.py:line`, without the folders of this machine."""
+    frame = source_info_util.user_frame(eqn.source_info.traceback)
+    return "unknown" if frame is None else f"{Path(frame.file_name).name}:{frame.start_line}"
 
 
 def forward_only(eqns: Iterable[JaxprEqn], outputs: Sequence[Any]) -> list[JaxprEqn]:

@@ -354,7 +354,7 @@ def _describe(
 def described(eqn: JaxprEqn) -> str:
     """An equation in an error's text: its operands' types and where it comes from."""
     operands = " × ".join(v.aval.str_short() for v in eqn.invars)
-    return f"{eqn.primitive.name} {operands} at {_jaxpr.source(eqn)}"[:MAX_SOURCE]
+    return f"{eqn.primitive.name} {operands} at {_jaxpr.line(eqn)}"[:MAX_SOURCE]
 
 
 def input_bytes(array: ArrayType) -> int:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from enclave_runtime.products import VECTORS, block_width, resolution, unit_roundoff
+from enclave_runtime.products import (
+    ELEMENT_ROUNDING,
+    VECTORS,
+    block_width,
+    resolution,
+    unit_roundoff,
+)
 from enclave_runtime.program import ArrayType, Crossing, KeyClass
 from tempo_jax import _jaxpr
 from tempo_jax._placement import Side
@@ -71,12 +78,22 @@ class Report:
         """Products that are checked, each with the smallest error that is noticed.
 
         An error counts by the RMS of the blinded result's row that it is in, if that is not
-        what little is left of terms that cancel. One in which some element is off by more (and
-        by more than 1e-4 of itself, in float32) escapes with a probability of `2**-16` at most.
+        what little is left of terms that cancel. A result in which some element is off by more,
+        and by more than 2e-4 of itself (in float32), escapes with a probability of `2**-16` at
+        most. Within 1.2e-4 of the norm of themselves and their terms elements may always err, so
+        one that dominates its row may be off by more of the row's RMS than this figure.
         """
         sent = self._sent
         uploads = (c for s in self.plan.program.segments for c in s.uploads)
         return tuple((c.source, _noticed(c, sent)) for c in uploads if c.product is not None)
+
+    @property
+    def _element_tolerance(self) -> float:
+        """How much of itself an element may be off, whatever its row; of the coarsest product."""
+        sent = self._sent
+        uploads = (c for s in self.plan.program.segments for c in s.uploads)
+        units = (_unit(c, sent) for c in uploads if c.product is not None)
+        return ELEMENT_ROUNDING * max(units) * math.sqrt(2)
 
     @property
     def bytes_kept(self) -> int:
@@ -192,10 +209,11 @@ class Report:
             return ["verified: nothing comes back from the devices that could be wrong"]
         coarsest, least = max(checked, key=lambda each: each[1])
         return [
-            f"verified: each of the {len(checked)} products, on blinded values; what is wrong by "
-            f"more than {least:.1g} of its row's RMS (less for most, this for {coarsest}) escapes "
-            f"with a probability of 2^-{VECTORS} at most; copies of what was sent take up to "
-            f"{self.bytes_kept / 1e6:.1f} MB inside"
+            f"verified: each of the {len(checked)} products, on blinded values; an element that "
+            f"is wrong by more than {least:.1g} of its row's RMS (less for most, this for "
+            f"{coarsest}) and by more than {self._element_tolerance:.1g} of itself (both of their "
+            f"terms, where those cancel) escapes with a probability of 2^-{VECTORS} at most; "
+            f"copies of what was sent take up to {self.bytes_kept / 1e6:.1f} MB inside"
         ]
 
     def _leaves(self) -> list[str]:
@@ -234,9 +252,16 @@ def _noticed(crossing: Crossing, sent: Mapping[int, ArrayType]) -> float:
     """The smallest error that the check of a product notices, over the RMS of its row."""
     assert crossing.product is not None and crossing.operands is not None
     lhs, rhs = (sent[v] for v in crossing.operands)
-    unit = unit_roundoff(lhs.dtype, rhs.dtype, crossing.blinded.dtype)
+    unit = _unit(crossing, sent)
     terms, columns = crossing.product.sizes(lhs.shape, rhs.shape)
     return resolution(terms, block_width(terms, columns, unit), unit)
+
+
+def _unit(crossing: Crossing, sent: Mapping[int, ArrayType]) -> float:
+    """Unit roundoff of a product's least exact format."""
+    assert crossing.operands is not None
+    types = (*(sent[v] for v in crossing.operands), crossing.blinded)
+    return unit_roundoff(*(t.dtype for t in types))
 
 
 def _grouped(lines: Iterable[tuple[str, str]]) -> list[str]:

@@ -4,9 +4,12 @@ The check itself is tried on its own thousands of times, beside weak ones that a
 then each product of whole steps is altered in turn on its way to a real enclave.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +28,7 @@ from enclave_runtime.executor import Executor
 from enclave_runtime.integrity import Check, IntegrityError, Verifier, excess, matches, multiply
 from enclave_runtime.keys import KeySchedule, KeyStream
 from enclave_runtime.products import (
+    ELEMENT_ROUNDING,
     RESOLUTION,
     VECTORS,
     Convolution,
@@ -33,10 +37,14 @@ from enclave_runtime.products import (
     block_width,
     decode_product,
     resolution,
+    rounding,
     unit_roundoff,
 )
 from enclave_runtime.program import ArrayType, Program, ProgramError
-from enclave_runtime.session import Session
+from enclave_runtime.run import Run
+from enclave_runtime.schemes import make_scheme
+from enclave_runtime.session import RequestError, Session
+from enclave_runtime.wire import Frame, Kind
 from tempo_jax import errors
 from tempo_jax._plan import offloaded
 from tempo_jax._products import description
@@ -292,6 +300,38 @@ def test_equal_terms_round_alike_and_still_pass():
     assert case.matches(altered(case.out, np.random.default_rng(5), ERROR * case.rms)) is False
 
 
+def test_tolerance_in_a_row_that_one_element_dominates():
+    """Documents what is accepted: an element's tolerance is the larger of its own and its row's."""
+    plain = random_case("forward", "float32")
+    case = returned(FORWARD, plain.lhs, plain.rhs.at[:, 0].multiply(1e4))
+    exact = np.asarray(case.lhs, np.float64) @ np.asarray(case.rhs, np.float64)
+    terms = np.square(case.lhs, dtype=np.float64) @ np.square(case.rhs, dtype=np.float64)
+    energy = terms + np.square(exact)
+    own = ELEMENT_ROUNDING * 2.0**-24 * np.sqrt(energy)
+    (count, width), row = case.check.sizes, 5
+    whole = rounding(count, width, 2.0**-24) * np.sqrt(energy[row].sum())
+    large, small = 0, 7
+    assert 20 * whole < own[row, large] and 20 * own[row, small] < whole
+
+    def wrong(column: int, error: float) -> np.ndarray:
+        out = np.array(case.out)
+        out[row, column] += error
+        return out
+
+    rms = np.sqrt(np.mean(np.square(exact[row])))
+    for sign in (-1, 1):
+        for _ in range(5):
+            # The element that dominates: seen by the signs, and let pass by the closer look.
+            much = wrong(large, sign * 0.9 * own[row, large])
+            assert case.excess(much, integrity.draw_signs(case.check, stream())) > 10
+            assert case.matches(much) is True
+            assert case.matches(wrong(large, sign * 1.1 * own[row, large])) is False
+            # One beside it: below the row's tolerance, not seen even if it is wrong altogether.
+            assert case.matches(wrong(small, sign * 0.5 * whole)) is True
+            assert case.matches(wrong(small, sign * 2 * whole)) is False
+    assert 0.9 * own[row, large] > RESOLUTION * rms  # so the row's RMS alone bounds nothing
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("name", ["wide", "grouped", "kernel's gradient"])
 def test_a_closer_look_decides_like_the_check(monkeypatch, name, dtype):
@@ -319,7 +359,7 @@ def test_verifier_keeps_copies_until_the_last_use():
         operands = [np.ones(sent[v].blinded.shape) for v in crossing.operands or ()]
         right = operands[0] @ operands[1]
         assert verifier.checked(crossing, right, stream) is right
-        with pytest.raises(IntegrityError, match="wrong product: dot_general .* at .*chain"):
+        with pytest.raises(IntegrityError, match=r"product: dot_general .* at \w+\.py:\d+\."):
             verifier.checked(crossing, 1.01 * right, stream)
     verifier.forget(len(program.segments))
     with pytest.raises(KeyError):
@@ -507,6 +547,7 @@ def test_explain_says_what_is_checked(enclave):
     assert report.bytes_kept == 4 * (50 * 40 + 40 * 30 + 50 * 30)
     text = str(report)
     assert "verified: each of the 2 products" in text and "2^-16" in text
+    assert "of its row's RMS" in text and "and by more than 0.0002 of itself" in text
     assert "state['w']: verify=True keeps it inside" in text and not report.resident
     report = shield_all(step, enclave=enclave).explain(state, x)
     assert report.resident and not report.checked and report.bytes_kept == 0
@@ -846,12 +887,122 @@ def test_enclave_refuses_leaves_on_the_devices(watchful, mlp):
             runtime._begin(name, arena, inputs, raises=False)
 
 
-def test_too_many_lies_end_what_verifies():
+class Zeros:
+    """In place of shared memory."""
+
+    def view(self, array: ArrayType, _: int) -> np.ndarray:
+        return np.zeros(array.shape, array.dtype)
+
+
+def opened(session: Session, workers: int = 1) -> tuple[int, Run]:
+    """A run that verifies and awaits the products of `chain`'s first segment."""
     program = planned(chain, X, W, V).program
-    session = Session(session_keys(bytes(32)), "00" * 16)
+    scheme = make_scheme(program.scheme, program.parameters)
+    memory: Any = Zeros()
+    run = Run(program, scheme, {}, memory, workers, 1, SCHEDULE, Executor())
+    run._next, run._tensors = 1, collections.defaultdict(lambda: None)
+    number = next(session._run_numbers)
+    session._admit(number, run)
+    return number, run
+
+
+def bring(session: Session, number: int, worker: int = 0) -> Any:
+    """Asks for the segment after the first product."""
+    return session.handle(Frame(Kind.SEGMENT, 1, {"run": number, "segment": 1, "worker": worker}))
+
+
+def abort(session: Session, number: int) -> Any:
+    return session.handle(Frame(Kind.ABORT, 2, {"run": number}))
+
+
+@pytest.fixture
+def session() -> Session:
+    """A session without a process or a port."""
+    return Session(session_keys(bytes(32)), "00" * 16)
+
+
+def test_too_many_lies_end_what_verifies(session):
+    refused = "256 wrong products .* launch a new enclave"
+    number, run = opened(session)
     session._wrong_products = integrity.MAX_WRONG_PRODUCTS - 1
-    session._refuse_after_lies(program)
+    session._refuse_after_lies(run.program)
     session._wrong_products += 1
-    with pytest.raises(IntegrityError, match="256 wrong products .* launch a new enclave"):
-        session._refuse_after_lies(program)
-    session._refuse_after_lies(dataclasses.replace(program, verify=False))
+    for request in (
+        lambda: session._refuse_after_lies(run.program),
+        lambda: opened(session),
+        lambda: session.handle(Frame(Kind.COMMIT, 1, {"run": number, "donate": []})),
+        lambda: bring(session, number),
+    ):
+        with pytest.raises(IntegrityError, match=refused):
+            request()
+    # What was refused is not a wrong product, and the run has ended.
+    assert session._wrong_products == integrity.MAX_WRONG_PRODUCTS and not session._runs
+    unverified = dataclasses.replace(run.program, verify=False)
+    session._refuse_after_lies(unverified)
+    run.program = unverified
+    session._admit(number, run)
+
+
+def test_open_runs_are_no_more_than_lies_that_are_left(session):
+    # Else a host could try in a thousand runs at once before any of them has been counted.
+    session._wrong_products = integrity.MAX_WRONG_PRODUCTS - 3
+    numbers = [opened(session)[0] for _ in range(3)]
+    with pytest.raises(RequestError, match="3 runs that verify are open and 253 wrong products"):
+        opened(session)
+    abort(session, numbers[0])
+    opened(session)
+    with pytest.raises(RequestError, match="commit or abort a run first"):
+        opened(session)
+
+
+def test_a_lie_counts_once_for_all_workers(session, monkeypatch):
+    def wrong(*_: Any) -> np.ndarray:
+        raise IntegrityError("wrong")
+
+    monkeypatch.setattr(Verifier, "checked", wrong)
+    number, _ = opened(session, workers=2)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for request in [pool.submit(bring, session, number, worker) for worker in range(2)]:
+            with pytest.raises(IntegrityError, match="wrong"):
+                request.result(30)
+    assert session._wrong_products == 1 and not session._runs
+
+
+def test_an_abort_does_not_hide_a_lie(session, monkeypatch):
+    checking, aborting = threading.Event(), threading.Event()
+
+    def wrong(*_: Any) -> np.ndarray:
+        checking.set()
+        assert aborting.wait(30)
+        raise IntegrityError("wrong")
+
+    def fail(run: Run, failure: BaseException) -> None:
+        aborting.set()
+        ended(run, failure)
+
+    ended = Run.fail
+    monkeypatch.setattr(Verifier, "checked", wrong)
+    monkeypatch.setattr(Run, "fail", fail)
+    number, _ = opened(session)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        lie = pool.submit(bring, session, number)
+        assert checking.wait(30)
+        pool.submit(abort, session, number).result(30)
+        with pytest.raises(IntegrityError, match="wrong"):
+            lie.result(30)
+    assert session._wrong_products == 1 and not session._runs
+
+
+def test_a_wrong_repeat_counts_and_ends_the_run(session, monkeypatch):
+    def wrong(*_: Any) -> np.ndarray:
+        raise IntegrityError("wrong")
+
+    number, run = opened(session)
+    run._next, run._last_uploads = 2, [jnp.zeros((18, 20))]
+    monkeypatch.setattr(Verifier, "checked", wrong)
+    with pytest.raises(IntegrityError, match="wrong"):
+        run.segment(1, 0)
+    with pytest.raises(IntegrityError, match="wrong"):
+        run.segment(1, 0)  # the run itself refuses, before the session forgets it
+    abort(session, number)
+    assert session._wrong_products == 1 and not session._runs

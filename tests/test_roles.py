@@ -150,7 +150,8 @@ def scaled(x, y):
     return tempo.reveal(x * 2 + y)
 
 
-def test_same_code_elsewhere_is_the_same_program(roles):
+@pytest.mark.parametrize("verify", [False, True])
+def test_same_code_elsewhere_is_the_same_program(roles, verify):
     # Client and host keep their code where they like.
     sources = "def product(x, w):\n    return tempo.reveal(jnp.tanh(x @ w) @ w.T)\n"
     compiled = []
@@ -159,10 +160,17 @@ def test_same_code_elsewhere_is_the_same_program(roles):
         exec(compile("\n" * lines + sources, name, "exec"), names)
         compiled.append(names["product"])
     w = uniform(3, 5, 4)
-    digest = shield_all(compiled[0], enclave=roles.client).provision(X, w)
-    assert shield_all(compiled[1], enclave=roles.host).provision(X, w) == digest
-    plan = shield_all(compiled[0], enclave=roles.client).explain(X, w).plan
+    owned = shield_all(compiled[0], enclave=roles.client, verify=verify)
+    digest = owned.provision(X, w)
+    elsewhere = shield_all(compiled[1], enclave=roles.host, verify=verify)
+    assert elsewhere.provision(X, w) == digest
+    plan = owned.explain(X, w).plan
     assert all(b"model.py" not in blob for blob in export_segments(plan.cut))
+    # What the client is told of a wrong product names its own line, and none of its folders.
+    sources = [c.source for s in plan.program.segments for c in s.uploads]
+    assert len(sources) == 2
+    assert all(s.endswith(" at model.py:2") if verify else s == "" for s in sources)
+    assert "laptop" not in json.dumps(plan.program.encode())
 
 
 def test_closed_over_arrays_are_the_clients(roles):

@@ -199,6 +199,7 @@ def trust(entry: Any, times: int = 1) -> Callable[[dict[str, Any]], None]:
 
 HASHED = {"uri": "file:tree/x", "sha256": "00" * 32}
 HOST = {"path": "/etc", "uri": "file:/etc"}
+OTHER_RUNTIME = [{"path": path, "uri": "file:/tmp"} for path in ("/lib", "/lib64")]
 
 
 @pytest.mark.parametrize(
@@ -241,6 +242,9 @@ HOST = {"path": "/etc", "uri": "file:/etc"}
         (mount(3, {"path": "/enclave", "uri": "file:/home"}), "fs.mounts shows something else"),
         (mount(1, {"path": "/lib", "uri": "file:/lib"}), "fs.mounts shows something else"),
         (mount(4, {"type": "untrusted_shm", "path": "/tmp", "uri": "dev:/dev/shm"}), "fs.mounts"),
+        (put("loader.entrypoint", {"uri": "file:/tmp/libsysdb.so"}), "loader.entrypoint is"),
+        (put("loader.entrypoint", "file:/tmp/libsysdb.so"), "loader.entrypoint is"),
+        (mount(slice(1, 3), OTHER_RUNTIME), "loader.entrypoint is"),
         (mount(3, "file:tree"), "is not a list of what Gramine takes"),
         (put("sgx.trusted_files", "file:tree/"), "is not a list of what Gramine takes"),
         (trust({"sha256": "00" * 32}), "is not a list of what Gramine takes"),

@@ -168,6 +168,14 @@ def _mounts(manifest: Mapping[str, Any]) -> Iterator[str]:
             "fs.mounts shows something else than /tmp, Gramine's runtime on /lib and /lib64, the "
             f"tree on {MOUNT} and /dev/shm, in this order"
         )
+    entry = _get(manifest, "loader.entrypoint")
+    loader = entry.get("uri") if isinstance(entry, Mapping) else None
+    folder = runtime.removesuffix("/runtime/glibc") if isinstance(runtime, str) else None
+    if folder in (None, runtime) or loader != f"{folder}/libsysdb.so":
+        yield (
+            f"loader.entrypoint is {entry!r}, expected the libsysdb.so of the Gramine whose "
+            "runtime/glibc is mounted on /lib"
+        )
     for uri, digest in _trusted(manifest):
         if ".." in uri.split("/") or not uri.startswith((f"file:{TREE}/", f"{runtime}/")):
             yield f"{uri} is trusted and belongs to neither the tree nor Gramine's runtime"

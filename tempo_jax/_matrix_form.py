@@ -56,7 +56,7 @@ class MatrixForm:
       closed: the program.
       stays: for each of its products in order why it stays inside, or None if it goes out.
       decoys: for each of its products in order the decoys on its first operand's rows, where
-        it is a family's forward product that goes out, else 0.
+        it goes out and is not the gradient of a weight, else 0.
     """
 
     closed: ClosedJaxpr
@@ -94,10 +94,11 @@ def matrix_form(
     for number, product in sequence:
         if is_product(jaxpr.eqns[number]):
             reasons.append(None if product else stays.get(number, _NO_FAMILY))
-            if product is not None and number == product.primary:
-                decoys.append(decoy_count(product.sizes[0], scheme.decoy_rows))
-            else:
+            if product is None or number in product.equations(TO_WEIGHT):
                 decoys.append(0)
+            else:
+                # Of G as well, whose rows have X's key only where a gradient of W ties them.
+                decoys.append(decoy_count(product.sizes[0], scheme.decoy_rows))
     return MatrixForm(_rewrite(closed, sequence), tuple(reasons), tuple(decoys))
 
 

@@ -383,6 +383,22 @@ def test_plain_operands_are_kept_for_products_with_masks_alone(enclave):
     assert Mixing().let_go(secret).decoys is secret.decoys
 
 
+def test_gradients_through_a_frozen_weight_have_decoys(enclave):
+    """No gradient of the weight ties the rows of X and G together, as in low-rank adaptation."""
+    p, x = small()
+
+    def loss(x):
+        return two_layers(p, x)
+
+    shielded = tempo.shield(jax.grad(loss), enclave=enclave, offload="all", donate=False)
+    with tempo.testing.host_view() as view:
+        result = shielded(x)
+    assert_close(enclave.open(result), jax.grad(loss)(x), tolerance=TOLERANCE)
+    for product in view.products:
+        rows = product.operands[0].shape[-2]
+        assert rows == 192, "rows of every first operand have decoys below them"
+
+
 def test_mixing_uses_three_rounds():
     key = Mixing().draw(KeyClass(64, decoys=64), KeySchedule().stream("test"))
     assert key.element.order.shape == (1, 4, 128)

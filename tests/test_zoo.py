@@ -18,9 +18,15 @@ from flax.training import train_state
 from jax import lax
 
 import tempo_jax as tempo
+from tempo_jax import _matrix_form
+from tempo_jax._plan import offloaded
+from tempo_jax.schemes import Mixing, Orthogonal, Tempo
+from tests.interpreter import interpret, plan
 from tests.steps import (
+    PLAIN_OPTIONS,
     TOLERANCE,
     Training,
+    assert_close,
     assert_trains_alike,
     is_matrix,
     leaf_names,
@@ -330,6 +336,27 @@ def test_models(enclave, model):
     shielded = shield_all(case.step, enclave=enclave)
     assert offloaded_products(shielded, case.state, case.batches[0]) >= 3
     assert_trains_alike(shielded, enclave, case)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    ("scheme", "tolerance"),
+    [(Mixing(), 1e-9), (Tempo(), 1e-10), (Orthogonal(2), 1e-10)],
+    ids=["mixing", "tempo", "orthogonal"],
+)
+def test_models_under_every_scheme(monkeypatch, model, scheme, tolerance):
+    """One step in this process, by the reference interpreter: nothing compiles but plain JAX."""
+    # Mixing keeps products as small as these inside, for what they would hide too little.
+    monkeypatch.setattr(_matrix_form, "LEAST_ROWS", 1)
+    monkeypatch.setattr(_matrix_form, "LEAST_SIDE", 1)
+    monkeypatch.setattr(_matrix_form, "FIRST_LAYER_SHARE", 0.0)
+    case = model(tempo.cheap_update(optax.sgd(0.1, momentum=0.9)))
+    flat = plan(case.step, case.state, case.batches[0], stateful=True, scheme=scheme)
+    # Of these models it takes the products for classifiers, or for what comes of one.
+    inside = scheme == Mixing() and model is accumulated_gradients
+    assert bool(offloaded(flat.plan)) != inside
+    expected = jax.jit(case.step, compiler_options=PLAIN_OPTIONS)(case.state, case.batches[0])
+    assert_close(interpret(flat), expected, tolerance)
 
 
 def test_everything_inside(enclave):

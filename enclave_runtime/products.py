@@ -107,10 +107,13 @@ def decode_product(fields: Any) -> Product:
         left_batch, right_batch = map(axes, pair(fields.get("batch")))
         return DotGeneral((left, right), (left_batch, right_batch))
 
+    def positive(value: Any, what: str) -> int:
+        return 1 + natural(value - 1 if type(value) is int else value, _LIMIT, what)
+
     def numbers(key: str) -> tuple[int, ...]:
         listed = items(fields.get(key), key)
         require(len(listed) <= _MAX_RANK, "a rank is too large")
-        return tuple(1 + natural(n - 1 if type(n) is int else n, _LIMIT, key) for n in listed)
+        return tuple(positive(n, key) for n in listed)
 
     def padding(value: Any) -> tuple[int, int]:
         low, high = pair(value)
@@ -128,8 +131,8 @@ def decode_product(fields: Any) -> Product:
         axes(fields.get("lhs")),
         axes(fields.get("rhs")),
         axes(fields.get("out")),
-        1 + natural((fields.get("feature_groups") or 0) - 1, _LIMIT, "feature_groups"),
-        1 + natural((fields.get("batch_groups") or 0) - 1, _LIMIT, "batch_groups"),
+        positive(fields.get("feature_groups"), "feature_groups"),
+        positive(fields.get("batch_groups"), "batch_groups"),
     )
     rank = len(decoded.lhs)
     require(rank >= 2, "a convolution has too few axes")

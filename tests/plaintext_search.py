@@ -26,6 +26,7 @@ import base64
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -41,6 +42,7 @@ FORMATS = (
     ("float16", np.dtype("<f2"), 2.0**-11, 64),
 )
 _INTEGER_TYPES = ("<i1", "<i2", "<i4", "<i8")
+_KEY_BITS = 24  # of `_order_keys`: 7 signs and 17 comparisons
 _CHUNK = 1 << 18  # candidates that are looked at together
 _NUMBER = re.compile(rb"-?\d{0,20}\.\d{6,20}(?:[eE][-+]?\d{1,3})?")
 
@@ -80,7 +82,11 @@ class Search:
             computes from blinded products differ by rounding.
         """
         self._precision = precision
-        plain = {name: np.asarray(value) for name, value in plain.items()}
+        # What many names have is searched for once, under the first.
+        distinct: dict[Any, tuple[str, np.ndarray]] = {}
+        for name, value in ((n, np.asarray(v)) for n, v in plain.items()):
+            distinct.setdefault((value.shape, value.dtype, value.tobytes()), (name, value))
+        plain = dict(distinct.values())
         floats = {
             n: np.asarray(v, np.float64)
             for n, v in plain.items()
@@ -92,11 +98,12 @@ class Search:
         order = np.argsort(self._run_keys, kind="stable")
         self._runs, self._run_names = self._runs[order], self._run_names[order]
         self._run_keys = self._run_keys[order]
+        self._has_key = np.zeros(1 << _KEY_BITS, bool)
+        self._has_key[self._run_keys] = True
         self._strides = sorted({1} | {s for v in floats.values() for s in _strides(v.shape)})
         self._groups = _groups(floats)
-        self._bytes = _Needles(
-            [*_element_needles(floats), *_integer_needles(plain), *_secret_needles(secrets or {})]
-        )
+        self._elements = _Elements(floats)
+        self._bytes = _Needles([*_integer_needles(plain), *_secret_needles(secrets or {})])
         values = [v[_uncommon(v)] for v in floats.values()]
         self._values = np.concatenate([np.abs(v) for v in values]) if values else np.zeros(0)
         self._owners = np.repeat(np.arange(len(values)), [v.size for v in values])
@@ -116,6 +123,7 @@ class Search:
 
     def _search(self, raw: np.ndarray) -> Iterator[Finding]:
         yield from self._bytes.find(raw)
+        yield from self._elements.find(raw)
         yield from self._texts(raw)
         for form, dtype, roundoff, step in FORMATS:
             tolerance = max(self._precision, 2 * roundoff)
@@ -137,7 +145,9 @@ class Search:
             if count <= 0 or not len(self._runs):
                 continue
             keys = _order_keys([x[j * stride : j * stride + count] for j in range(RUN)])
-            for windows, runs in _pairs(keys, keys, self._run_keys):
+            likely = np.flatnonzero(self._has_key[keys])
+            for hits, runs in _pairs(keys[likely], keys[likely], self._run_keys):
+                windows = likely[hits]
                 seen = x[windows[:, None] + stride * np.arange(RUN)]
                 plain = self._runs[runs]
                 scale, same = _proportional(seen, plain, tolerance)
@@ -374,7 +384,10 @@ def _moments(sizes: np.ndarray, length: int, stride: int) -> tuple[np.ndarray, n
     """For each window two ratios of sums of powers, which neither order nor scale changes."""
     with np.errstate(all="ignore"):
         one, two, three = (_window_sums(sizes**k, length, stride) for k in (1, 2, 3))
-        return length * two / one**2, length**2 * three / one**3
+        ratios = length * two / one**2, length**2 * three / one**3
+        # No sum of powers is negative, so -1 is like nothing.
+        first, second = (np.where(np.isfinite(r), r, -1.0) for r in ratios)
+        return first, second
 
 
 def _window_sums(x: np.ndarray, length: int, stride: int) -> np.ndarray:
@@ -393,16 +406,40 @@ def _window_sums(x: np.ndarray, length: int, stride: int) -> np.ndarray:
     return total
 
 
-def _element_needles(plain: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str, str, bytes]]:
-    for name, value in plain.items():
-        uncommon = np.unique(value[_uncommon(value)])
-        for element in uncommon.astype("<f8"):
-            yield name, "element", "float64", element.tobytes()
-        for order in {value.tobytes(): value, value.T.tobytes(): value.T}.values():
-            narrow = order.reshape(-1).astype("<f4")
-            kept = _uncommon(narrow) & (np.abs(narrow) > 1e-30)
-            for i in np.flatnonzero(kept[1:] & kept[:-1] & (narrow[1:] != narrow[:-1])):
-                yield name, "element", "float32", narrow[i : i + 2].tobytes()
+class _Elements:
+    """Words of 8 bytes that are a value in float64, or two neighbours in float32."""
+
+    def __init__(self, plain: Mapping[str, np.ndarray]):
+        words, owners, forms = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], []
+        for number, value in enumerate(plain.values()):
+            uncommon = value[_uncommon(value)].astype("<f8").view("<u8")
+            parts = [(uncommon, 0)]
+            for order in (value, value.T)[: max(1, min(value.ndim, 2))]:
+                narrow = order.reshape(-1).astype("<f4")
+                kept = _uncommon(narrow) & (np.abs(narrow) > 1e-30)
+                kept = kept[1:] & kept[:-1] & (narrow[1:] != narrow[:-1])
+                couples = np.stack([narrow[:-1], narrow[1:]], axis=-1)[kept]
+                parts.append((couples.reshape(-1).view("<u8"), 1))
+            for part, form in parts:
+                words.append(part)
+                owners.append(np.full(len(part), number))
+                forms.append(np.full(len(part), form))
+        self._words, first = np.unique(np.concatenate(words), return_index=True)
+        self._owners = np.concatenate(owners)[first]
+        self._forms = np.concatenate([np.zeros(0, np.int64), *forms])[first]
+        self._names = list(plain)
+
+    def find(self, raw: np.ndarray) -> Iterator[Finding]:
+        if not len(self._words):
+            return
+        for offset in range(8):
+            words = raw[offset : offset + (len(raw) - offset) // 8 * 8].view("<u8")
+            at = np.minimum(np.searchsorted(self._words, words), len(self._words) - 1)
+            for place in np.flatnonzero(self._words[at] == words):
+                found = at[place]
+                form = ("float64", "float32")[self._forms[found]]
+                name = self._names[self._owners[found]]
+                yield Finding(name, "element", form, offset + 8 * int(place))
 
 
 def _integer_needles(plain: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str, str, bytes]]:

@@ -87,7 +87,7 @@ def stream_keys(runs: int) -> dict[str, bytes]:
     return {f"stream {use}": derive_key(ROOT, use) for use in uses}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Recording:
     """One run's bytes and what must not be among them.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from enclave_runtime.fields import items, natural, pair, require
+from enclave_runtime.fields import MAX_RANK, items, natural, pair, require
 
 VECTORS = 16  # independent sign vectors for each block: errors escape with 2**-VECTORS
 # Rounding of t terms and of a sum of w columns is a walk of (t + w) steps, each at most u of a
@@ -27,7 +27,6 @@ ELEMENT_ROUNDING = 2048.0
 # Blocks are narrow enough that a check notices an error of this size, over the RMS of its row, in
 # an element that is not much larger than that itself.
 RESOLUTION = 5e-4
-_MAX_RANK = 32
 _LIMIT = 1 << 31
 
 
@@ -99,8 +98,8 @@ def decode_product(fields: Any) -> Product:
 
     def axes(value: Any) -> tuple[int, ...]:
         listed = items(value, "axes")
-        require(len(listed) <= _MAX_RANK, "a rank is too large")
-        return tuple(natural(i, _MAX_RANK, "an axis") for i in listed)
+        require(len(listed) <= MAX_RANK, "a rank is too large")
+        return tuple(natural(i, MAX_RANK, "an axis") for i in listed)
 
     if "contract" in fields:
         left, right = map(axes, pair(fields["contract"]))
@@ -112,7 +111,7 @@ def decode_product(fields: Any) -> Product:
 
     def numbers(key: str) -> tuple[int, ...]:
         listed = items(fields.get(key), key)
-        require(len(listed) <= _MAX_RANK, "a rank is too large")
+        require(len(listed) <= MAX_RANK, "a rank is too large")
         return tuple(positive(n, key) for n in listed)
 
     def padding(value: Any) -> tuple[int, int]:
@@ -122,7 +121,7 @@ def decode_product(fields: Any) -> Product:
         return low, high
 
     padded = items(fields.get("padding"), "padding")
-    require(len(padded) <= _MAX_RANK, "a rank is too large")
+    require(len(padded) <= MAX_RANK, "a rank is too large")
     decoded = Convolution(
         numbers("strides"),
         tuple(map(padding, padded)),

@@ -70,8 +70,10 @@ def shield(
       donate: whether a carried state is donated.
       verify: whether the enclave checks every product that the devices return (Freivalds). A
         wrong one stops the run with an `IntegrityError` that names the equation, and the last
-        state stands. Leaves stay in the enclave then, since nothing could check an update on
-        the devices. `explain` says what is checked and how small an error is noticed.
+        state stands. A leaf stays on the devices only if its update is linear there (SGD,
+        momentum, weight decay), so that a secret checksum in the enclave can follow it; others
+        are updated in the enclave. `explain` says what is checked, how small an error is noticed,
+        and why a leaf is not on the devices.
 
     Returns:
       A `Shielded` function.
@@ -233,13 +235,6 @@ class Shielded:
         """The flat arguments as the runtime takes them: sealed, or arrays where public."""
         inputs = []
         for i, x in enumerate(signature.leaves):
-            if is_sealed(x) and x.form == BLINDED and self._verify:
-                raise UnsupportedError(
-                    f"shield: argument {i} of `{self._name}` lies blinded on the devices, where "
-                    "nothing checks it, and verify=True takes nothing unchecked. Have the function "
-                    "that made it verify as well, or accept the value as it is: "
-                    "`enclave.seal(enclave.open(x))`."
-                )
             if is_sealed(x):
                 inputs.append(self._enclave.check_owned(x))
             elif i in signature.public:

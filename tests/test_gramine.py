@@ -335,7 +335,7 @@ def test_build_without_gramine_says_what_was_skipped(small, tools, tmp_path):
 
 
 def test_build_uses_the_tools_that_are_there(small, tools, tmp_path):
-    where = "s#{{ gramine.libos }}#/g/libsysdb.so#; s#{{ gramine.runtimedir() }}#/g/runtime#"
+    where = "s#{{ gramine.libos }}#/g/libsysdb.so#; s#{{ gramine.runtimedir() }}#/g/runtime/glibc#"
     script(tools, "gramine-manifest", f'sed "{where}" "$1" > "$2"')
     signing = '[ "$1 $2" = "--key $KEY" ] && cp "$4" "$6" && touch enclave.sig'
     key = tmp_path / "key.pem"
@@ -347,7 +347,7 @@ def test_build_uses_the_tools_that_are_there(small, tools, tmp_path):
     built = build(out, Options(key=key))
     assert built.signed and (out / "enclave.manifest.sgx").exists()
     mounts = building.read_manifest(out)["fs"]["mounts"]
-    assert mounts[1]["uri"] == "file:/g/runtime"
+    assert mounts[1]["uri"] == "file:/g/runtime/glibc"
 
 
 def test_build_without_a_key_is_not_signed(small, tools, tmp_path, monkeypatch):

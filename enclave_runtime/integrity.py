@@ -66,7 +66,7 @@ from enclave_runtime.program import ALIGNMENT, ArrayType, Crossing, Program, Pro
 # Each attempt at a lie escapes with 2**-16, so the number of attempts is bounded.
 MAX_WRONG_PRODUCTS = 256
 # Rows far weaker than the average are held to a tolerance of this much of the average's.
-_FAINT_ROW = 1e-3
+FAINT_ROW = 1e-3
 
 
 class IntegrityError(Exception):
@@ -213,7 +213,7 @@ def excess(
     row_energy = (jnp.square(given / scales[2]) @ within).astype(np.float64)
     unit = scales[0].astype(np.float64) * scales[1].astype(np.float64)
     energy = terms_energy * unit**2 + row_energy * scales[2].astype(np.float64) ** 2
-    energy += _FAINT_ROW**2 * jnp.mean(energy)
+    energy += FAINT_ROW**2 * jnp.mean(energy)
     # Devices flush what is smaller to zero, at random places.
     tiny = 10 * float(np.finfo(wide).tiny) * math.sqrt(terms * width)
     tolerance = rounding(terms, width, check.unit) * jnp.sqrt(energy) + tiny
@@ -281,14 +281,30 @@ def matches(
 
 
 def _checks(program: Program) -> dict[int, Check]:
-    """The check of each upload."""
+    """The check of each upload that is a product of two values that were sent."""
     types = {c.value: c.blinded for s in program.segments for c in s.downloads}
     checks = {}
     for crossing in (c for s in program.segments for c in s.uploads):
         assert crossing.operands is not None and crossing.product is not None
-        lhs, rhs = (types[v] for v in crossing.operands)
-        checks[crossing.value] = Check(crossing.product, lhs, rhs, crossing.blinded)
+        if set(crossing.operands) <= set(types):
+            lhs, rhs = (types[v] for v in crossing.operands)
+            checks[crossing.value] = Check(crossing.product, lhs, rhs, crossing.blinded)
     return checks
+
+
+def check_types(check: Check) -> None:
+    """Checks that a product fits its operands and gives its result's type.
+
+    Raises:
+      ProgramError: it does not.
+    """
+    operands = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (check.lhs, check.rhs)]
+    try:
+        out = jax.eval_shape(functools.partial(multiply, check), *operands)
+    except (TypeError, ValueError, IndexError, ArithmeticError, AssertionError) as error:
+        raise ProgramError("a product does not fit its operands") from error
+    if (tuple(out.shape), out.dtype) != (check.out.shape, np.dtype(check.out.dtype)):
+        raise ProgramError("a product does not have its result's type")
 
 
 def prepare(program: Program, executor: Executor) -> None:
@@ -298,13 +314,7 @@ def prepare(program: Program, executor: Executor) -> None:
       ProgramError: one does not.
     """
     for check in set(_checks(program).values()):
-        operands = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (check.lhs, check.rhs)]
-        try:
-            out = jax.eval_shape(functools.partial(multiply, check), *operands)
-        except (TypeError, ValueError, IndexError, ArithmeticError, AssertionError) as error:
-            raise ProgramError("a product does not fit its operands") from error
-        if (tuple(out.shape), out.dtype) != (check.out.shape, np.dtype(check.out.dtype)):
-            raise ProgramError("a product does not have its result's type")
+        check_types(check)
         if math.prod(check.out.shape):
             executor.prepare(check, functools.partial(_compiled, check))
 
@@ -323,8 +333,9 @@ class Verifier:
         self._last: dict[int, int] = {}
         for index, segment in enumerate(program.segments):
             for crossing in segment.uploads:
-                assert crossing.operands is not None
-                self._last.update(dict.fromkeys(crossing.operands, index))
+                if crossing.value in self._checks:
+                    assert crossing.operands is not None
+                    self._last.update(dict.fromkeys(crossing.operands, index))
 
     def __repr__(self) -> str:
         return f"Verifier({len(self._checks)} products, <secret>)"

@@ -27,6 +27,12 @@ ELEMENT_ROUNDING = 2048.0
 # Blocks are narrow enough that a check notices an error of this size, over the RMS of its row, in
 # an element that is not much larger than that itself.
 RESOLUTION = 5e-4
+# What a checksum of a leaf on the devices lets pass, see `checksum`.
+CHECKSUM_WIDTH = 128  # columns that are combined at most
+CHECKSUM_ROUNDING = 2.0  # times the tolerance of other products: nobody can look closer
+DRIFT = 5.0  # times the most that rounding may have changed a leaf since it was blinded
+MAX_DRIFT = 4e-4  # of the RMS of a product's row, in an element
+MAX_UPDATES_FOLLOWED = 16
 _MAX_RANK = 32
 _LIMIT = 1 << 31
 
@@ -167,3 +173,28 @@ def block_width(terms: int, columns: int, unit: float) -> int:
     while width > 1 and resolution(terms, width, unit) > RESOLUTION:
         width = -(-width // 2)
     return width
+
+
+def checksum_width(terms: int, columns: int, unit: float) -> int:
+    """How many columns of a leaf are combined, for sums of so many terms."""
+    width = min(max(columns, 1), CHECKSUM_WIDTH)
+    while width > 1 and _combined(terms, width, unit) > RESOLUTION:
+        width = -(-width // 2)
+    return width
+
+
+def _combined(terms: int, width: int, unit: float) -> float:
+    return CHECKSUM_ROUNDING * rounding(terms, width, unit) * math.sqrt(2 * width)
+
+
+def checksum_limit(terms: int, width: int, unit: float) -> int:
+    """Runs that may use a leaf before it is blinded anew; each may update it once."""
+    drift = DRIFT * unit * math.sqrt(terms * width)
+    return 1 + min(int(MAX_DRIFT / drift), MAX_UPDATES_FOLLOWED - 1)
+
+
+def checksum_resolution(terms: int, width: int, unit: float) -> float:
+    """As `resolution`, for a product with a leaf on the devices just before it is blinded anew."""
+    updates = checksum_limit(terms, width, unit) - 1
+    drift = DRIFT * updates * unit * math.sqrt(terms * width)
+    return _combined(terms, width, unit) + drift

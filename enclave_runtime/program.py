@@ -26,6 +26,7 @@ from enclave_runtime.fields import natural as _natural
 from enclave_runtime.fields import pair as _pair
 from enclave_runtime.fields import require as _require
 from enclave_runtime.products import Product, decode_product
+from enclave_runtime.updates import MAX_UPDATES, Axes, Needs, Update, decode_projections, free_axes
 
 ALIGNMENT = 64  # bytes; XLA on the CPU reads aligned buffers without copying them
 MAX_RANK = 32
@@ -257,17 +258,19 @@ class Port:
     """An input or a sealed output of the program.
 
     Attributes:
-      value: the value's number; meaningful for `ENCLAVE` and `PUBLIC` ports.
+      value: the value's number; for `DEVICE` ports it names the leaf in `Program.updates`.
       array: shape and dtype.
       place: `ENCLAVE` (kept inside), `DEVICE` (blinded, on the devices), or `PUBLIC`
         (an input the host knows).
       layout: how a `DEVICE` port is blinded.
+      projections: of a `DEVICE` port of a program that verifies, what its checksum combines.
     """
 
     value: int
     array: ArrayType
     place: str
     layout: Layout
+    projections: tuple[Axes, ...] = ()
 
     @classmethod
     def decode(cls, fields: Any, classes: tuple[KeyClass, ...]) -> Port:
@@ -278,7 +281,9 @@ class Port:
         _require(place in (ENCLAVE, DEVICE, PUBLIC), "a port is at an unknown place")
         layout = Layout.decode(fields.get("layout"), array, classes)
         _require(layout.blinded(array, classes) == array, "a port's key has decoys")
-        return cls(_natural(fields.get("value"), MAX_VALUES, "a value"), array, place, layout)
+        number = _natural(fields.get("value"), MAX_VALUES, "a value")
+        projections = decode_projections(fields.get("projections"), len(array.shape))
+        return cls(number, array, place, layout, projections)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +300,7 @@ class Program:
       segments: in order.
       arena_bytes: shared memory that one run needs.
       verify: whether everything that the host brings is a product that is checked.
+      updates: where that is so, what the host does to `DEVICE` leaves.
     """
 
     scheme: str
@@ -306,6 +312,7 @@ class Program:
     segments: tuple[Segment, ...]
     arena_bytes: int
     verify: bool = False
+    updates: tuple[Update, ...] = ()
 
     def encode(self) -> dict[str, Any]:
         """The program as JSON fields."""
@@ -322,6 +329,8 @@ class Program:
         for segment in fields["segments"]:
             for crossing in (*segment["uploads"], *segment["downloads"]):
                 del crossing["source"]
+        for update in fields["updates"]:
+            del update["source"]
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -353,6 +362,10 @@ class Program:
             tuple(Segment.decode(s, keyed) for s in _items(fields.get("segments"), "segments")),
             _natural(fields.get("arena_bytes"), 1 << 48, "arena_bytes"),
             fields["verify"],
+            tuple(
+                Update.decode(u, MAX_VALUES, MAX_SOURCE)
+                for u in _items(fields.get("updates"), "updates")
+            ),
         )
         program._check()
         return program
@@ -362,7 +375,7 @@ class Program:
         live = {p.value for p in self.constants}
         live |= {p.value for p in self.inputs if p.place != DEVICE}
         _require(bool(self.segments), "a program has no segment")
-        sent: set[int] = set()
+        sent = {p.value for p in self.inputs if p.place == DEVICE} | {u.value for u in self.updates}
         for segment in self.segments:
             for crossing in (*segment.uploads, *segment.downloads):
                 _require(crossing.offset % ALIGNMENT == 0, "a crossing is not aligned")
@@ -391,15 +404,73 @@ class Program:
         _require(live.issuperset(kept), "an output is not made")
         if self.verify:
             self._check_verifiable()
+        else:
+            bare = not self.updates and not any(p.projections for p in (*self.inputs, *self.outputs))
+            _require(bare, "a program follows leaves and does not verify")
 
     def _check_verifiable(self) -> None:
-        """Everything that the host brings is a product of values that it was sent."""
-        ports = (*self.inputs, *self.outputs)
-        _require(all(p.place != DEVICE for p in ports), "a value stays where nothing checks it")
+        """Everything that the host brings is a product of what it was sent or what is followed."""
+        followed = self._check_updates()
         for crossing in (c for s in self.segments for c in s.uploads):
             known = crossing.operands is not None and crossing.product is not None
             _require(known, "an upload is not a product that can be checked")
+            assert crossing.operands is not None
+            leaves = [v for v in crossing.operands if v in followed]
+            _require(len(leaves) < 2, "a product of two values that lie on the devices")
             wide = np.dtype(crossing.blinded.dtype) in (np.float32, np.float64)
             _require(wide, "a checked product comes back in a format with too few digits")
             # Without a key it would pass in the clear, and be taken as it is.
             _require(crossing.layout.keyed, "a checked product carries no key")
+        self.needs()
+
+    def _check_updates(self) -> set[int]:
+        """What the host does to leaves can be followed; returns all that is."""
+        _require(len(self.updates) <= MAX_UPDATES, "a program has too many updates")
+        downloads = [c for s in self.segments for c in s.downloads]
+        sent = {c.value for c in downloads if c.layout.keyed}
+        scalars = {c.value for c in downloads if not c.layout.keyed and not c.array.shape}
+        shapes: dict[int, Axes] = {}
+        ports = [p for p in (*self.inputs, *self.outputs) if p.place == DEVICE]
+        for port in ports:
+            wide = port.array.dtype in ("float32", "float64")
+            _require(wide, "a leaf on the devices has too few digits")
+            _require(bool(port.projections), "a value stays where nothing checks it")
+        for port in (p for p in self.inputs if p.place == DEVICE):
+            _require(port.value not in shapes, "two leaves have one number")
+            shapes[port.value] = port.array.shape
+        _require(sent.isdisjoint(shapes), "a leaf has the number of what is sent")
+        for update in self.updates:
+            _require(update.value not in sent, "an update makes what is sent")
+            update.check(shapes, sent, scalars)
+            shapes[update.value] = update.shape
+        for port in (p for p in self.outputs if p.place == DEVICE):
+            _require(shapes.get(port.value) == port.array.shape, "a leaf is not followed")
+        return set(shapes)
+
+    def needs(self) -> Needs:
+        """The projections of all that is followed; for programs that verify.
+
+        Raises:
+          ProgramError: one cannot be had, or an input does not bring what is needed.
+        """
+        downloads = (c for s in self.segments for c in s.downloads)
+        ranks = {c.value: len(c.blinded.shape) for c in downloads}
+        known = {p.value: len(p.array.shape) for p in self.inputs if p.place == DEVICE}
+        known |= {u.value: len(u.shape) for u in self.updates}
+        needs = Needs(self.updates, ranks)
+        for port in (p for p in self.outputs if p.place == DEVICE):
+            for axes in port.projections:
+                needs.want(port.value, axes)
+        for crossing in (c for s in self.segments for c in s.uploads):
+            assert crossing.operands is not None and crossing.product is not None
+            for which, value in enumerate(crossing.operands):
+                if value in known:
+                    left, right = ((known | ranks)[v] for v in crossing.operands)
+                    _, axes = free_axes(crossing.product, (left, right), which)
+                    inside = bool(axes) and max(axes) < known[value]
+                    _require(inside, "a product leaves no axis of a leaf")
+                    needs.want(value, axes)
+        for port in (p for p in self.inputs if p.place == DEVICE):
+            wanted = needs.of.get(port.value, {})
+            _require(set(wanted) <= set(port.projections), "a leaf lacks a projection")
+        return needs

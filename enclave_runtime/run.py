@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from enclave_runtime.executor import Executor
+from enclave_runtime.following import Follower
 from enclave_runtime.integrity import IntegrityError, Verifier, private
-from enclave_runtime.keys import KeySchedule
+from enclave_runtime.keys import KeySchedule, KeyStream
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import DEVICE, ENCLAVE, Crossing, Layout, Port, Program
 from enclave_runtime.schemes import Scheme
@@ -140,6 +141,7 @@ class Run:
         self._number = number
         self._tensors: dict[int, Any] = {}  # what was drawn for each blinded value alone
         self._verifier = Verifier(program) if program.verify else None
+        self._follower = Follower(program) if program.verify else None
         self._last_uses = _last_uses(program)
         self._next = 0
         self._arrived: set[int] = set()
@@ -155,15 +157,43 @@ class Run:
         start = time.perf_counter()
         out = self.arena.view(port.array, offset)
         stream = functools.partial(self._schedule.stream, "port", self._number, port.value)
-        self._scheme.blind(value, port.layout, self.keys.of(port.layout), out, stream)
+        keys = self.keys.of(port.layout)
+        own = out if self._follower is None else private(port.array)
+        self._scheme.blind(value, port.layout, keys, own, stream)
+        if self._follower is not None:
+            np.copyto(out, own)
+            self._follower.blinded(port, own, functools.partial(self._signs_stream, port))
         self.blindings += 1
         self.busy_seconds += time.perf_counter() - start
+
+    def _signs_stream(self, port: Port, axes: tuple[int, ...]) -> KeyStream:
+        return self._schedule.stream("checksum", self._number, port.value, *axes)
+
+    def adopt(self, port: Port, entry: Blinded) -> bool:
+        """Takes over the keys and the checksum of a device-resident input.
+
+        Returns:
+          Whether they serve this run; if not, the array has to be brought in and blinded again.
+
+        Raises:
+          IntegrityError: the run verifies, and nothing checked the array.
+        """
+        follower, held = self._follower, entry.checksum
+        if follower is None:
+            return self.keys.adopt(port, entry)
+        assert held is not None, "the session refuses others"
+        if not (follower.may_adopt(port, held) and self.keys.adopt(port, entry)):
+            return False
+        follower.adopt(port, held)
+        return True
 
     def _send(self, crossing: Crossing) -> None:
         out = self.arena.view(crossing.blinded, crossing.offset)
         value, layout = self._values[crossing.value], crossing.layout
         if not layout.keyed:
             np.copyto(out, np.asarray(value))
+            if self._follower is not None:
+                self._follower.keep(crossing, np.asarray(value))
             return
         # The same stream for a repeat of the same segment: its bytes must be the same.
         use = ("tensor", self._number, crossing.value)
@@ -174,6 +204,8 @@ class Run:
         if self._verifier is not None:
             np.copyto(out, own)
             self._verifier.keep(crossing, own)
+        if self._follower is not None:
+            self._follower.keep(crossing, own)
         self.blindings += 1
 
     def _receive(self, crossing: Crossing) -> jax.Array:
@@ -184,14 +216,18 @@ class Run:
         operands = None
         if crossing.operands is not None:
             left, right = crossing.operands
-            operands = (self._tensors[left], self._tensors[right])
-        if self._verifier is not None:
+            operands = (self._tensors.get(left), self._tensors.get(right))
+        if self._verifier is not None and self._follower is not None:
             own = private(crossing.blinded)
             np.copyto(own, view)
             use = ("check", self._number, crossing.value)
             stream = functools.partial(self._schedule.stream, *use)
             try:
-                view = self._verifier.checked(crossing, own, stream)
+                if any(map(self._follower.is_leaf, crossing.operands or ())):
+                    self._follower.check(crossing, own)
+                    view = own
+                else:
+                    view = self._verifier.checked(crossing, own, stream)
             except IntegrityError as error:
                 # At once, so that no other request tries again, and no abort hides it.
                 self.lied, self._failure = True, error
@@ -270,8 +306,11 @@ class Run:
             del self._values[value]
         if self._verifier is not None:
             self._verifier.forget(index)
+        if self._follower is not None:
+            self._follower.advance()
+            self._follower.forget(index)
         for value, last in self._last_uses.items():
-            if last == index - 1:
+            if last == index - 1 and value in self._tensors:  # what was sent, not a leaf
                 self._tensors[value] = self._scheme.let_go(self._tensors[value])
         self._last_uploads = self._uploads(index)
         self._values.update(
@@ -282,6 +321,8 @@ class Run:
         self._values.update(zip(segment.outputs, outputs, strict=True))
         for crossing in segment.downloads:
             self._send(crossing)
+        if self._follower is not None and index == len(self.program.segments) - 1:
+            self._follower.advance()
         # The host may now overwrite the arena, so nothing may still be reading from it.
         jax.block_until_ready(self._last_uploads)
         self._doomed = [v for v in segment.dead if v in self._values]
@@ -314,6 +355,10 @@ class Run:
             layout = port.layout
             keys, uses = self.keys.of(layout), self.keys.uses(layout)
             batches = {c: self.program.classes[c].batch for c in keys}
-            return Blinded(port.array, self._scheme, layout, keys, batches, uses)
+            held = Blinded(port.array, self._scheme, layout, keys, batches, uses)
+            if self._follower is None:
+                return held
+            checksum, source = self._follower.checksum(port), self._follower.source(port)
+            return held._replace(checksum=checksum, source=source)
         assert port.place == ENCLAVE
         return Resident(port.array, self._values[port.value])

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from enclave_runtime import calibration, encryption, integrity
+from enclave_runtime import calibration, checksum, encryption, following, integrity
 from enclave_runtime.checkpointing import Checkpointing
 from enclave_runtime.encryption import SessionKeys
 from enclave_runtime.executor import Executor
@@ -142,6 +142,7 @@ class Session:
             if not self._executor.has(segment.executable):
                 raise RequestError("a segment's executable was not provisioned")
         if program.verify:
+            following.check_program(program)
             integrity.prepare(program, self._executor)
         constants = {}
         if separate:
@@ -229,11 +230,14 @@ class Session:
                     )
                 if isinstance(entry, Resident):
                     value = entry.value
-                elif program.verify:
+                elif program.verify and entry.checksum is None:
                     raise IntegrityError(
-                        f"input {index} lies on the devices, where nothing checks it"
+                        f"input {index} lies blinded on the devices, where nothing checks it, and "
+                        "verify=True takes nothing unchecked. Have the function that made it "
+                        "verify as well, or accept the value as it is: "
+                        "`enclave.seal(enclave.open(x))`."
                     )
-                elif port.place == DEVICE and run.keys.adopt(port, entry):
+                elif port.place == DEVICE and run.adopt(port, entry):
                     continue
                 else:
                     upload.append(index)
@@ -270,7 +274,7 @@ class Session:
             entry = self._store.get(handle) if handle else None
             if not isinstance(entry, Blinded):
                 raise RequestError(f"input {index} does not lie on the devices")
-            value = _unblinded(entry, run.arena, offset)
+            value = self._unblinded(entry, run.arena.view(entry.array, offset))
             value.block_until_ready()
             if port.place == DEVICE:
                 run.blind(port, value, fields["blind_at"][key])
@@ -324,10 +328,14 @@ class Session:
           IntegrityError: it tried too often in this session.
         """
         if program.verify and self._wrong_products >= MAX_WRONG_PRODUCTS:
-            raise IntegrityError(
-                f"{self._wrong_products} wrong products came back in this session: it runs nothing "
-                "that verifies any more. Find out which device lies, and launch a new enclave"
-            )
+            raise IntegrityError(self._too_many_lies)
+
+    @property
+    def _too_many_lies(self) -> str:
+        return (
+            f"{self._wrong_products} wrong products came back in this session: it runs nothing "
+            "that verifies any more. Find out which device lies, and launch a new enclave"
+        )
 
     def _commit(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         run = self._run(fields)
@@ -378,7 +386,7 @@ class Session:
                     f"a blinded value of {entry.array.nbytes} bytes comes with {len(content)}"
                 )
             blinded = np.frombuffer(content, np.dtype(entry.array.dtype)).reshape(entry.array.shape)
-            value = entry.scheme.unblind(blinded, entry.layout, entry.keys, operands=None)
+            value = self._unblinded(entry, blinded)
         else:
             value = entry.value
         return encryption.encrypt_array(
@@ -403,8 +411,29 @@ class Session:
             )
         if isinstance(entry, Blinded):
             # Without keyed axes this may be the arena itself, which the answer overwrites.
-            return np.array(_unblinded(entry, arena, offset))
+            return np.array(self._unblinded(entry, arena.view(entry.array, offset)))
         return np.asarray(entry.value)
+
+    def _unblinded(self, entry: Blinded, blinded: np.ndarray) -> jax.Array:
+        """A value that comes back from the devices, held to its checksum if it has one.
+
+        Raises:
+          IntegrityError: it is another one, or too many wrong ones came back before.
+        """
+        if entry.checksum is not None:
+            if self._wrong_products >= MAX_WRONG_PRODUCTS:
+                raise IntegrityError(self._too_many_lies)
+            # A private copy: the host may change shared memory after it was checked.
+            own = integrity.private(entry.array)
+            np.copyto(own, blinded)
+            blinded = own
+            try:
+                checksum.check_leaf(entry.checksum, blinded, entry.source)
+            except IntegrityError:
+                with self._lock:
+                    self._wrong_products += 1
+                raise
+        return entry.scheme.unblind(blinded, entry.layout, entry.keys, operands=None)
 
     def _free(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         for handle in fields["handles"]:
@@ -437,13 +466,6 @@ def _peak_memory(path: str = "/proc/self/status") -> int:
         fields = dict(line.split(":", 1) for line in status)
     # Gramine tells the most that was mapped, and nothing else.
     return int((fields.get("VmHWM") or fields["VmPeak"]).split()[0]) * 1024
-
-
-def _unblinded(entry: Blinded, arena: Arena, offset: int) -> jax.Array:
-    """A value that lies blinded in the arena."""
-    return entry.scheme.unblind(
-        arena.view(entry.array, offset), entry.layout, entry.keys, operands=None
-    )
 
 
 def _split(content: bytes, size: Any) -> tuple[bytes, bytes]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from enclave_runtime.checksum import Checksum
 from enclave_runtime.program import ArrayType, Layout
 from enclave_runtime.schemes import Scheme
 
@@ -52,6 +53,8 @@ class Blinded(NamedTuple):
       keys: each class of the layout's key.
       batches: whether each class's key is that of a batch axis.
       uses: how often each class's key was used; shared by all entries under that key.
+      checksum: what the array is held to; None if nothing followed it.
+      source: names the array in an error's text.
     """
 
     array: ArrayType
@@ -60,6 +63,8 @@ class Blinded(NamedTuple):
     keys: dict[int, Any]
     batches: dict[int, bool]
     uses: dict[int, KeyUses]
+    checksum: Checksum | None = None
+    source: str = ""
 
     def __repr__(self) -> str:
         return f"Blinded({self.array}, {self.scheme.name}, <secret>)"

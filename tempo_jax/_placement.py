@@ -20,6 +20,7 @@ from jax.extend.core import primitives as prims
 
 from tempo_jax._cost import CostModel
 from tempo_jax._equivariance import commute, is_zero
+from tempo_jax._following import FOLLOWED, followable, unfollowed_product
 from tempo_jax._jaxpr import Jaxpr, JaxprEqn, Literal, Var, cheap_p, physical, reveal_p, source
 from tempo_jax._keying import ONE, Axes, Keying, resolve_weight
 from tempo_jax._operands import Context, NotEquivariantError, Operand
@@ -49,7 +50,8 @@ class Question:
       stays: for each product in order why it stays inside, or None if it goes out, where
         that was decided before; else None.
       verify: whether the enclave checks what comes back, so that the host may do nothing but
-        products of what it was sent.
+        products, and updates of leaves that a checksum can follow.
+      barred: inputs that may not stay on the devices, with the reason.
     """
 
     jaxpr: Jaxpr
@@ -60,6 +62,7 @@ class Question:
     offload: bool
     stays: Sequence[str | None] | None
     verify: bool = False
+    barred: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +127,9 @@ def too_cheap(inside: float, outside: float) -> str:
     )
 
 
-_UNCHECKED = "verify=True keeps it inside, since nothing could check an update on the devices"
+_NARROW = "verify=True keeps it inside: 16-bit formats round more than a checksum may let pass"
+_NOT_FOLLOWED = "verify=True follows linear updates on the devices alone"
+_WANTED_INSIDE = "the enclave needs what comes of it, which verify=True cannot check"
 
 
 class _Placer:
@@ -139,6 +144,8 @@ class _Placer:
         self.cheap = self._cheap_values()
         self.uses = self._product_uses()
         self.to_update = feeds_update(self.eqns)
+        if question.verify and question.scheme.group.orthogonal:
+            self.to_update |= feeds_sum(self.eqns)
         products = [n for n, eqn in enumerate(self.eqns) if is_product(eqn)]
         decided = question.stays if question.stays is not None else [None] * len(products)
         self.stays = dict(zip(products, decided, strict=True))
@@ -172,15 +179,18 @@ class _Placer:
             for i, o in question.carried.items()
             if isinstance(self.outputs[o], Var) and self.outputs[o] in self.cheap
         }
-        if question.verify:
-            self.reasons.update(dict.fromkeys(cheap, _UNCHECKED))
-            return set()
-        return {
+        candidates = {
             i
             for i in cheap | question.on_devices
             if jnp.issubdtype(self.inputs[i].aval.dtype, jnp.floating)
             and math.prod(self.inputs[i].aval.shape) > 1
         }
+        barred = {i: why for i, why in question.barred.items() if i in candidates}
+        if question.verify:
+            narrow = {i for i in candidates if self.inputs[i].aval.dtype.itemsize < 4}
+            barred |= dict.fromkeys(narrow, _NARROW)
+        self.reasons.update(barred)
+        return candidates - set(barred)
 
     def solve(self) -> Placement:
         while True:
@@ -203,6 +213,10 @@ class _Placer:
             exposed = walk.exposed()
             if exposed:
                 self.banned.update(exposed)
+                continue
+            unchecked = walk.unchecked() if self.question.verify else {}
+            if unchecked:
+                self.banned.update(unchecked)
                 continue
             bare = walk.bare_leaves()
             if bare:
@@ -244,6 +258,17 @@ def feeds_update(eqns: Sequence[JaxprEqn]) -> set[Var]:
     return feeds
 
 
+def feeds_sum(eqns: Sequence[JaxprEqn]) -> set[Var]:
+    """Values that reach a marked update through sums too: gradients of a weight used twice."""
+    feeds: set[Var] = set()
+    for eqn in reversed(eqns):
+        if eqn.primitive is cheap_p or (
+            eqn.primitive in FOLLOWED and any(v in feeds for v in eqn.outvars)
+        ):
+            feeds |= set(_variables(eqn))
+    return feeds
+
+
 def _variables(eqn: JaxprEqn) -> list[Var]:
     return [v for v in eqn.invars if isinstance(v, Var)]
 
@@ -264,10 +289,12 @@ class _Walk:
         self.kept_inside: dict[int, str] = {}
         self.refused: dict[Var, str] = {}
         self.sent: set[int] = set()  # products with an operand that the enclave blinds
+        self.followed: set[Var] = set()  # what a checksum can follow
         for index in sorted(placer.resident):
             variable = placer.inputs[index]
             self.axes[variable] = self.keying.leaf(variable.aval.shape)
             self.host.add(variable)
+            self.followed.add(variable)
             self.leaves[variable] = frozenset([index])
         for number, eqn in enumerate(placer.eqns):
             self.sides.append(self._side(number, eqn))
@@ -299,6 +326,8 @@ class _Walk:
             return Side.ENCLAVE
         out = eqn.outvars[0]
         self.host.add(out)
+        if not (is_product(eqn) and on_host):
+            self.followed.add(out)
         if all(v in self.leaves or v in self.anyone for v in variables):
             sources = [self.leaves[v] for v in variables if v in self.leaves]
             self.leaves[out] = frozenset().union(*sources)
@@ -307,9 +336,9 @@ class _Walk:
     def _may_commute(self, eqn: JaxprEqn) -> bool:
         """Whether the scheme leaves equations besides products to the host."""
         scheme = self.question.scheme
-        if scheme.keys_per_product or self.question.verify:
+        if scheme.keys_per_product:
             return False
-        if scheme.group.orthogonal:
+        if scheme.group.orthogonal and not self.question.verify:
             return True
         # A value has one polarity, and what comes of an activation may be needed in the other.
         related = self.placer.cheap | self.placer.to_update | set(self.leaves)
@@ -371,6 +400,13 @@ class _Walk:
             inside = costs.inside(eqn)
             if not costs.worthwhile(inside, outside):
                 raise NotEquivariantError(too_cheap(inside, outside))
+        if question.verify and any(v in self.host for v in _variables(eqn)):
+            if any(v in self.host and v not in self.leaves for v in _variables(eqn)):
+                raise NotEquivariantError("verify=True checks products of what was sent alone")
+            which = next(i for i, v in enumerate(eqn.invars) if v in self.host)
+            why = unfollowed_product(eqn, which)
+            if why is not None:
+                raise NotEquivariantError(why)
         operands = []
         for v in eqn.invars:
             if isinstance(v, Literal):
@@ -390,6 +426,8 @@ class _Walk:
         inside = [v for v in variables if v not in self.host and v not in self.anyone]
         if inside and not eqn.outvars[0].aval.shape:
             raise NotEquivariantError("a scalar is computed inside when any part of it is")
+        if self.question.verify and not followable(eqn, self.followed):
+            raise NotEquivariantError(_NOT_FOLLOWED)
         operands = [self._operand(v, update) for v in eqn.invars]
         context = Context(self.keying, number, update, number in self.placer.loose)
         self.axes[eqn.outvars[0]] = commute(context, eqn, operands)
@@ -480,6 +518,18 @@ class _Walk:
                 elif self.keying.group is Group.ORTHOGONAL and axis.weight != ONE:
                     out[self.placer.order[v]] = "a sum of squares over part of the mixed axes"
         return out
+
+    def unchecked(self) -> dict[int, str]:
+        """Equations of the host whose result the enclave needs though nothing checks it."""
+        placer = self.placer
+        kept = {placer.inputs[i] for i in placer.resident}
+        kept |= {placer.outputs[o] for i, o in self.question.carried.items() if i in placer.resident}
+        leaving = {v for v in placer.outputs if v in self.host and v not in kept}
+        for eqn, side in zip(placer.eqns, self.sides, strict=True):
+            if side is Side.ENCLAVE:
+                leaving |= {v for v in _variables(eqn) if v in self.host}
+        numbers = {placer.order[v] for v in leaving if v in placer.order}
+        return {n: _WANTED_INSIDE for n in numbers if not is_product(placer.eqns[n])}
 
     def bare_leaves(self) -> dict[int, str]:
         """Resident leaves none of whose axes carries a key."""

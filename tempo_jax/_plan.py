@@ -30,8 +30,10 @@ from enclave_runtime.program import (
     Segment,
     aligned,
 )
+from enclave_runtime.updates import Axes
 from tempo_jax import _jaxpr
 from tempo_jax._cost import CostModel
+from tempo_jax._following import Following, follow
 from tempo_jax._jaxpr import ClosedJaxpr, Flattening, Jaxpr, JaxprEqn, Literal, Var
 from tempo_jax._matrix_form import matrix_form, split_polarities, verifiable
 from tempo_jax._mesh import choose_sharded
@@ -159,18 +161,17 @@ def make_plan(request: Request) -> Plan:
         flat = flat if scheme.group.orthogonal else split_polarities(flat)
         flat = verifiable(flat) if request.verify else flat
     jaxpr = flat.jaxpr
-    placement = place(
-        Question(
-            jaxpr,
-            request.carried,
-            request.on_devices,
-            scheme,
-            costs,
-            request.offload,
-            stays,
-            request.verify,
-        )
+    question = Question(
+        jaxpr,
+        request.carried,
+        request.on_devices,
+        scheme,
+        costs,
+        request.offload,
+        stays,
+        request.verify,
     )
+    placement, following = _place(question)
     notes += _notes(jaxpr)
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     outputs: list[Var] = [v for v in jaxpr.outvars if isinstance(v, Var)]
@@ -178,8 +179,10 @@ def make_plan(request: Request) -> Plan:
     revealed = tuple(i for i, v in enumerate(outputs) if _jaxpr.is_revealed(v, made_by))
     sealed = tuple(i for i in range(len(outputs)) if i not in set(revealed))
     on_device: set[Var] = set()
-    # Keys per product end with the step, and what stays on the devices is never checked.
-    if not (scheme.keys_per_product or request.verify):
+    # Keys per product end with the step.
+    if following is not None:
+        on_device = {outputs[i] for i in sealed if i in following.outputs}
+    elif not scheme.keys_per_product:
         on_device = {outputs[i] for i in sealed if _stays_blinded(outputs[i], placement)}
     parts = cut(
         jaxpr,
@@ -188,13 +191,35 @@ def make_plan(request: Request) -> Plan:
         [outputs[i] for i in sealed if outputs[i] not in on_device],
     )
     layouts, classes = _layouts(placement, decoys)
-    program = _describe(request, jaxpr, placement, parts, sealed, on_device, layouts, classes)
+    program = _describe(
+        request, jaxpr, placement, parts, sealed, on_device, layouts, classes, following
+    )
     resident = [layouts[jaxpr.invars[i]] for i in placement.resident]
     values = [(layouts[v], layouts[v].blinded(array_type(v.aval), classes).nbytes) for v in layouts]
     sharded = choose_sharded(classes, values, resident, request.workers)
     return Plan(
         request, flat, placement, parts, program, revealed, sealed, sharded, tuple(notes), layouts
     )
+
+
+def _place(question: Question) -> tuple[Placement, Following | None]:
+    """Places a program, so that what stays on the devices can be followed where that is asked."""
+    jaxpr = question.jaxpr
+    while True:
+        placement = place(question)
+        if not question.verify:
+            return placement, None
+        resident = sorted(placement.resident)
+        stays = {jaxpr.invars[i] for i in resident}
+        stays |= {jaxpr.outvars[o] for i, o in question.carried.items() if i in placement.resident}
+        kept = [o for o, v in enumerate(jaxpr.outvars) if v in stays]
+        sides = zip(jaxpr.eqns, placement.sides, strict=True)
+        host = [eqn for eqn, side in sides if side is Side.HOST]
+        following = follow(jaxpr, host, resident, question.carried, kept, described)
+        if not following.failing:
+            return placement, following
+        barred = {**question.barred, **following.failing}
+        question = dataclasses.replace(question, barred=barred)
 
 
 def _notes(jaxpr: Jaxpr) -> list[str]:
@@ -266,29 +291,38 @@ def _describe(
     on_device: set[Any],
     layouts: Mapping[Var, Layout],
     classes: tuple[KeyClass, ...],
+    following: Following | None,
 ) -> Program:
     """Writes the enclave's part down in the protocol's terms."""
     numbers: dict[Any, int] = {}
 
     def number(v: Any) -> int:
+        v = v if following is None else following.name(v)
         return numbers.setdefault(v, len(numbers))
 
     def layout(v: Any) -> Layout:
         array = array_type(v.aval)
         return layouts.get(v, Layout.clear(len(array.shape)))
 
-    def port(v: Any, place: str) -> Port:
+    def port(v: Any, place: str, projections: tuple[Axes, ...] = ()) -> Port:
         array = array_type(v.aval)
         where = layout(v) if place == DEVICE else Layout.clear(len(array.shape))
-        return Port(number(v), array, place, where)
+        return Port(number(v), array, place, where, projections)
+
+    arriving = {} if following is None else following.inputs
+    leaving = {} if following is None else following.outputs
 
     constants = tuple(port(v, ENCLAVE) for v in jaxpr.constvars)
     inputs = []
     for i, v in enumerate(jaxpr.invars):
         public = PUBLIC if i in request.public else ENCLAVE
-        inputs.append(port(v, DEVICE if i in placement.resident else public))
+        place = DEVICE if i in placement.resident else public
+        inputs.append(port(v, place, arriving.get(i, ())))
     outputs = tuple(
-        port(jaxpr.outvars[i], DEVICE if jaxpr.outvars[i] in on_device else ENCLAVE) for i in sealed
+        port(jaxpr.outvars[i], DEVICE, leaving.get(i, ()))
+        if jaxpr.outvars[i] in on_device
+        else port(jaxpr.outvars[i], ENCLAVE)
+        for i in sealed
     )
     kept = {number(jaxpr.outvars[i]) for i in sealed}
     last_use: dict[int, int] = {}
@@ -348,6 +382,10 @@ def _describe(
         tuple(segments),
         aligned(arena),
         request.verify,
+        tuple(
+            dataclasses.replace(u, value=number(u.value), operands=tuple(map(number, u.operands)))
+            for u in (following.updates if following is not None else ())
+        ),
     )
 
 

@@ -368,8 +368,9 @@ class Runtime:
         """
         leaves, structure = jax.tree.flatten(list(inputs))
         ports = self._program.inputs
-        # Keys with a budget may run out in any run, and the leaves under them come back anew.
-        renewed = self.plan.request.scheme.key_budget is not None
+        # Keys with a budget may run out in any run, and checksums do; the leaves come back anew.
+        request = self.plan.request
+        renewed = request.verify or request.scheme.key_budget is not None
         arriving = [
             i
             for i, (port, x) in enumerate(zip(ports, inputs, strict=True))

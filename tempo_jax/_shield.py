@@ -233,13 +233,6 @@ class Shielded:
         """The flat arguments as the runtime takes them: sealed, or arrays where public."""
         inputs = []
         for i, x in enumerate(signature.leaves):
-            if is_sealed(x) and x.form == BLINDED and self._verify:
-                raise UnsupportedError(
-                    f"shield: argument {i} of `{self._name}` lies blinded on the devices, where "
-                    "nothing checks it, and verify=True takes nothing unchecked. Have the function "
-                    "that made it verify as well, or accept the value as it is: "
-                    "`enclave.seal(enclave.open(x))`."
-                )
             if is_sealed(x):
                 inputs.append(self._enclave.check_owned(x))
             elif i in signature.public:

@@ -129,7 +129,6 @@ def too_cheap(inside: float, outside: float) -> str:
 
 _NARROW = "verify=True keeps it inside: 16-bit formats round more than a checksum may let pass"
 _NOT_FOLLOWED = "verify=True follows linear updates on the devices alone"
-_WANTED_INSIDE = "the enclave needs what comes of it, which verify=True cannot check"
 
 
 class _Placer:
@@ -524,12 +523,17 @@ class _Walk:
         placer = self.placer
         kept = {placer.inputs[i] for i in placer.resident}
         kept |= {placer.outputs[o] for i, o in self.question.carried.items() if i in placer.resident}
-        leaving = {v for v in placer.outputs if v in self.host and v not in kept}
+        readers = {v: "an output" for v in placer.outputs if v in self.host and v not in kept}
         for eqn, side in zip(placer.eqns, self.sides, strict=True):
             if side is Side.ENCLAVE:
-                leaving |= {v for v in _variables(eqn) if v in self.host}
-        numbers = {placer.order[v] for v in leaving if v in placer.order}
-        return {n: _WANTED_INSIDE for n in numbers if not is_product(placer.eqns[n])}
+                inside = [v for v in _variables(eqn) if v in self.host]
+                readers.update(dict.fromkeys(inside, f"`{eqn.primitive.name}` in the enclave"))
+        made = {placer.order[v]: reader for v, reader in readers.items() if v in placer.order}
+        return {
+            n: f"{reader} reads it, and verify=True can check products alone"
+            for n, reader in made.items()
+            if not is_product(placer.eqns[n])
+        }
 
     def bare_leaves(self) -> dict[int, str]:
         """Resident leaves none of whose axes carries a key."""

@@ -12,10 +12,14 @@ from enclave_runtime.products import (
     ELEMENT_ROUNDING,
     VECTORS,
     block_width,
+    checksum_limit,
+    checksum_resolution,
+    checksum_width,
     resolution,
     unit_roundoff,
 )
-from enclave_runtime.program import ArrayType, Crossing, KeyClass
+from enclave_runtime.program import DEVICE, ArrayType, Crossing, KeyClass
+from enclave_runtime.updates import Axes, free_axes
 from tempo_jax import _jaxpr
 from tempo_jax._placement import Side
 from tempo_jax._plan import Plan, array_type, offloaded, offloaded_work
@@ -74,6 +78,28 @@ class Report:
         return {c.value: c.blinded for c in sent}
 
     @property
+    def _followed(self) -> dict[int, ArrayType]:
+        """What a checksum follows on the devices, by the value's number."""
+        program = self.plan.program
+        leaves = {p.value: p.array for p in program.inputs if p.place == DEVICE}
+        return leaves | {u.value: ArrayType(u.shape, u.dtype) for u in program.updates}
+
+    @property
+    def checksum_runs(self) -> int:
+        """Calls after which every leaf was brought in, checked and blinded anew; 0 without any."""
+        ports = [p for p in self.plan.program.inputs if p.projections]
+        return max((min(_limit(p.array, axes) for axes in p.projections) for p in ports), default=0)
+
+    @property
+    def checksum_bytes(self) -> int:
+        """Bytes of the checksums that the enclave keeps between calls."""
+        return sum(
+            _checksum_bytes(p.array, axes)
+            for p in self.plan.program.inputs
+            for axes in p.projections
+        )
+
+    @property
     def checked(self) -> tuple[tuple[str, float], ...]:
         """Products that are checked, each with the smallest error that is noticed.
 
@@ -81,16 +107,19 @@ class Report:
         what little is left of terms that cancel. A result in which some element is off by more,
         and by more than 2e-4 of itself (in float32), escapes with a probability of `2**-16` at
         most. Within 1.2e-4 of the norm of themselves and their terms elements may always err, so
-        one that dominates its row may be off by more of the row's RMS than this figure.
+        one that dominates its row may be off by more of the row's RMS than this figure. For a
+        product with a leaf on the devices it is the figure just before the leaf is blinded anew.
         """
-        sent = self._sent
+        types, leaves = self._sent | self._followed, self._followed
         uploads = (c for s in self.plan.program.segments for c in s.uploads)
-        return tuple((c.source, _noticed(c, sent)) for c in uploads if c.product is not None)
+        return tuple(
+            (c.source, _noticed(c, types, leaves)) for c in uploads if c.product is not None
+        )
 
     @property
     def _element_tolerance(self) -> float:
         """How much of itself an element may be off, whatever its row; of the coarsest product."""
-        sent = self._sent
+        sent = self._sent | self._followed
         uploads = (c for s in self.plan.program.segments for c in s.uploads)
         units = (_unit(c, sent) for c in uploads if c.product is not None)
         return ELEMENT_ROUNDING * max(units) * math.sqrt(2)
@@ -100,10 +129,17 @@ class Report:
         """The most bytes of copies that the enclave keeps at once of what it sent, to check."""
         segments = self.plan.program.segments
         last: dict[int, int] = {}
+        sent_in = {c.value: n for n, s in enumerate(segments) for c in s.downloads}
+        for update in self.plan.program.updates:
+            if update.product is not None:
+                # Until the segment after the one that sends the second operand.
+                ready = 1 + max(sent_in[v] for v in update.operands)
+                last.update({v: max(ready, last.get(v, 0)) for v in update.operands})
         for index, segment in enumerate(segments):
             for crossing in segment.uploads:
                 if crossing.product is not None:
-                    last.update(dict.fromkeys(crossing.operands or (), index))
+                    operands = crossing.operands or ()
+                    last.update({v: max(index, last.get(v, 0)) for v in operands})
         kept: dict[int, int] = {}
         most = 0
         for index, segment in enumerate(segments):
@@ -219,6 +255,13 @@ class Report:
     def _leaves(self) -> list[str]:
         lines = [f"device-resident leaves, updated where they lie: {len(self.resident)}"]
         lines += [f"  {name}: {keys}" for name, keys in self.resident.items()]
+        if self.checksum_runs:
+            lines.append(
+                f"each is held to a secret checksum that follows its update, {VECTORS} vectors, "
+                f"{self.checksum_bytes / 1e6:.1f} MB inside; after {self.checksum_runs} calls at "
+                "most it is brought in, checked and blinded anew. An error in an update counts by "
+                "the leaf, not by the update"
+            )
         if self.encryptions_saved:
             lines.append(
                 f"the cheap update saves {self.encryptions_saved} encryptions of weights a call"
@@ -248,13 +291,36 @@ class Report:
         return lines
 
 
-def _noticed(crossing: Crossing, sent: Mapping[int, ArrayType]) -> float:
+def _noticed(
+    crossing: Crossing, sent: Mapping[int, ArrayType], leaves: Mapping[int, ArrayType]
+) -> float:
     """The smallest error that the check of a product notices, over the RMS of its row."""
     assert crossing.product is not None and crossing.operands is not None
     lhs, rhs = (sent[v] for v in crossing.operands)
     unit = _unit(crossing, sent)
+    for which, value in enumerate(crossing.operands):
+        if value in leaves:
+            _, axes = free_axes(crossing.product, (len(lhs.shape), len(rhs.shape)), which)
+            return checksum_resolution(*_checksum_sizes(leaves[value], axes), unit)
     terms, columns = crossing.product.sizes(lhs.shape, rhs.shape)
     return resolution(terms, block_width(terms, columns, unit), unit)
+
+
+def _checksum_sizes(array: ArrayType, axes: Axes) -> tuple[int, int]:
+    """Rows of a leaf's projection, and how many columns are combined."""
+    columns = math.prod(array.shape[a] for a in axes)
+    terms = array.size // columns
+    return terms, checksum_width(terms, columns, unit_roundoff(array.dtype))
+
+
+def _limit(array: ArrayType, axes: Axes) -> int:
+    return checksum_limit(*_checksum_sizes(array, axes), unit_roundoff(array.dtype))
+
+
+def _checksum_bytes(array: ArrayType, axes: Axes) -> int:
+    """Float64 values and bounds of each row and block."""
+    terms, width = _checksum_sizes(array, axes)
+    return 8 * terms * -(-(array.size // terms) // width) * (VECTORS + 1)
 
 
 def _unit(crossing: Crossing, sent: Mapping[int, ArrayType]) -> float:

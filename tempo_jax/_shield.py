@@ -70,8 +70,10 @@ def shield(
       donate: whether a carried state is donated.
       verify: whether the enclave checks every product that the devices return (Freivalds). A
         wrong one stops the run with an `IntegrityError` that names the equation, and the last
-        state stands. Leaves stay in the enclave then, since nothing could check an update on
-        the devices. `explain` says what is checked and how small an error is noticed.
+        state stands. A leaf stays on the devices only if its update is linear there (SGD,
+        momentum, weight decay), so that a secret checksum in the enclave can follow it; others
+        are updated in the enclave. `explain` says what is checked, how small an error is noticed,
+        and why a leaf is not on the devices.
 
     Returns:
       A `Shielded` function.

@@ -50,7 +50,6 @@ from tempo_jax._plan import offloaded
 from tempo_jax._products import description
 from tempo_jax._runtime import Runtime
 from tempo_jax._sealed import is_sealed
-from tempo_jax.errors import UnsupportedError
 from tempo_jax.schemes import Mixing, Orthogonal, SignedPermutation, Tempo
 from tests.interpreter import plan
 from tests.steps import assert_close, comparable, shield_all, uniform
@@ -496,7 +495,7 @@ def test_hosts_do_nothing_but_products_of_what_they_were_sent(scheme):
         tx = tempo.cheap_update(optax.sgd(0.1))
         return optax.apply_updates(state, tx.update(gradients, tx.init(state), state)[0]), x @ w
 
-    request = plan(step, (w, v), x, stateful=True, scheme=scheme, verify=True)
+    request = plan(step, (w, v), x, stateful=False, scheme=scheme, verify=True)
     made = request.plan
     assert made.cut.host and not made.placement.resident
     sent = {v for s in made.cut.segments for v in s.downloads}
@@ -506,6 +505,13 @@ def test_hosts_do_nothing_but_products_of_what_they_were_sent(scheme):
     assert len(uploads) == len(made.cut.host) == len(offloaded(made))
     assert all(c.product and c.operands for c in uploads)
     assert all(port.place == "enclave" for port in made.program.outputs)
+    # With a carried state, what stays there is followed; whatever comes back is a product.
+    made = plan(step, (w, v), x, stateful=True, scheme=scheme, verify=True).plan
+    assert all(c.product and c.operands for s in made.program.segments for c in s.uploads)
+    followed = {p.value for p in made.program.inputs if p.place == "device"}
+    followed |= {u.value for u in made.program.updates}
+    kept = {p.value for p in made.program.outputs if p.place == "device"}
+    assert kept <= followed and bool(kept) == bool(made.placement.resident)
 
 
 def test_devices_are_asked_for_every_digit():
@@ -541,14 +547,23 @@ def test_explain_says_what_is_checked(enclave):
         return optax.apply_updates(state, tx.update(gradient, tx.init(state), state)[0])
 
     report = shield_all(step, enclave=enclave, verify=True).explain(state, x)
-    assert len(report.checked) == 2 and all("test_integrity" in s for s, _ in report.checked)
-    assert all(0 < least <= RESOLUTION for _, least in report.checked)
-    # X̂, Ŵ, Ĝ: the host may ask again for the segment that sent Ĝ when it brought X̂ Ŵ.
-    assert report.bytes_kept == 4 * (50 * 40 + 40 * 30 + 50 * 30)
+    # The gradient of the weight never comes back: its update on the devices is followed.
+    assert len(report.checked) == 1 and "test_integrity" in report.checked[0][0]
+    assert 0 < report.checked[0][1] < ERROR
+    assert report.bytes_kept == 4 * (50 * 40 + 50 * 30)
     text = str(report)
-    assert "verified: each of the 2 products" in text and "2^-16" in text
+    assert "verified: each of the 1 products" in text and "2^-16" in text
     assert "of its row's RMS" in text and "and by more than 0.0002 of itself" in text
-    assert "state['w']: verify=True keeps it inside" in text and not report.resident
+    assert list(report.resident) == ["state['w']"] and not report.fallbacks
+    assert "held to a secret checksum" in text
+    assert report.checksum_runs == 16 and report.checksum_bytes == 8 * 40 * 17
+    inside = shield_all(step, enclave=enclave, verify=True, donate=False)
+    report = inside.explain(jax.tree.map(lambda v: v.astype(jnp.bfloat16), state), x)
+    assert not report.resident and "16-bit formats round more" in str(report)
+    gradient = shield_all(lambda x, w: jnp.tanh(x @ w), enclave=enclave, verify=True)
+    report = gradient.explain(x, state["w"])
+    assert all(0 < least <= RESOLUTION for _, least in report.checked)
+    assert report.bytes_kept == 4 * (50 * 40 + 40 * 30) and not report.checksum_runs
     report = shield_all(step, enclave=enclave).explain(state, x)
     assert report.resident and not report.checked and report.bytes_kept == 0
     assert "not verified: a device that returns a wrong product is not noticed" in str(report)
@@ -870,7 +885,8 @@ def test_same_segment_again_is_checked_again(watchful, mlp, monkeypatch):
 def test_leaves_on_the_devices_are_refused(watchful, mlp):
     unverified, verified = (mlp.shield(watchful, verify=v, donate=False) for v in (False, True))
     state, _ = unverified(mlp.state, mlp.batch)
-    with pytest.raises(UnsupportedError, match="lies blinded on the devices, where nothing checks"):
+    refused = "lies blinded on the devices, where nothing checks"
+    with pytest.raises(errors.IntegrityError, match=refused):
         verified(state, mlp.batch)
     state, loss = verified(watchful.seal(watchful.open(state)), mlp.batch)  # as the error says
     assert_close((watchful.open(state), [loss]), after(mlp, 2))
@@ -883,7 +899,7 @@ def test_enclave_refuses_leaves_on_the_devices(watchful, mlp):
     runtime = verified._runtime(verified._program(verified._signature((mlp.state, mlp.batch), {})))
     inputs = [*jax.tree.leaves(state, is_leaf=is_sealed), watchful.seal(mlp.batch)]
     with watchful.arena(runtime._program.arena_bytes) as (name, arena):
-        with pytest.raises(errors.IntegrityError, match="lies on the devices, where nothing"):
+        with pytest.raises(errors.IntegrityError, match="lies blinded on the devices, where nothing"):
             runtime._begin(name, arena, inputs, raises=False)
 
 

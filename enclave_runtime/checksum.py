@@ -170,10 +170,13 @@ def _narrowed(
             last = lhs.ndim - len(contract[0]) - 1
         return jnp.moveaxis(out, last, -1)
     (axis,) = gone
-    operands = [lhs, rhs]
-    operands[which] = jnp.moveaxis(operands[which], -1, axis)
+    if which == 0:
+        lhs = jnp.moveaxis(lhs, -1, axis)
+    else:
+        rhs = jnp.moveaxis(rhs, -1, axis)
     out = lax.conv_general_dilated(
-        *operands,
+        lhs,
+        rhs,
         product.strides,
         product.padding,
         product.lhs_dilation,

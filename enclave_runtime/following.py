@@ -19,7 +19,7 @@ from enclave_runtime.checksum import Checksum, Signs, Sketch
 from enclave_runtime.integrity import Check, check_types
 from enclave_runtime.keys import KeyStream
 from enclave_runtime.program import DEVICE, ArrayType, Crossing, Port, Program
-from enclave_runtime.updates import Axes
+from enclave_runtime.updates import Axes, Update
 
 Node = tuple[int, Axes]
 
@@ -33,12 +33,13 @@ def check_program(program: Program) -> None:
     types = _types(program)
     for update in program.updates:
         if update.product is not None:
+            left, right = (types[v] for v in update.operands)
             out = ArrayType(update.shape, update.dtype)
-            check_types(Check(update.product, *(types[v] for v in update.operands), out))
+            check_types(Check(update.product, left, right, out))
     for crossing in (c for s in program.segments for c in s.uploads):
         assert crossing.operands is not None and crossing.product is not None
-        operands = (types[v] for v in crossing.operands)
-        check_types(Check(crossing.product, *operands, crossing.blinded))
+        left, right = (types[v] for v in crossing.operands)
+        check_types(Check(crossing.product, left, right, crossing.blinded))
 
 
 def _types(program: Program) -> dict[int, ArrayType]:
@@ -103,9 +104,7 @@ class Follower:
         for axes in port.projections:
             self._take(port.value, axes, held[axes])
 
-    def blinded(
-        self, port: Port, array: np.ndarray, stream: Callable[[Axes], KeyStream]
-    ) -> None:
+    def blinded(self, port: Port, array: np.ndarray, stream: Callable[[Axes], KeyStream]) -> None:
         """Makes the checksum of a leaf that was just blinded.
 
         Args:

@@ -405,7 +405,9 @@ class Program:
         if self.verify:
             self._check_verifiable()
         else:
-            bare = not self.updates and not any(p.projections for p in (*self.inputs, *self.outputs))
+            bare = not self.updates and not any(
+                p.projections for p in (*self.inputs, *self.outputs)
+            )
             _require(bare, "a program follows leaves and does not verify")
 
     def _check_verifiable(self) -> None:

@@ -96,7 +96,9 @@ class Update:
             source,
         )
 
-    def check(self, shapes: Mapping[int, Axes], sent: Iterable[int], scalars: Iterable[int]) -> None:
+    def check(
+        self, shapes: Mapping[int, Axes], sent: Iterable[int], scalars: Iterable[int]
+    ) -> None:
         """Raises `ProgramError` unless its operands are known and fit.
 
         Args:

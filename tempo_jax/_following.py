@@ -162,9 +162,7 @@ def follow(
             axes = tuple(eqn.params["permutation"])
         elif kind == updates.REVERSE:
             axes = tuple(eqn.params["dimensions"])
-        made[out] = Update(
-            *(out, kind, tuple(operands), shape, dtype), axes=axes, factor=factor
-        )
+        made[out] = Update(*(out, kind, tuple(operands), shape, dtype), axes=axes, factor=factor)
         known.add(out)
     ranks = {v: len(v.aval.shape) for u in made.values() if u.product for v in u.operands}
     return _projected(jaxpr, made, names, ranks, uses, above, resident, carried, kept)

@@ -522,7 +522,9 @@ class _Walk:
         """Equations of the host whose result the enclave needs though nothing checks it."""
         placer = self.placer
         kept = {placer.inputs[i] for i in placer.resident}
-        kept |= {placer.outputs[o] for i, o in self.question.carried.items() if i in placer.resident}
+        kept |= {
+            placer.outputs[o] for i, o in self.question.carried.items() if i in placer.resident
+        }
         readers = {v: "an output" for v in placer.outputs if v in self.host and v not in kept}
         for eqn, side in zip(placer.eqns, self.sides, strict=True):
             if side is Side.ENCLAVE:

@@ -899,7 +899,9 @@ def test_enclave_refuses_leaves_on_the_devices(watchful, mlp):
     runtime = verified._runtime(verified._program(verified._signature((mlp.state, mlp.batch), {})))
     inputs = [*jax.tree.leaves(state, is_leaf=is_sealed), watchful.seal(mlp.batch)]
     with watchful.arena(runtime._program.arena_bytes) as (name, arena):
-        with pytest.raises(errors.IntegrityError, match="lies blinded on the devices, where nothing"):
+        with pytest.raises(
+            errors.IntegrityError, match="lies blinded on the devices, where nothing"
+        ):
             runtime._begin(name, arena, inputs, raises=False)
 
 

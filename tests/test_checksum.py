@@ -690,29 +690,6 @@ def test_grouped_kernels_stay_inside():
     assert "grouped convolution" in made.placement.reasons[0]
 
 
-def test_a_weight_that_is_used_twice(watchful):
-    """The sum of its two gradients is an update too."""
-    tx = tempo.cheap_update(optax.sgd(0.1))
-
-    def step(params: Any, x: Any) -> Any:
-        def loss_of(params: Any) -> Any:
-            parts = (jnp.tanh(part @ params["v"]) @ params["w"] for part in (x, x[:5]))
-            return sum(jnp.mean(jnp.tanh(part) ** 2) for part in parts)
-
-        gradient = jax.grad(loss_of)(params)
-        return optax.apply_updates(params, tx.update(gradient, tx.init(params), params)[0])
-
-    state = expected = {"v": uniform(1, 9, 8), "w": uniform(2, 8, 6)}
-    x = uniform(3, 7, 9)
-    function = shielded(watchful, step)
-    for _ in range(4):
-        state, expected = function(state, x), jax.jit(step)(expected, x)
-    assert state["w"].form == "blinded"
-    assert_close(watchful.open(state), expected)
-    with pytest.raises(errors.IntegrityError, match="wrong leaf"):
-        watchful.open(replaced(state, 0, one_element))
-
-
 def test_a_restored_leaf_is_followed_again(watchful):
     step, state, x = training(MOMENTUM)
     function = shielded(watchful, step)

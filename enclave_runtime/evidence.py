@@ -20,12 +20,12 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from enclave_runtime import wire
+from enclave_runtime.wire import NONCE_BYTES
 
 Platform = Literal["process", "gramine-direct", "gramine-sgx"]
 
 FORMAT = "tempo_jax/evidence/1"
 REPORT_DATA_BYTES = 64
-NONCE_BYTES = 32
 CONFIGURATION_BYTES = 32
 MAX_QUOTE = 1 << 16  # bytes; quotes with a PCK chain have about 4,600
 MAX_EVIDENCE = 1 << 17  # bytes

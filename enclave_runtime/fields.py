@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+MAX_RANK = 32  # of an array
+
 
 class ProgramError(Exception):
     """A program description that contradicts itself."""

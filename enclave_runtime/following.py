@@ -33,13 +33,12 @@ def check_program(program: Program) -> None:
     types = _types(program)
     for update in program.updates:
         if update.product is not None:
-            left, right = (types[v] for v in update.operands)
-            out = ArrayType(update.shape, update.dtype)
-            check_types(Check(update.product, left, right, out))
+            lhs, rhs = (types[v] for v in update.operands)
+            check_types(Check(update.product, lhs, rhs, ArrayType(update.shape, update.dtype)))
     for crossing in (c for s in program.segments for c in s.uploads):
         assert crossing.operands is not None and crossing.product is not None
-        left, right = (types[v] for v in crossing.operands)
-        check_types(Check(crossing.product, left, right, crossing.blinded))
+        lhs, rhs = (types[v] for v in crossing.operands)
+        check_types(Check(crossing.product, lhs, rhs, crossing.blinded))
 
 
 def _types(program: Program) -> dict[int, ArrayType]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from enclave_runtime.fields import items, natural, pair, require
+from enclave_runtime.fields import MAX_RANK, items, natural, pair, require
 
 VECTORS = 16  # independent sign vectors for each block: errors escape with 2**-VECTORS
 # Rounding of t terms and of a sum of w columns is a walk of (t + w) steps, each at most u of a
@@ -33,7 +33,6 @@ CHECKSUM_ROUNDING = 2.0  # times the tolerance of other products: nobody can loo
 DRIFT = 5.0  # times the most that rounding may have changed a leaf since it was blinded
 MAX_DRIFT = 4e-4  # of the RMS of a product's row, in an element
 MAX_UPDATES_FOLLOWED = 16
-_MAX_RANK = 32
 _LIMIT = 1 << 31
 
 
@@ -105,8 +104,8 @@ def decode_product(fields: Any) -> Product:
 
     def axes(value: Any) -> tuple[int, ...]:
         listed = items(value, "axes")
-        require(len(listed) <= _MAX_RANK, "a rank is too large")
-        return tuple(natural(i, _MAX_RANK, "an axis") for i in listed)
+        require(len(listed) <= MAX_RANK, "a rank is too large")
+        return tuple(natural(i, MAX_RANK, "an axis") for i in listed)
 
     if "contract" in fields:
         left, right = map(axes, pair(fields["contract"]))
@@ -118,7 +117,7 @@ def decode_product(fields: Any) -> Product:
 
     def numbers(key: str) -> tuple[int, ...]:
         listed = items(fields.get(key), key)
-        require(len(listed) <= _MAX_RANK, "a rank is too large")
+        require(len(listed) <= MAX_RANK, "a rank is too large")
         return tuple(positive(n, key) for n in listed)
 
     def padding(value: Any) -> tuple[int, int]:
@@ -128,7 +127,7 @@ def decode_product(fields: Any) -> Product:
         return low, high
 
     padded = items(fields.get("padding"), "padding")
-    require(len(padded) <= _MAX_RANK, "a rank is too large")
+    require(len(padded) <= MAX_RANK, "a rank is too large")
     decoded = Convolution(
         numbers("strides"),
         tuple(map(padding, padded)),

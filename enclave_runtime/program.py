@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from enclave_runtime.fields import MAX_RANK as MAX_RANK
 from enclave_runtime.fields import ProgramError as ProgramError
 from enclave_runtime.fields import items as _items
 from enclave_runtime.fields import natural as _natural
@@ -29,7 +30,6 @@ from enclave_runtime.products import Product, decode_product
 from enclave_runtime.updates import MAX_UPDATES, Axes, Needs, Update, decode_projections, free_axes
 
 ALIGNMENT = 64  # bytes; XLA on the CPU reads aligned buffers without copying them
-MAX_RANK = 32
 MAX_VALUES = 1 << 24
 # By name, so that a description cannot smuggle in byte orders, structures or objects.
 _DTYPES = frozenset(

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from enclave_runtime.fields import ProgramError, items, natural, require
+from enclave_runtime.fields import MAX_RANK, ProgramError, items, natural, require
 from enclave_runtime.products import Convolution, Product, decode_product
 
 PRODUCT, ADD, SUB, NEG, SCALE, DIVIDE = "product", "add", "sub", "neg", "scale", "divide"
@@ -26,7 +26,6 @@ _OPERANDS = {
 }
 MAX_UPDATES = 1 << 16
 MAX_PROJECTIONS = 8
-_MAX_RANK = 32
 
 Axes = tuple[int, ...]
 
@@ -83,7 +82,7 @@ class Update:
         require(isinstance(source, str) and len(source) <= max_source, "a source is too long")
         require(fields.get("dtype") in ("float32", "float64"), "an update has too few digits")
         shape, axes = (items(fields.get(name), name) for name in ("shape", "axes"))
-        require(max(len(shape), len(axes)) <= _MAX_RANK, "a rank is too large")
+        require(max(len(shape), len(axes)) <= MAX_RANK, "a rank is too large")
         return cls(
             natural(fields.get("value"), max_value, "a value"),
             kind,
@@ -91,7 +90,7 @@ class Update:
             tuple(natural(n, 1 << 40, "a dimension") for n in shape),
             fields["dtype"],
             None if product is None else decode_product(product),
-            tuple(natural(a, _MAX_RANK, "an axis") for a in axes),
+            tuple(natural(a, MAX_RANK, "an axis") for a in axes),
             factor,
             source,
         )

@@ -12,11 +12,11 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from tempo_jax._cache import cache_directory
 from tempo_jax._cost import CostModel
 
 _FORMAT = 2  # raise when what is measured changes its meaning
@@ -52,12 +52,6 @@ def cost_model(measured: dict[str, Any]) -> CostModel:
     if not set(measured) <= names:
         raise ValueError("figures of another version")
     return CostModel(**measured)
-
-
-def cache_directory() -> Path:
-    """Where this user's files of tempo_jax lie."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "tempo_jax"
 
 
 def _machine() -> str:

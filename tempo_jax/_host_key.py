@@ -12,7 +12,7 @@ import secrets
 from pathlib import Path
 
 from enclave_runtime.encryption import SECRET_BYTES
-from tempo_jax._calibration import cache_directory
+from tempo_jax._cache import cache_directory
 from tempo_jax.errors import ChannelError
 
 _KEY = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}\n?")

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 import enclave_runtime
 from enclave_runtime.environment import ENCLAVE_ENVIRONMENT, ENCLAVE_MODULE
+from tempo_jax._cache import cache_directory
 from tempo_jax.errors import LaunchError
 
 Kind = Literal["process", "gramine-direct", "gramine-sgx"]
@@ -93,14 +94,8 @@ def _root() -> str:
     return str(Path(enclave_runtime.__file__).resolve().parent.parent)
 
 
-def cache_directory() -> Path:
-    """Where an enclave for Gramine is built if none is named."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tempo_jax" / "gramine"
-
-
 def _cached() -> Path:
-    directory = cache_directory()
+    directory = cache_directory() / "gramine"
     if not (directory / f"{APPLICATION}.manifest").exists() or not _is_current(directory):
         _build(directory)
     return directory

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 import tempo_jax as tempo
-from tempo_jax._plan import offloaded
+from tempo_jax import _jaxpr
+from tempo_jax._plan import Plan, offloaded
 from tempo_jax.schemes import SignedPermutation
 
 # The scheme that blinds products of any size and keeps weights on the devices.
@@ -158,6 +159,35 @@ def leaf_names(root: str, tree: Any, keep: Callable[[jax.Array], bool]) -> set[s
 def is_matrix(leaf: jax.Array) -> bool:
     """Whether a leaf is a kernel, or an optimizer's moment of one."""
     return jnp.ndim(leaf) > 1 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def plain_steps(
+    plan: Plan, arguments: tuple[Any, ...], steps: int
+) -> tuple[list[Any], list[dict[Any, np.ndarray]]]:
+    """Evaluates the flat program in plain JAX, each step on the state that the last one returned.
+
+    Returns:
+      The last outputs, and for each step every array by its variable.
+    """
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def evaluate(constants, inputs):
+        values = dict(zip(plan.jaxpr.constvars, constants, strict=True))
+        values.update(zip(plan.jaxpr.invars, inputs, strict=True))
+        for eqn in plan.jaxpr.eqns:
+            operands = [v.val if isinstance(v, _jaxpr.Literal) else values[v] for v in eqn.invars]
+            values.update(zip(eqn.outvars, _jaxpr.bind(eqn, operands), strict=True))
+        order[:] = values
+        return [values[v] for v in plan.jaxpr.outvars], list(values.values())
+
+    state, *_ = arguments
+    size, seen = len(jax.tree.leaves(state)), []
+    inputs, outputs, order = jax.tree.leaves(arguments), [], []
+    for _ in range(steps):
+        outputs, values = evaluate(plan.flat.consts, inputs)
+        inputs = [*outputs[:size], *inputs[size:]]
+        seen.append(dict(zip(order, map(np.asarray, values), strict=True)))
+    return outputs, seen
 
 
 def offloaded_products(shielded: Any, *arguments: Any) -> int:

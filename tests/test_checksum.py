@@ -690,6 +690,24 @@ def test_grouped_kernels_stay_inside():
     assert "grouped convolution" in made.placement.reasons[0]
 
 
+def test_a_weight_that_is_used_twice(watchful):
+    tx = tempo.cheap_update(optax.sgd(0.1))
+
+    def step(w: Any, x: Any) -> Any:
+        gradient = jax.grad(lambda w: jnp.mean(jnp.tanh(jnp.tanh(x @ w) @ w) ** 2))(w)
+        return optax.apply_updates(w, tx.update(gradient, tx.init(w), w)[0])
+
+    state = expected = uniform(1, 9, 9)
+    x = uniform(2, 7, 9)
+    function = shielded(watchful, step)
+    for _ in range(4):
+        state, expected = function(state, x), jax.jit(step)(expected, x)
+    # Inside with and without checks: its gradient is a sum that the enclave takes.
+    plain = shielded(watchful, step, verify=False)(uniform(1, 9, 9), x)
+    assert on_devices(state) == on_devices(plain) == 0
+    assert_close(watchful.open(state), expected)
+
+
 def test_a_restored_leaf_is_followed_again(watchful):
     step, state, x = training(MOMENTUM)
     function = shielded(watchful, step)

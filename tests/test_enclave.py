@@ -546,8 +546,8 @@ def test_host_imports_only_the_shared_modules_of_the_enclave():
     shared = {"enclave_runtime"} | {
         f"enclave_runtime.{name}"
         for name in (
-            *("wire", "fields", "products", "program", "encryption", "memory", "checkpoint"),
-            *("channel", "configuration", "environment", "evidence"),
+            *("wire", "fields", "products", "updates", "program", "encryption", "memory"),
+            *("checkpoint", "channel", "configuration", "environment", "evidence"),
         )
     }
     for module, sources in _imported("tempo_jax").items():

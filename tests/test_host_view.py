@@ -5,7 +5,6 @@ test also runs with a plan whose keys are taken away, and must then find every o
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,7 +23,7 @@ from tempo_jax._placement import Side
 from tempo_jax._plan import Plan, offloaded
 from tempo_jax.errors import UnsupportedError
 from tempo_jax.testing import HostView
-from tests.steps import assert_close, shield_all, uniform
+from tests.steps import assert_close, plain_steps, shield_all, uniform
 
 OPTIMIZER = tempo.cheap_update(optax.adamw(1e-2))
 
@@ -109,28 +108,6 @@ def initial_state(model: nn.Module, x: jax.Array) -> Any:
     )
 
 
-def in_the_clear(plan: Plan, arguments: tuple[Any, ...], steps: int) -> tuple[Any, list[Any]]:
-    """Evaluates the flat program in plain JAX: its last outputs, and every array of all steps."""
-
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    def evaluate(constants, inputs):
-        values = dict(zip(plan.jaxpr.constvars, constants, strict=True))
-        values.update(zip(plan.jaxpr.invars, inputs, strict=True))
-        for eqn in plan.jaxpr.eqns:
-            operands = [v.val if isinstance(v, _jaxpr.Literal) else values[v] for v in eqn.invars]
-            values.update(zip(eqn.outvars, _jaxpr.bind(eqn, operands), strict=True))
-        return [values[v] for v in plan.jaxpr.outvars], list(values.values())
-
-    state, *batch = arguments
-    size, seen = len(jax.tree.leaves(state)), []
-    inputs = jax.tree.leaves(arguments)
-    for _ in range(steps):
-        outputs, values = evaluate(plan.flat.consts, inputs)
-        inputs = [*outputs[:size], *inputs[size:]]
-        seen += map(np.asarray, values)
-    return outputs, seen
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def task(enclave, request) -> Task:
     """One of the models."""
@@ -138,7 +115,8 @@ def task(enclave, request) -> Task:
     x, y = uniform(1, *shape), jax.nn.softmax(uniform(2, shape[0], 6))
     step, arguments = train_step(model), (initial_state(model, x), x, y)
     shielded = shield_all(step, enclave=enclave, donate=False)
-    result, plain = in_the_clear(shielded.explain(*arguments).plan, arguments, 2)
+    result, values = plain_steps(shielded.explain(*arguments).plan, arguments, 2)
+    plain = [array for step_values in values for array in step_values.values()]
     result = jax.tree.unflatten(jax.tree.structure((arguments[0], 0)), result)
     return Task(step, arguments, shielded, plain, result)
 

@@ -2,10 +2,15 @@
 
 The link between two layers is estimated from the one step, as in S3. What it leaves unknown, gains
 along the principal directions of ŷ and an offset, is trained on public labels through the blinded
-weights. The control trains the same gains on random frames: what labels alone give.
+weights. The control trains the same gains on random frames: what labels alone give. Both keep the
+frame that fits the public labels best, so chance is the expectation of the best of as many random
+frames as the attack estimates, taken over more of them; the attack's own figure still scatters by
+0.03, and `best` picks among three.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +24,7 @@ from benchmarks.attacks.traces import Trace
 LABELS = 100
 STEPS = 6
 RESTARTS = 6
+RANDOM = 2  # random frames for each estimated one
 FIT_STEPS = 150
 # Gains to train: few leave the work to the link, many let labels repair it.
 GAINS = (1, 16, 128)
@@ -47,14 +53,17 @@ def fit(
     # Neighbouring directions share a gain.
     bands = [np.arange(size) * min(gains, size) // size for gains in GAINS]
     shares = [np.eye(size)[:, band] for band in bands]
-    scaled = [sign * congruence.rescale(trace, step, link, m) for m in maps for sign in (1, -1)]
+    # Trained after the weight, which takes one product less; an offset there does the same.
+    weight = scoring.weight(trace, step, link)
+    scaled = [congruence.rescale(trace, step, link, m) @ weight for m in maps]
+    both = np.stack([sign * (axes.T @ m) for m in scaled for sign in (1, -1)])
     optimizer = optax.adam(0.05)
 
     def apply(weights, m, share, inputs):
-        def surrogate(rows):
-            return ((rows @ axes) * (weights[0] @ share)) @ (axes.T @ m) + weights[1]
+        def predict(rows):
+            return ((rows @ axes) * (weights[0] @ share)) @ m + weights[1]
 
-        products = scoring.Replaced(trace, step, link, surrogate)
+        products = scoring.Replaced(trace, step, link, predict)
         return model.apply(trace.parameters, inputs, products)
 
     def loss(weights, m, share, inputs):
@@ -80,10 +89,25 @@ def fit(
         jax.vmap(jax.vmap(train, in_axes=(None, 0, None, None)), in_axes=(0, None, None, None))
     )
     inputs = data.inputs[chosen], data.test_inputs
-    found = np.asarray(every(np.stack(scaled), np.stack(shares), *inputs))
+    # Twice as fast in float32, and labels fix no gain to more digits.
+    with jax.enable_x64(False):
+        found = np.asarray(every(both, np.stack(shares), *inputs))
     found = found.reshape(len(maps), 2, len(GAINS), 2)
     better = found[..., 0].argmin(1)
     return np.take_along_axis(found, better[:, None, :, None], axis=1)[:, 0]
+
+
+def best_fit(fitted: np.ndarray, tries: int) -> float:
+    """Expected accuracy of the lowest loss among `tries` of these, drawn without replacement.
+
+    Args:
+      fitted: (n, 2), loss and accuracy, ``n >= tries``.
+      tries: how many an attacker has.
+    """
+    accuracies = fitted[fitted[:, 0].argsort(), 1]
+    # The one of rank i is the best if the others come from the n - 1 - i behind it.
+    ways = [math.comb(len(fitted) - 1 - i, tries - 1) for i in range(len(fitted))]
+    return float(accuracies @ ways / sum(ways))
 
 
 def attack(
@@ -99,11 +123,11 @@ def attack(
         chosen = rng.choice(len(trace.model.data().labels), LABELS, replace=False)
         span = range(step, step + 1)
         maps = [m for m, _ in congruence.link_layers(trace, link, span, rng, restarts)]
-        guesses = congruence.random_maps(trace, link, span, rng, len(maps))
+        guesses = congruence.random_maps(trace, link, span, rng, RANDOM * len(maps))
         fitted = fit(trace, step, link, maps + guesses, chosen)
         for kept, part in ((stolen, fitted[: len(maps)]), (control, fitted[len(maps) :])):
             for i, gains in enumerate(GAINS):
-                kept[gains].append(float(part[part[:, i, 0].argmin(), i, 1]))
+                kept[gains].append(best_fit(part[:, i], len(maps)))
     best = max(GAINS, key=lambda n: np.mean(stolen[n]) - np.mean(control[n]))
     chance = float(np.mean(control[best]))
     every = ", ".join(f"{np.mean(stolen[n]):.2f}/{np.mean(control[n]):.2f}" for n in GAINS)

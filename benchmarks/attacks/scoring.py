@@ -88,21 +88,27 @@ def directions_linked(
     return int((cosines >= least).sum())
 
 
-class Replaced(Plain):
-    """Plain products, but the second of a link gets what an attacker's surrogate predicts."""
+def weight(trace: Trace, step: int, link: Link) -> np.ndarray:
+    """The second product's weight for rows of x̂; the key of its columns is given away."""
+    second = trace.truth[step][link[1]]
+    return np.linalg.solve(frames(trace, step, link)[1].T, second.w) / second.scales[0]
 
-    def __init__(self, trace: Trace, step: int, link: Link, surrogate: Surrogate):
-        self.link, self.surrogate = link, surrogate
-        first, second = (trace.truth[step][name] for name in link)
-        c, b = frames(trace, step, link)
+
+class Replaced(Plain):
+    """Plain products, but the second of a link is what an attacker predicts of it."""
+
+    def __init__(self, trace: Trace, step: int, link: Link, predict: Surrogate):
+        """`predict` maps rows in the blinded frame of the first's y to plain rows of the second."""
+        self.link, self.predict = link, predict
+        first = trace.truth[step][link[0]]
+        c, _ = frames(trace, step, link)
         self.into = c.T * (first.scales[0] * first.scales[1])
-        self.weight = np.linalg.solve(b.T, second.w) / second.scales[0]
         self.y = jnp.zeros(0)
 
     def dense(self, name: str, x: jax.Array, w: jax.Array) -> jax.Array:
         """See `Products`."""
         if name == self.link[1]:
-            return self.surrogate(self.y @ self.into) @ self.weight
+            return self.predict(self.y @ self.into)
         y = x @ w
         if name == self.link[0]:
             self.y = y
@@ -118,7 +124,9 @@ def stolen(trace: Trace, step: int, link: Link, surrogate: Surrogate) -> float:
       link: two dense products of an MLP.
       surrogate: maps rows in the blinded frame of the first's y to rows in that of the second's x.
     """
-    return trace.model.accuracy(trace.parameters, Replaced(trace, step, link, surrogate))
+    second = weight(trace, step, link)
+    products = Replaced(trace, step, link, lambda rows: surrogate(rows) @ second)
+    return trace.model.accuracy(trace.parameters, products)
 
 
 def can_steal(trace: Trace) -> bool:

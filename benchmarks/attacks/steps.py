@@ -70,7 +70,8 @@ def attacked(trace: Trace) -> Iterator[str]:
             view = trace.views[0][name]
             if view.x is None or view.w is None or view.g is None:
                 continue
-            if min(view.w.shape) >= WIDTH:
+            # Without keys, as where a batched product's axes carry fewer, nothing can be scored.
+            if min(view.w.shape) >= WIDTH and trace.truth[0][name].b is not None:
                 yield name
 
 

@@ -104,7 +104,7 @@ def plans(*, quick: bool) -> list[Plan]:
     shoot: Run = few_shot.attack
     if quick:
         align = functools.partial(congruence.attack, lengths=(4,), restarts=3, singles=2)
-        shoot = functools.partial(few_shot.attack, restarts=3, steps=2)
+        shoot = functools.partial(few_shot.attack, restarts=4, steps=4)
     return [
         Plan(
             "S1",
@@ -182,7 +182,13 @@ def plans(*, quick: bool) -> list[Plan]:
                 ("fresh_orthogonal", "mlp", "membership mismatch", 1e-10, True),
             ),
         ),
-        Plan("S9", shoot, dense, few, (("fresh_orthogonal", "mlp", "stolen", 0.20, False),)),
+        Plan(
+            "S9",
+            shoot,
+            dense,
+            many if quick else few,
+            (("fresh_orthogonal", "mlp", "stolen", 0.20, False),),
+        ),
         Plan("S10", exactness.attack, some[:1] if quick else ("mlp", "transformer"), few),
         Plan(
             "theft",

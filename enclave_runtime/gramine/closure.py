@@ -76,8 +76,8 @@ def exercise() -> None:
 def _shake_hands() -> None:
     """A client connects: a certificate with evidence is made and sent."""
     from enclave_runtime import channel
-    from enclave_runtime.evidence import NONCE_BYTES
     from enclave_runtime.tls import ServerIdentity
+    from enclave_runtime.wire import NONCE_BYTES
 
     outside, inside = socket.socketpair()
     server = ServerIdentity().context()

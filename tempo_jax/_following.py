@@ -35,7 +35,6 @@ _KINDS: dict[Any, str] = {
     prims.rev_p: updates.REVERSE,
     prims.convert_element_type_p: updates.CONVERT,
 }
-FOLLOWED = frozenset({*_SAME, *_KINDS, prims.integer_pow_p})
 
 
 def _is_same(eqn: JaxprEqn) -> bool:
@@ -51,7 +50,7 @@ def followable(eqn: JaxprEqn, followed: set[Var]) -> bool:
         jnp.issubdtype(v.aval.dtype, jnp.floating) and v.aval.dtype.itemsize >= 4
         for v in (eqn.invars[0], *eqn.outvars)
     )
-    if not wide or eqn.primitive not in FOLLOWED:
+    if not wide:
         return False
     if eqn.primitive in (prims.mul_p, prims.div_p):
         first, second = on_host
@@ -127,7 +126,6 @@ def follow(
             v = names[v]
         return v
 
-    sent_products: set[Any] = set()
     for eqn in host:
         out = eqn.outvars[0]
         operands = [name(v) if isinstance(v, Var) else v for v in eqn.invars]
@@ -144,7 +142,6 @@ def follow(
                 product=description(eqn),
                 source=source(eqn),
             )
-            sent_products.add(out)
             known.add(out)
             above[out] = frozenset()
             continue

@@ -20,7 +20,7 @@ from jax.extend.core import primitives as prims
 
 from tempo_jax._cost import CostModel
 from tempo_jax._equivariance import commute, is_zero
-from tempo_jax._following import FOLLOWED, followable, unfollowed_product
+from tempo_jax._following import followable, unfollowed_product
 from tempo_jax._jaxpr import Jaxpr, JaxprEqn, Literal, Var, cheap_p, physical, reveal_p, source
 from tempo_jax._keying import ONE, Axes, Keying, resolve_weight
 from tempo_jax._operands import Context, NotEquivariantError, Operand
@@ -143,8 +143,6 @@ class _Placer:
         self.cheap = self._cheap_values()
         self.uses = self._product_uses()
         self.to_update = feeds_update(self.eqns)
-        if question.verify and question.scheme.group.orthogonal:
-            self.to_update |= feeds_sum(self.eqns)
         products = [n for n, eqn in enumerate(self.eqns) if is_product(eqn)]
         decided = question.stays if question.stays is not None else [None] * len(products)
         self.stays = dict(zip(products, decided, strict=True))
@@ -254,17 +252,6 @@ def feeds_update(eqns: Sequence[JaxprEqn]) -> set[Var]:
             eqn.primitive is cheap_p or any(v in feeds for v in eqn.outvars)
         ):
             feeds.add(_variables(eqn)[0])
-    return feeds
-
-
-def feeds_sum(eqns: Sequence[JaxprEqn]) -> set[Var]:
-    """Values that reach a marked update through sums too: gradients of a weight used twice."""
-    feeds: set[Var] = set()
-    for eqn in reversed(eqns):
-        if eqn.primitive is cheap_p or (
-            eqn.primitive in FOLLOWED and any(v in feeds for v in eqn.outvars)
-        ):
-            feeds |= set(_variables(eqn))
     return feeds
 
 
@@ -425,9 +412,9 @@ class _Walk:
         inside = [v for v in variables if v not in self.host and v not in self.anyone]
         if inside and not eqn.outvars[0].aval.shape:
             raise NotEquivariantError("a scalar is computed inside when any part of it is")
+        operands = [self._operand(v, update) for v in eqn.invars]
         if self.question.verify and not followable(eqn, self.followed):
             raise NotEquivariantError(_NOT_FOLLOWED)
-        operands = [self._operand(v, update) for v in eqn.invars]
         context = Context(self.keying, number, update, number in self.placer.loose)
         self.axes[eqn.outvars[0]] = commute(context, eqn, operands)
         for v in inside:

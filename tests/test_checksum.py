@@ -392,15 +392,16 @@ def test_leaves_stay_on_the_devices(scheme):
 @pytest.mark.parametrize(
     ("tx", "reason"),
     [
-        (optax.adam(0.1), "verify=True"),
+        (optax.adam(0.1), "integer_pow: verify=True follows linear updates"),
         (optax.chain(optax.clip(1.0), optax.sgd(0.1)), "verify=True follows linear updates"),
-        (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), "verify=True"),
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), "square: verify=True"),
     ],
 )
 def test_what_cannot_be_followed_stays_inside(tx, reason):
     made = planned(SignedPermutation(), tx)
     assert not made.placement.resident and not made.program.updates
-    assert all(reason in why for why in made.placement.reasons.values())
+    first, second = made.placement.reasons[1], made.placement.reasons[2]
+    assert reason in first and reason in second
 
 
 def test_narrow_leaves_stay_inside():

@@ -53,7 +53,7 @@ import numpy as np
 from jax import lax
 
 from enclave_runtime import updates
-from enclave_runtime.integrity import FAINT_ROW, IntegrityError
+from enclave_runtime.integrity import FAINT_ROW, IntegrityError, convolve
 from enclave_runtime.keys import KeyStream
 from enclave_runtime.products import (
     CHECKSUM_ROUNDING,
@@ -174,17 +174,7 @@ def _narrowed(
         lhs = jnp.moveaxis(lhs, -1, axis)
     else:
         rhs = jnp.moveaxis(rhs, -1, axis)
-    out = lax.conv_general_dilated(
-        lhs,
-        rhs,
-        product.strides,
-        product.padding,
-        product.lhs_dilation,
-        product.rhs_dilation,
-        lax.ConvDimensionNumbers(product.lhs, product.rhs, product.out),
-        precision=lax.Precision.HIGHEST,
-    )
-    return jnp.moveaxis(out, product.out[which], -1)
+    return jnp.moveaxis(convolve(product, lhs, rhs), product.out[which], -1)
 
 
 class _Operands(NamedTuple):

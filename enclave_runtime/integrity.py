@@ -117,7 +117,13 @@ def multiply(check: Check, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         return lax.dot_general(
             lhs, rhs, numbers, precision=exact, preferred_element_type=dtype
         ).astype(dtype)
-    numbers = lax.ConvDimensionNumbers(product.lhs, product.rhs, product.out)
+    return convolve(product, lhs, rhs, dtype).astype(dtype)
+
+
+def convolve(
+    product: Convolution, lhs: jax.Array, rhs: jax.Array, dtype: np.dtype | None = None
+) -> jax.Array:
+    """A convolution, summed in `dtype` or else in its operands' format."""
     return lax.conv_general_dilated(
         lhs,
         rhs,
@@ -125,12 +131,12 @@ def multiply(check: Check, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         product.padding,
         product.lhs_dilation,
         product.rhs_dilation,
-        numbers,
+        lax.ConvDimensionNumbers(product.lhs, product.rhs, product.out),
         product.feature_groups,
         product.batch_groups,
-        precision=exact,
+        precision=lax.Precision.HIGHEST,
         preferred_element_type=dtype,
-    ).astype(dtype)
+    )
 
 
 def _columns_last(check: Check, out: jax.Array) -> jax.Array:

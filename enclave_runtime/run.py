@@ -174,9 +174,6 @@ class Run:
 
         Returns:
           Whether they serve this run; if not, the array has to be brought in and blinded again.
-
-        Raises:
-          IntegrityError: the run verifies, and nothing checked the array.
         """
         follower, held = self._follower, entry.checksum
         if follower is None:

@@ -108,7 +108,7 @@ class Update:
         require(self.value not in shapes, "an update makes what is there")
         if self.kind == PRODUCT:
             require(set(self.operands) <= set(sent), "an update multiplies what was not sent")
-            return  # that it fits its operands is for `checksum.prepare`
+            return  # that it fits its operands is for `following.check_program`
         known = all(v in shapes for v in self.followed)
         require(known, "an update reads what cannot be followed")
         if self.kind in (SCALE, DIVIDE):

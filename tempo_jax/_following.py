@@ -79,7 +79,8 @@ class Following:
     Attributes:
       updates: in order; variables stand for the numbers of values.
       names: for results of equations that change nothing the variable that has their value.
-      projections: of resident leaves, by input position, and of their new values, by output's.
+      inputs: projections of resident leaves, by input position.
+      outputs: projections of their new values, by output position.
       failing: leaves that cannot be followed after all, with the reason.
     """
 
@@ -91,9 +92,13 @@ class Following:
 
     def name(self, v: Any) -> Any:
         """The variable that stands for a value."""
-        while v in self.names:
-            v = self.names[v]
-        return v
+        return _resolved(self.names, v)
+
+
+def _resolved(names: Mapping[Var, Var], v: Any) -> Any:
+    while v in names:
+        v = names[v]
+    return v
 
 
 def follow(
@@ -121,14 +126,9 @@ def follow(
     uses: list[tuple[Any, Axes]] = []
     above: dict[Any, frozenset[int]] = {jaxpr.invars[i]: frozenset([i]) for i in resident}
 
-    def name(v: Any) -> Any:
-        while v in names:
-            v = names[v]
-        return v
-
     for eqn in host:
         out = eqn.outvars[0]
-        operands = [name(v) if isinstance(v, Var) else v for v in eqn.invars]
+        operands = [_resolved(names, v) if isinstance(v, Var) else v for v in eqn.invars]
         shape, dtype = tuple(out.aval.shape), np.dtype(out.aval.dtype).name
         if is_product(eqn):
             leaves = [i for i, v in enumerate(operands) if v in known]

@@ -268,9 +268,18 @@ def test_controls_are_run_and_judged(monkeypatch, tmp_path):
     monkeypatch.setattr(suite, "make_trace", lambda scheme, *_, **__: trace(scheme))
     controls = (("signed_permutation", "mlp", "linked", 0.9, False),)
     plan = suite.Plan("S1", attack, ("mlp",), suite.Setting(STEPS), controls)
-    found, judged = suite.run([plan], ["mixing"], [0, 1], tmp_path, simulate=True)
+    kept = []
+    found, judged = suite.run(
+        [plan],
+        ["mixing"],
+        [0, 1],
+        tmp_path,
+        simulate=True,
+        keep=lambda rows, controls: kept.append((len(rows), controls[0].value)),
+    )
     assert [r.scheme for r in found] == ["mixing"] * 2
     assert [(c.value, c.reached) for c in judged] == [(0.8, False)]
+    assert kept[0] == (2, pytest.approx(math.nan, nan_ok=True)) and kept[-1] == (2, 0.8)
 
 
 def test_options():

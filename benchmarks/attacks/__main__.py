@@ -44,7 +44,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="blind with the suite's own NumPy instead of the library",
     )
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="all measurements")
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="all measurements, written as they come"
+    )
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="leak against cost")
     parser.add_argument(
         "--cache", type=pathlib.Path, metavar="DIR", default=traces.CACHE, help="folder for traces"
@@ -69,14 +71,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [p for p in suite.plans(quick=options.quick) if p.attack in options.attacks]
     if "victims" in options:
         chosen = [suite.restrict(plan, options.victims) for plan in chosen]
+
+    def save(rows: Sequence[Row], controls: Sequence[Control]) -> None:
+        if options.json:
+            options.json.write_text(to_json(rows, controls, environment()) + "\n")
+
     # Small matrices: BLAS's threads would wait for each other, and for the enclave's.
     with threadpoolctl.threadpool_limits(1, "blas"):
         rows, controls = suite.run(
-            chosen, options.schemes, range(options.seeds), options.cache, simulate=options.simulate
+            chosen,
+            options.schemes,
+            range(options.seeds),
+            options.cache,
+            simulate=options.simulate,
+            keep=save,
         )
     print(table(rows, controls))
-    if options.json:
-        options.json.write_text(to_json(rows, controls, environment()) + "\n")
     if options.plot:
         plot(rows, blinding_costs(), options.plot)
     return status(rows, controls)

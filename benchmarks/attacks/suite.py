@@ -287,8 +287,18 @@ def run(
     cache: pathlib.Path | None,
     *,
     simulate: bool,
+    keep: Callable[[list[Row], list[Control]], None] | None = None,
 ) -> tuple[list[Row], list[Control]]:
     """Runs attacks on schemes and on their controls.
+
+    Args:
+      chosen: the attacks.
+      schemes: keys of `SCHEMES`.
+      seeds: of the traces.
+      cache: folder for traces, or None.
+      simulate: whether schemes of the library are simulated, too.
+      keep: gets all that was found so far after each group of traces, so that hours of attacks
+        outlive a crash; controls that have not run yet count as missed.
 
     Returns:
       What was measured on the schemes, and the controls with the worst seed's value.
@@ -311,6 +321,8 @@ def run(
                             if r.measurement.metric.startswith(control[2])
                         ]
                         reached.setdefault((numbers[id(plan)], i), []).extend(values or [np.nan])
+        if keep:
+            keep(found, _controls(chosen, reached))
     return found, _controls(chosen, reached)
 
 

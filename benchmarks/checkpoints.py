@@ -19,7 +19,8 @@ import jax
 
 import tempo_jax as tempo
 from benchmarks.cases import CASES
-from benchmarks.overhead import PLAIN, SHIELDED, WARM_UP_STEPS, Contender, Json, environment
+from benchmarks.machine import Json, describe, environment
+from benchmarks.overhead import PLAIN, SHIELDED, WARM_UP_STEPS, Contender
 from examples import common
 from tempo_jax import checkpoints
 
@@ -77,11 +78,9 @@ def _timed(seconds: list[float]) -> Iterator[None]:
 
 def table(results: Json) -> str:
     """Returns a line on the machine and a Markdown table of ratios to plain's step."""
-    where = results["environment"]
-    versions = (f"{name} {version}" for name, version in where["versions"].items())
     lines = [
-        f"{where['processor']}, {where['cores']} cores; {', '.join(versions)}; "
-        f"{results['scheme']}, medians of {results['rounds']} rounds.",
+        f"{describe(results['environment'])}; {results['scheme']}, medians of "
+        f"{results['rounds']} rounds.",
         "",
         "| model (batch) | sealing ÷ plain step | quartiles | writing ÷ plain step | "
         "restoring ÷ plain step | shielded step ÷ plain step | leaves | checkpoint, MB "

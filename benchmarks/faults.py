@@ -35,7 +35,7 @@ import numpy as np
 import optax
 
 import tempo_jax as tempo
-from benchmarks.overhead import Json, environment
+from benchmarks.machine import Json, environment
 from examples import common
 from tempo_jax import _connection, checkpoints
 from tempo_jax.errors import EnclaveDiedError, SealedValueError, SharedMemoryError, TempoError

@@ -10,19 +10,18 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from benchmarks.overhead import SHIELDED, Contender, Json, environment
-from benchmarks.placement import CLASSES, ROWS, build
+from benchmarks.machine import Json, describe, environment
+from benchmarks.overhead import SHIELDED, Contender
+from benchmarks.perceptron import ROWS, batch, build, train_in_turn
 from examples import common
 from tempo_jax import Enclave
 
 WIDTHS = (256, 512, 1024)
 QUICK_WIDTHS = (512,)
-SCHEMES = ("mixing", "signed-permutation")
-WARM_UP_STEPS = 2
+SCHEMES = ("mixing", "orthogonal", "signed-permutation")
 UNVERIFIED, VERIFIED = "unverified", "verified"
 
 
@@ -34,15 +33,12 @@ def measure(width: int, scheme_name: str, steps: int, enclaves: dict[str, Enclav
 
     Returns:
       `busy`, the enclave's seconds in each step; `seconds`, of each whole step; `first`, of the
-      first call; `products`, how many are checked; `kept`, bytes of the copies that the enclave
-      keeps for the checks; `crossing`, bytes that cross in a step.
+      first call; `products`, how many are checked; `resident`, leaves on the devices, by variant;
+      `checksum_runs`, after how many steps those that are verified are blinded anew; `kept`, bytes
+      of the copies that the enclave keeps for the checks; `crossing`, bytes that cross in a step.
     """
     train_step, state = build(width)
-    rng = np.random.default_rng(1)
-    batch = {
-        "x": rng.normal(size=(ROWS, width)).astype(np.float32),
-        "y": rng.integers(0, CLASSES, ROWS).astype(np.int32),
-    }
+    examples = batch(width)
     contenders = {
         variant: Contender(
             train_step,
@@ -55,50 +51,52 @@ def measure(width: int, scheme_name: str, steps: int, enclaves: dict[str, Enclav
         )
         for variant in (UNVERIFIED, VERIFIED)
     }
-    busy: dict[str, list[float]] = {v: [] for v in contenders}
-    first = 1 + WARM_UP_STEPS
-    for _ in range(first + steps):
-        for variant, contender in contenders.items():
-            before = enclaves[variant].statistics()["busy_seconds"]
-            contender.run(batch)
-            busy[variant].append(enclaves[variant].statistics()["busy_seconds"] - before)
-    report = contenders[VERIFIED].step.explain(contenders[VERIFIED].state, batch)
+    seconds, busy = train_in_turn(contenders, enclaves, examples, steps)
+    reports = {v: c.step.explain(c.state, examples) for v, c in contenders.items()}
+    report = reports[VERIFIED]
     return {
         "width": width,
         "scheme": scheme_name,
-        "busy": {v: s[first:] for v, s in busy.items()},
-        "seconds": {v: c.seconds[first:] for v, c in contenders.items()},
+        "busy": busy,
+        "seconds": seconds,
         "first": {v: c.seconds[:1] for v, c in contenders.items()},
         "products": len(report.checked),
+        "resident": {v: len(r.resident) for v, r in reports.items()},
+        "checksum_runs": report.checksum_runs,
         "kept": report.bytes_kept,
         "crossing": report.bytes_down + report.bytes_up,
     }
 
 
-def ratio(samples: dict[str, list[float]]) -> float:
-    """The median with verification over the median without."""
-    medians: dict[str, Any] = {v: np.median(s) for v, s in samples.items()}
-    return float(medians[VERIFIED] / medians[UNVERIFIED])
+def ratios(samples: dict[str, list[float]]) -> str:
+    """The median with verification over the median without, and the same of the means."""
+    middle, mean = (
+        float(average(samples[VERIFIED]) / average(samples[UNVERIFIED]))
+        for average in (np.median, np.mean)
+    )
+    return f"{middle:.2f} ({mean:.2f})"
 
 
 def table(results: Json) -> str:
     """Returns the results as a line on the machine and a Markdown table."""
-    where = results["environment"]
-    versions = (f"{name} {version}" for name, version in where["versions"].items())
     lines = [
-        f"{where['processor']}, {where['cores']} cores; {', '.join(versions)}; {ROWS} rows, "
-        f"float32, medians of {results['steps']} alternating steps.",
+        f"{describe(results['environment'])}; {ROWS} rows, float32, medians of "
+        f"{results['steps']} alternating steps (in brackets: means).",
         "",
         "| scheme | width | step ÷ unverified's | enclave's work ÷ unverified's "
-        "| first call ÷ unverified's | products checked | copies kept, MB (crossing in a step) |",
-        "|:--|--:|--:|--:|--:|--:|--:|",
+        "| first call ÷ unverified's | products checked | leaves on the devices (unverified), "
+        "blinded anew after | copies kept, MB (crossing in a step) |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in results["results"]:
-        ratios = " | ".join(f"{ratio(r[name]):.2f}" for name in ("seconds", "busy", "first"))
-        kept, crossing = r["kept"] / 1e6, r["crossing"] / 1e6
+        first = r["first"][VERIFIED][0] / r["first"][UNVERIFIED][0]
+        leaves = f"{r['resident'][VERIFIED]} ({r['resident'][UNVERIFIED]})"
+        if r["checksum_runs"]:
+            leaves += f", {r['checksum_runs']} steps"
         lines.append(
-            f"| {r['scheme']} | {r['width']} | {ratios} | {r['products']} "
-            f"| {kept:.1f} ({crossing:.1f}) |"
+            f"| {r['scheme']} | {r['width']} | {ratios(r['seconds'])} | {ratios(r['busy'])} "
+            f"| {first:.2f} | {r['products']} | {leaves} "
+            f"| {r['kept'] / 1e6:.1f} ({r['crossing'] / 1e6:.1f}) |"
         )
     return "\n".join(lines)
 
@@ -113,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--schemes", nargs="+", choices=sorted(common.SCHEMES), default=list(SCHEMES)
     )
-    parser.add_argument("--steps", type=common.positive, default=9, help="steps that count")
+    parser.add_argument("--steps", type=common.positive, default=16, help="steps that count")
     parser.add_argument("--quick", action="store_true", help="one width, 5 steps")
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="for the samples, JSON")
     options = parser.parse_args(arguments)

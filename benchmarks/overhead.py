@@ -8,12 +8,9 @@ shows up in another; what is compared step by step runs in one process, in turn.
 
 import argparse
 import contextlib
-import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import re
 import resource
 import subprocess
@@ -30,6 +27,7 @@ from matplotlib.figure import Figure
 
 import tempo_jax as tempo
 from benchmarks.cases import BATCHES, CASES, Case, Step
+from benchmarks.machine import Json, describe, environment
 from enclave_runtime.environment import ALLOCATOR_ENVIRONMENT
 from examples import common
 
@@ -46,9 +44,6 @@ NOISE = 1e-3
 FIRST_CALL_GOAL = 3.0  # over plain's, for every model
 
 QUICK_MODELS = ("resnet20", "transformer")
-
-Json = dict[str, Any]
-
 
 # What the processes that measure do
 
@@ -332,36 +327,9 @@ def _summary(seconds: dict[str, list[float]], goal: float) -> Json:
     }
 
 
-def environment() -> Json:
-    """Returns the machine and the versions, without waking JAX's devices."""
-    packages = ("jax", "jaxlib", "flax", "optax")
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
-        "system": platform.platform(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
-        "allocator": ALLOCATOR_ENVIRONMENT,
-    }
-
-
-def _processor() -> str:
-    information = pathlib.Path("/proc/cpuinfo")
-    text = information.read_text() if information.exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
-
-
 def table(results: Json) -> str:
     """Returns the results as a line on the machine and a Markdown table."""
-    where = results["environment"]
     devices = sorted({m["device"] for m in results["models"].values()} - {"cpu"})
-    machine = [f"{where['processor']}, {where['cores']} cores", *devices]
-    versions = (f"{name} {version}" for name, version in where["versions"].items())
     columns = {
         "model (batch)": ":--",
         "step ÷ plain's": "--:",
@@ -375,7 +343,7 @@ def table(results: Json) -> str:
         "float64 error (plain reordered)": "--:",
     }
     lines = [
-        f"{'; '.join(machine)}; {', '.join(versions)}; {results['scheme']}, median of "
+        f"{describe(results['environment'], devices)}; {results['scheme']}, median of "
         f"{results['steps']} steps. In brackets behind a ratio: the goal on 2 cores.",
         "",
         f"| {' | '.join(columns)} |",

@@ -10,55 +10,19 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from matplotlib.figure import Figure
 
-import tempo_jax as tempo
-from benchmarks.overhead import ENCLAVE, PLAIN, SHIELDED, Contender, Json, environment
+from benchmarks.machine import Json, describe, environment
+from benchmarks.overhead import ENCLAVE, PLAIN, SHIELDED, Contender
+from benchmarks.perceptron import ROWS, batch, build, train_in_turn
 from examples import common
 from tempo_jax import Enclave
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 QUICK_WIDTHS = (64, 256, 1024)
-ROWS = 1024  # examples in a step
-CLASSES = 10
-LAYERS = 3  # of the width, before the classifier
-WARM_UP_STEPS = 2
 GOAL = 1.05  # the enclave's busy time over that of computing everything inside
-
-
-def build(width: int) -> tuple[Any, Any]:
-    """Returns a training step of a perceptron of this width, and its first state."""
-    rng = np.random.default_rng(0)
-    sizes = [width] * (LAYERS + 1) + [CLASSES]
-    layers = [
-        {
-            "kernel": jnp.asarray(rng.normal(0, n**-0.5, (n, p)), jnp.float32),
-            "bias": jnp.zeros(p),
-        }
-        for n, p in zip(sizes[:-1], sizes[1:], strict=True)
-    ]
-    tx = tempo.cheap_update(optax.sgd(1e-3, momentum=0.9))
-
-    def loss_fn(params: Any, batch: common.Batch) -> jax.Array:
-        x = batch["x"]
-        for layer in params[:-1]:
-            x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
-        logits = x @ params[-1]["kernel"] + params[-1]["bias"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
-
-    def train_step(state: Any, batch: common.Batch) -> tuple[Any, common.Metrics]:
-        loss, grads = jax.value_and_grad(loss_fn)(state["params"], batch)
-        updates, optimizer = tx.update(grads, state["optimizer"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        return {"params": params, "optimizer": optimizer}, {"loss": tempo.reveal(loss)}
-
-    return train_step, {"params": layers, "optimizer": tx.init(layers)}
 
 
 def measure(width: int, scheme_name: str, steps: int, enclaves: dict[str, Enclave]) -> Json:
@@ -69,32 +33,20 @@ def measure(width: int, scheme_name: str, steps: int, enclaves: dict[str, Enclav
       step for all variants; `offloaded`, the share of the products' arithmetic that goes out.
     """
     train_step, state = build(width)
-    rng = np.random.default_rng(1)
-    batch = {
-        "x": rng.normal(size=(ROWS, width)).astype(np.float32),
-        "y": rng.integers(0, CLASSES, ROWS).astype(np.int32),
-    }
+    examples = batch(width)
     scheme = common.SCHEMES[scheme_name]()
     contenders = {
         variant: Contender(train_step, state, scheme, variant, enclaves.get(variant))
         for variant in (PLAIN, SHIELDED, ENCLAVE)
     }
-    busy: dict[str, list[float]] = {v: [] for v in enclaves}
-    for _ in range(1 + WARM_UP_STEPS + steps):
-        for variant, contender in contenders.items():
-            enclave = enclaves.get(variant)
-            before = enclave.statistics()["busy_seconds"] if enclave else 0.0
-            contender.run(batch)
-            if enclave:
-                busy[variant].append(enclave.statistics()["busy_seconds"] - before)
-    report = contenders[SHIELDED].step.explain(contenders[SHIELDED].state, batch)
+    seconds, busy = train_in_turn(contenders, enclaves, examples, steps)
+    report = contenders[SHIELDED].step.explain(contenders[SHIELDED].state, examples)
     outside, total = report.offloaded_work
-    first = 1 + WARM_UP_STEPS
     return {
         "width": width,
         "scheme": scheme_name,
-        "busy": {v: float(np.median(s[first:])) for v, s in busy.items()},
-        "seconds": {v: float(np.median(c.seconds[first:])) for v, c in contenders.items()},
+        "busy": {v: float(np.median(s)) for v, s in busy.items()},
+        "seconds": {v: float(np.median(s)) for v, s in seconds.items()},
         "offloaded": outside / total,
     }
 
@@ -106,10 +58,8 @@ def busy_ratio(result: Json) -> float:
 
 def table(results: Json) -> str:
     """Returns the results as a line on the machine and a Markdown table."""
-    where = results["environment"]
-    versions = (f"{name} {version}" for name, version in where["versions"].items())
     lines = [
-        f"{where['processor']}, {where['cores']} cores; {', '.join(versions)}; {ROWS} rows, "
+        f"{describe(results['environment'])}; {ROWS} rows, "
         f"medians of {results['steps']} steps. Goal for the enclave's work: at most {GOAL}.",
         "",
         "| scheme | width | enclave's work ÷ all inside | products' arithmetic sent out "

@@ -16,7 +16,7 @@ import threadpoolctl
 from benchmarks.attacks import suite, traces
 from benchmarks.attacks.exactness import blinding_costs
 from benchmarks.attacks.results import Control, Row, plot, table, to_json
-from benchmarks.overhead import environment
+from benchmarks.machine import environment
 from examples.common import positive
 
 ATTACKS = (*(f"S{i}" for i in range(1, 11)), "theft", "information")

@@ -10,8 +10,7 @@ import optax
 import pytest
 
 import tempo_jax as tempo
-from enclave_runtime import integrity
-from enclave_runtime.executor import Executor
+from enclave_runtime.following import check_program
 from enclave_runtime.products import RESOLUTION, DotGeneral, decode_product
 from enclave_runtime.program import Program, ProgramError
 from tempo_jax._plan import offloaded
@@ -121,7 +120,7 @@ def test_products_that_do_not_fit_are_refused(product):
         for s in program.segments
     )
     with pytest.raises(ProgramError, match="does not fit|result's type"):
-        integrity.prepare(dataclasses.replace(program, segments=segments), Executor())
+        check_program(dataclasses.replace(program, segments=segments))
 
 
 # What the planner makes of it

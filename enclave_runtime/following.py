@@ -2,11 +2,12 @@
 
 Beside `integrity.Verifier`, which checks products of what was sent: this checks products with
 leaves, and makes the checksums under which the leaves' new values are stored. Its methods are
-called under the run's order. Trusted; called by `run`.
+called under the run's order. Trusted; called by `run` and `session`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +17,16 @@ import numpy as np
 
 from enclave_runtime import checksum, updates
 from enclave_runtime.checksum import Checksum, Signs, Sketch
-from enclave_runtime.integrity import Check, check_types
+from enclave_runtime.integrity import Check, multiply
 from enclave_runtime.keys import KeyStream
-from enclave_runtime.program import DEVICE, ArrayType, Crossing, Port, Program
+from enclave_runtime.program import DEVICE, ArrayType, Crossing, Port, Program, ProgramError
 from enclave_runtime.updates import Axes, Update
 
 Node = tuple[int, Axes]
 
 
 def check_program(program: Program) -> None:
-    """Checks that the products with leaves and those that update them fit their operands.
+    """Checks that all products fit their operands, those that update leaves as well.
 
     Raises:
       ProgramError: one does not.
@@ -34,11 +35,26 @@ def check_program(program: Program) -> None:
     for update in program.updates:
         if update.product is not None:
             lhs, rhs = (types[v] for v in update.operands)
-            check_types(Check(update.product, lhs, rhs, ArrayType(update.shape, update.dtype)))
+            _check_types(Check(update.product, lhs, rhs, ArrayType(update.shape, update.dtype)))
     for crossing in (c for s in program.segments for c in s.uploads):
         assert crossing.operands is not None and crossing.product is not None
         lhs, rhs = (types[v] for v in crossing.operands)
-        check_types(Check(crossing.product, lhs, rhs, crossing.blinded))
+        _check_types(Check(crossing.product, lhs, rhs, crossing.blinded))
+
+
+def _check_types(check: Check) -> None:
+    """Checks that a product fits its operands and gives its result's type.
+
+    Raises:
+      ProgramError: it does not.
+    """
+    operands = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (check.lhs, check.rhs)]
+    try:
+        out = jax.eval_shape(functools.partial(multiply, check), *operands)
+    except (TypeError, ValueError, IndexError, ArithmeticError, AssertionError) as error:
+        raise ProgramError("a product does not fit its operands") from error
+    if (tuple(out.shape), out.dtype) != (check.out.shape, np.dtype(check.out.dtype)):
+        raise ProgramError("a product does not have its result's type")
 
 
 def _types(program: Program) -> dict[int, ArrayType]:

@@ -61,7 +61,7 @@ from enclave_runtime.products import (
     rounding,
     unit_roundoff,
 )
-from enclave_runtime.program import ALIGNMENT, ArrayType, Crossing, Program, ProgramError
+from enclave_runtime.program import ALIGNMENT, ArrayType, Crossing, Program
 
 # Each attempt at a lie escapes with 2**-16, so the number of attempts is bounded.
 MAX_WRONG_PRODUCTS = 256
@@ -298,29 +298,9 @@ def _checks(program: Program) -> dict[int, Check]:
     return checks
 
 
-def check_types(check: Check) -> None:
-    """Checks that a product fits its operands and gives its result's type.
-
-    Raises:
-      ProgramError: it does not.
-    """
-    operands = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (check.lhs, check.rhs)]
-    try:
-        out = jax.eval_shape(functools.partial(multiply, check), *operands)
-    except (TypeError, ValueError, IndexError, ArithmeticError, AssertionError) as error:
-        raise ProgramError("a product does not fit its operands") from error
-    if (tuple(out.shape), out.dtype) != (check.out.shape, np.dtype(check.out.dtype)):
-        raise ProgramError("a product does not have its result's type")
-
-
 def prepare(program: Program, executor: Executor) -> None:
-    """Checks that a program's products fit their operands, and starts compiling their checks.
-
-    Raises:
-      ProgramError: one does not.
-    """
+    """Starts compiling the checks of a program that `following.check_program` let pass."""
     for check in set(_checks(program).values()):
-        check_types(check)
         if math.prod(check.out.shape):
             executor.prepare(check, functools.partial(_compiled, check))
 

@@ -98,7 +98,7 @@ Product = DotGeneral | Convolution
 def decode_product(fields: Any) -> Product:
     """Reads what `dataclasses.asdict` wrote.
 
-    Whether it fits its operands is checked by `integrity.prepare`.
+    Whether it fits its operands is checked by `following.check_program`.
     """
     require(isinstance(fields, dict), "a product is not an object")
 

@@ -1,25 +1,31 @@
-"""The host's and client's part of writing and restoring a checkpoint.
+"""Writing and restoring checkpoints, on the client's and the host's side.
 
-Untrusted: it carries sealed parts between storage and the enclave and names the leaves. The
-client's orders, which say what may be restored, are made in `_enclave`.
+The host carries sealed parts between storage and the enclave and names the leaves; it needs no
+secret. The client keeps the key and the ledger and makes the orders that say what may be
+restored. Called by `_enclave`, whose methods say what users may expect.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+import json
+import secrets
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from enclave_runtime import checkpoint
-from enclave_runtime.checkpoint import MAX_NAME, Leaf, sealed_bytes
+from enclave_runtime.checkpoint import ORDER_BYTES, Leaf, Seen, sealed_bytes
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import ArrayType, aligned
 from enclave_runtime.wire import Kind
-from tempo_jax._plan import array_type, input_bytes
+from tempo_jax._checkpoint_leaves import leaves_of
+from tempo_jax._plan import input_bytes
 from tempo_jax._sealed import (
     BLINDED,
     ENCRYPTED,
@@ -29,7 +35,8 @@ from tempo_jax._sealed import (
     handle_text,
     is_sealed,
 )
-from tempo_jax.errors import CheckpointError
+from tempo_jax.checkpoints import CheckpointKey, CheckpointLedger
+from tempo_jax.errors import CheckpointError, UnsupportedError
 
 
 class Line(Protocol):
@@ -49,41 +56,109 @@ class Line(Protocol):
         """Shared memory for some requests."""
         ...
 
+    def encrypt(self, content: bytes, purpose: str) -> bytes:
+        """The client's bytes for the enclave."""
+        ...
 
-def leaves_of(tree: Any) -> tuple[list[Leaf], Any, list[Any]]:
-    """The leaves of a pytree as a manifest names them, its structure, and its leaves' types.
+    def check_owned(self, sealed: SealedArray) -> SealedArray:
+        """Refuses values of other sessions and values already donated."""
+        ...
 
-    Raises:
-      CheckpointError: a leaf is no array, nor describes one.
+
+class Checkpointing:
+    """The checkpoints of one session: the client's key and ledger, and one request at a time.
+
+    Attributes:
+      key: the client's; None before it gave one, and on the host's side.
+      ledger: what the client has seen.
     """
-    named, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_sealed)
-    leaves, avals = [], []
-    for path, leaf in named:
-        name = jax.tree_util.keystr(path)
-        if len(name) > MAX_NAME:
+
+    def __init__(self) -> None:
+        """Starts without a key."""
+        self.key: CheckpointKey | None = None
+        self.ledger = CheckpointLedger()
+        self._lock = threading.Lock()  # the enclave writes one at a time
+
+    def use_key(self, line: Line, key: CheckpointKey, ledger: CheckpointLedger | None) -> None:
+        """See `Enclave.use_checkpoint_key`."""
+        for name, value, kind in (
+            ("key", key, CheckpointKey),
+            ("ledger", ledger, CheckpointLedger | None),
+        ):
+            if not isinstance(value, kind):
+                raise CheckpointError(
+                    f"use_checkpoint_key: {name} is a {type(value).__name__}, expected a `{kind}`"
+                )
+        ledger = CheckpointLedger() if ledger is None else ledger
+        newest = ledger.newest.get(key.lineage)
+        order = {**key.order(), "newest": None if newest is None else newest.encode()}
+        content = line.encrypt(json.dumps(order).encode(), "checkpoint key")
+        line.connection.request(Kind.CHECKPOINT_KEY, {}, content)
+        self.key, self.ledger = key, ledger
+
+    def write(self, line: Line, tree: Any) -> bytes:
+        """See `Enclave.checkpoint`."""
+        for leaf in jax.tree.leaves(tree, is_leaf=is_sealed):
+            if is_sealed(leaf):
+                line.check_owned(leaf)
+                if isinstance(leaf.handle, Tracer):
+                    raise UnsupportedError(
+                        "enclave.checkpoint was called inside jit: there is no state yet. Call it "
+                        "outside, on what the jitted function returned."
+                    )
+        with self._lock:
+            data = _write(line, tree)
+            self._record(data)
+        return data
+
+    def order(
+        self, line: Line, leaves: Sequence[Leaf], allow_rollback_to: int | Seen | None
+    ) -> bytes:
+        """The client's order to restore a checkpoint of these leaves, encrypted."""
+        newest = self.ledger.newest.get(self._used_key().lineage)
+        named = allow_rollback_to
+        order = {
+            "id": secrets.token_hex(ORDER_BYTES),
+            "newest": None if newest is None else newest.encode(),
+            "allow_rollback_to": named.encode() if isinstance(named, Seen) else named,
+            "leaves": [leaf.encode() for leaf in leaves],
+        }
+        return line.encrypt(json.dumps(order).encode(), "restore")
+
+    def restore(
+        self,
+        line: Line,
+        data: bytes,
+        like: Any,
+        allow_rollback_to: int | Seen | None,
+        order: bytes | None,
+    ) -> Any:
+        """See `Enclave.restore`; without an `order` this is the client and makes one."""
+        if order is None:
+            self._used_key()
+
+        def ordered(leaves: Sequence[Leaf]) -> bytes:
+            return self.order(line, leaves, allow_rollback_to) if order is None else order
+
+        with self._lock:
+            restored = _restore(line, data, ordered, like)
+            self._record(data)
+        return restored
+
+    def _used_key(self) -> CheckpointKey:
+        if self.key is None:
             raise CheckpointError(
-                f"a leaf's path in the pytree has {len(name)} characters, expected at most "
-                f"{MAX_NAME}"
+                "enclave.restore: this client gave no checkpoint key; launch the enclave with "
+                "`checkpoint_key=`, or call `use_checkpoint_key`"
             )
-        aval = _aval(name, leaf)
-        leaves.append(Leaf(name, array_type(aval), aval.dtype.name, bool(aval.weak_type)))
-        avals.append(aval)
-    return leaves, structure, avals
+        return self.key
+
+    def _record(self, data: bytes) -> None:
+        if self.key is not None:
+            self.ledger = self.ledger.recorded(self.key, data)
 
 
-def _aval(name: str, leaf: Any) -> Any:
-    if is_sealed(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    try:
-        return jax.typeof(leaf)
-    except TypeError as error:
-        raise CheckpointError(
-            f"leaf {name} of type {type(leaf).__name__} is not an array, a number or a "
-            "`jax.ShapeDtypeStruct`"
-        ) from error
-
-
-def write(line: Line, tree: Any) -> bytes:
+def _write(line: Line, tree: Any) -> bytes:
     """Has the enclave seal a tree of `SealedArray`s.
 
     Raises:
@@ -115,7 +190,7 @@ def write(line: Line, tree: Any) -> bytes:
     return b"".join(parts)
 
 
-def restore(line: Line, data: bytes, order: Callable[[list[Leaf]], bytes], like: Any) -> Any:
+def _restore(line: Line, data: bytes, order: Callable[[list[Leaf]], bytes], like: Any) -> Any:
     """Has the enclave take a checkpoint's leaves.
 
     Args:

@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
-import secrets
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -30,14 +27,16 @@ import numpy as np
 from jax.core import Tracer
 
 from enclave_runtime import encryption
-from enclave_runtime.checkpoint import ORDER_BYTES, Leaf, Seen
+from enclave_runtime.checkpoint import Seen
 from enclave_runtime.memory import Arena
-from enclave_runtime.program import ArrayType, Port, Program, aligned
+from enclave_runtime.program import ArrayType, aligned
 from enclave_runtime.wire import Kind
-from tempo_jax import _checkpointing, _jaxpr, _launch
+from tempo_jax import _jaxpr, _launch
 from tempo_jax._attestation import AttestationPolicy, Verified
 from tempo_jax._calibration import cost_model, machine_costs
 from tempo_jax._channel import Channel, parse_address
+from tempo_jax._checkpoint_leaves import leaves_of
+from tempo_jax._checkpointing import Checkpointing
 from tempo_jax._connection import Connection
 from tempo_jax._cost import CostModel
 from tempo_jax._handles import Handles
@@ -75,9 +74,7 @@ class Enclave:
         """Wraps a connection; users call `launch`, `connect` or `attach`."""
         self._connection = connection
         self._handles = Handles()
-        self._checkpoint_key: CheckpointKey | None = None
-        self._ledger = CheckpointLedger()
-        self._checkpointing = threading.Lock()  # the enclave writes one at a time
+        self._checkpointing = Checkpointing()
         # Handles are the host's to count; a client in the same process has only copies of them.
         if self.is_host:
             owners[connection.session] = self
@@ -363,25 +360,12 @@ class Enclave:
         Raises:
           CheckpointError: the key takes the enclave's identity, and it has none outside SGX.
         """
-        for name, value, kind in (
-            ("key", key, CheckpointKey),
-            ("ledger", ledger, CheckpointLedger | None),
-        ):
-            if not isinstance(value, kind):
-                raise CheckpointError(
-                    f"use_checkpoint_key: {name} is a {type(value).__name__}, expected a `{kind}`"
-                )
-        ledger = CheckpointLedger() if ledger is None else ledger
-        newest = ledger.newest.get(key.lineage)
-        order = {**key.order(), "newest": None if newest is None else newest.encode()}
-        content = self._encrypted(json.dumps(order).encode(), "checkpoint key")
-        self._connection.request(Kind.CHECKPOINT_KEY, {}, content)
-        self._checkpoint_key, self._ledger = key, ledger
+        self._checkpointing.use_key(self, key, ledger)
 
     @property
     def ledger(self) -> CheckpointLedger:
         """What the client has seen by now; keep it with the newest checkpoint."""
-        return self._ledger
+        return self._checkpointing.ledger
 
     def checkpoint(self, tree: Any) -> bytes:
         """Seals a state to the checkpoint key, as bytes that any storage may hold.
@@ -412,19 +396,7 @@ class Enclave:
         """
         self._lines("`enclave.checkpoint`")
         self.free_dropped()
-        for leaf in jax.tree.leaves(tree, is_leaf=is_sealed):
-            if is_sealed(leaf):
-                self.check_owned(leaf)
-                if isinstance(leaf.handle, Tracer):
-                    raise UnsupportedError(
-                        "enclave.checkpoint was called inside jit: there is no state yet. Call it "
-                        "outside, on what the jitted function returned."
-                    )
-        with self._checkpointing:
-            data = _checkpointing.write(self, tree)
-            if self._checkpoint_key is not None:
-                self._ledger = self._ledger.recorded(self._checkpoint_key, data)
-        return data
+        return self._checkpointing.write(self, tree)
 
     def restore_order(self, like: Any, *, allow_rollback_to: int | Seen | None = None) -> bytes:
         """The client's leave for its host to restore a checkpoint, once: bytes to send it.
@@ -441,28 +413,9 @@ class Enclave:
           CheckpointError: no checkpoint key was given.
           RoleError: this is the host's side.
         """
-        return self._restore_order(_checkpointing.leaves_of(like)[0], allow_rollback_to)
-
-    def _restore_order(self, leaves: Sequence[Leaf], allow_rollback_to: int | Seen | None) -> bytes:
-        key = self._used_checkpoint_key()
-        newest = self._ledger.newest.get(key.lineage)
-        named = allow_rollback_to
-        order = {
-            "id": secrets.token_hex(ORDER_BYTES),
-            "newest": None if newest is None else newest.encode(),
-            "allow_rollback_to": named.encode() if isinstance(named, Seen) else named,
-            "leaves": [leaf.encode() for leaf in leaves],
-        }
-        return self._encrypted(json.dumps(order).encode(), "restore")
-
-    def _used_checkpoint_key(self) -> CheckpointKey:
+        leaves, *_ = leaves_of(like)
         self._keys("allowing a restore")
-        if self._checkpoint_key is None:
-            raise CheckpointError(
-                "enclave.restore: this client gave no checkpoint key; launch the enclave with "
-                "`checkpoint_key=`, or call `use_checkpoint_key`"
-            )
-        return self._checkpoint_key
+        return self._checkpointing.order(self, leaves, allow_rollback_to)
 
     def restore(
         self,
@@ -502,17 +455,7 @@ class Enclave:
                 "enclave.restore: restoring needs the client's leave. Pass `order=`, which the "
                 "client gets from `enclave.restore_order(like)` and sends you"
             )
-        if order is None:
-            self._used_checkpoint_key()
-
-        def ordered(leaves: Sequence[Leaf]) -> bytes:
-            return self._restore_order(leaves, allow_rollback_to) if order is None else order
-
-        with self._checkpointing:
-            restored = _checkpointing.restore(self, data, ordered, like)
-            if self._checkpoint_key is not None:
-                self._ledger = self._ledger.recorded(self._checkpoint_key, data)
-        return restored
+        return self._checkpointing.restore(self, data, like, allow_rollback_to, order)
 
     def check_owned(self, sealed: SealedArray) -> SealedArray:
         """Refuses values of other sessions and values already donated.
@@ -564,7 +507,7 @@ class Enclave:
         if dropped and not self._connection.closed:
             self._connection.request(Kind.FREE, {"handles": dropped})
 
-    # Programs and runs, for `_shield`
+    # For `_provision`, `_runtime` and `_checkpointing`
 
     @contextlib.contextmanager
     def arena(self, size: int) -> Iterator[tuple[str, Arena]]:
@@ -578,53 +521,24 @@ class Enclave:
             raise
         lines.give_back(reserved)
 
-    def _encrypted(self, content: bytes, purpose: str) -> bytes:
+    def encrypt(self, content: bytes, purpose: str) -> bytes:
+        """Encrypts bytes to the enclave, for one purpose in this session.
+
+        Raises:
+          RoleError: this is the host's side.
+        """
         context = f"{purpose}|{self.session}".encode()
         key = self._keys("encrypting to the enclave").to_enclave
         return encryption.encrypt_bytes(key, content, context)
 
-    def compile(self, blob: bytes) -> str:
-        """Provisions a segment's code and starts compiling it; returns its name."""
-        reply = self._connection.request(Kind.COMPILE, {}, self._encrypted(blob, "compile"))
-        return reply["executable"]
-
-    def provision(self, program: Program, constants: Sequence[Any]) -> int:
-        """Provisions a program and its closed-over arrays; returns its number."""
-        sizes = [input_bytes(port.array) for port in program.constants]
-        content = self._encrypted(json.dumps(program.encode()).encode(), "provision")
-        if not self.is_host:
-            behind = [
-                self._encrypted_array(_jaxpr.to_physical(value)).tobytes() for value in constants
-            ]
-            fields = {"program_bytes": len(content)}
-            attachment = b"".join((content, *behind))
-            return self._connection.request(Kind.PROVISION, fields, attachment)["program"]
-        with self.arena(sum(sizes)) as (name, arena):
-            offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-            for port, offset, value in zip(program.constants, offsets, constants, strict=True):
-                plain = np.asarray(_jaxpr.to_physical(value))
-                self._write_encrypted(arena, port, offset, plain)
-            reply = self._connection.request(
-                Kind.PROVISION, {"arena": name, "offsets": offsets}, content
-            )
-        return reply["program"]
-
-    def find(self, program: Program) -> int:
-        """The number of a program that the client provisioned.
+    def encrypt_array(self, value: Any) -> np.ndarray:
+        """Encrypts an array to the enclave.
 
         Raises:
-          UnprovisionedError: it provisioned none of this description.
+          RoleError: this is the host's side.
         """
-        return self._connection.request(Kind.FIND, {"digest": program.digest})["program"]
-
-    def _encrypted_array(self, value: Any) -> np.ndarray:
         key = self._keys("provisioning a program").to_enclave
         return encryption.encrypt_array(key, np.asarray(value), self.session)
-
-    def _write_encrypted(self, arena: Arena, port: Port, offset: int, plain: np.ndarray) -> None:
-        encrypted = self._encrypted_array(plain)
-        assert (plain.shape, plain.dtype.name) == (port.array.shape, port.array.dtype)
-        np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), offset), encrypted)
 
 
 def _concrete(sealed: SealedArray) -> list[Any]:

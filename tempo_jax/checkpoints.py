@@ -37,7 +37,7 @@ from enclave_runtime import checkpoint
 from enclave_runtime.checkpoint import Header, Recipient, Seen
 from enclave_runtime.encryption import SECRET_BYTES, derive_key
 from tempo_jax import _jaxpr
-from tempo_jax._checkpointing import leaves_of
+from tempo_jax._checkpoint_leaves import leaves_of
 from tempo_jax.errors import CheckpointError
 
 LEDGER_VERSION = 1

@@ -530,33 +530,42 @@ def impostor(
         thread.join(20)
 
 
+def certificate_with(
+    extensions: dict[str, bytes],
+    key: ec.EllipticCurvePrivateKey,
+    signer: ec.EllipticCurvePrivateKey | None = None,
+) -> x509.Certificate:
+    """A certificate of `key`, with contents by object identifier; signs itself without `signer`."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "impostor")])
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC))
+        .not_valid_after(datetime.datetime(2099, 1, 1, tzinfo=datetime.UTC))
+    )
+    for arcs, content in extensions.items():
+        extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(arcs), content)
+        builder = builder.add_extension(extension, critical=False)
+    return builder.sign(signer or key, hashes.SHA256())
+
+
 def forged(
     evidence: Callable[[bytes, bytes], bytes | None], signed_by_another: bool = False
 ) -> Callable[[bytes], tuple[bytes, bytes]]:
     """A certificate whose evidence is `evidence(public_key, nonce)`."""
     key = ec.generate_private_key(ec.SECP256R1())
     signer = ec.generate_private_key(ec.SECP256R1()) if signed_by_another else key
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "impostor")])
     public_key = key.public_key().public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
 
     def make(nonce: bytes) -> tuple[bytes, bytes]:
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(key.public_key())
-            .serial_number(1)
-            .not_valid_before(datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC))
-            .not_valid_after(datetime.datetime(2099, 1, 1, tzinfo=datetime.UTC))
-        )
         content = evidence(public_key, nonce)
-        if content is not None:
-            identifier = x509.ObjectIdentifier(channel.EVIDENCE_OID)
-            extension = x509.UnrecognizedExtension(identifier, content)
-            builder = builder.add_extension(extension, critical=False)
-        certificate = builder.sign(signer, hashes.SHA256())
+        extensions = {} if content is None else {channel.EVIDENCE_OID: content}
+        certificate = certificate_with(extensions, key, signer)
         private = key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
@@ -623,20 +632,9 @@ HOSTILE: dict[str, tuple[bytes, bytes, type[Exception]]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_certificate_that_cannot_be_read_is_refused(name):
     old, new, cause = HOSTILE[name]
-    key, subject = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC))
-        .not_valid_after(datetime.datetime(2099, 1, 1, tzinfo=datetime.UTC))
-    )
-    for arcs in (channel.EVIDENCE_OID, "1.2.3.4", "1.2.3.5"):
-        extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(arcs), b"{}")
-        builder = builder.add_extension(extension, critical=False)
-    certificate = builder.sign(key, hashes.SHA256())
+    key = ec.generate_private_key(ec.SECP256R1())
+    arcs = (channel.EVIDENCE_OID, "1.2.3.4", "1.2.3.5")
+    certificate = certificate_with(dict.fromkeys(arcs, b"{}"), key)
 
     def signed(content: bytes) -> bytes:
         # Signed again, so that the signature is not what is refused.

@@ -2,23 +2,26 @@
 
 import pytest
 
-from benchmarks import faults
-from benchmarks.faults import CHECKPOINT, KILLED_ENCLAVE, KILLED_HOST, RESET, STEP, TRUNCATED, Tally
+from benchmarks.faults import enclave_faults, full_disk, host_faults
+from benchmarks.faults.enclave_faults import RESET
+from benchmarks.faults.fuse import CHECKPOINT, STEP
+from benchmarks.faults.host_faults import TRUNCATED
+from benchmarks.faults.tally import Tally
 from tempo_jax import _connection
 
 
 @pytest.mark.parametrize(
     ("kind", "scheme", "counts"),
     [
-        (KILLED_ENCLAVE, "signed-permutation", {STEP: 1, CHECKPOINT: 1}),
-        (KILLED_ENCLAVE, "mixing", {STEP: 1}),
+        (enclave_faults.KILLED, "signed-permutation", {STEP: 1, CHECKPOINT: 1}),
+        (enclave_faults.KILLED, "mixing", {STEP: 1}),
         (RESET, "mixing", {STEP: 1}),
     ],
 )
 def test_training_survives_its_enclave(monkeypatch, kind, scheme, counts):
     monkeypatch.setattr(_connection, "STOP_SECONDS", 0.5)
     tally = Tally()
-    faults.strike_enclave(kind, scheme, counts, tally)
+    enclave_faults.strike(kind, scheme, counts, tally)
     assert tally.failures == []
     assert tally.survived == tally.tried == sum(counts.values())
 
@@ -27,20 +30,20 @@ def test_training_survives_its_enclave(monkeypatch, kind, scheme, counts):
 @pytest.mark.parametrize(
     ("kind", "scheme", "counts"),
     [
-        (KILLED_HOST, "signed-permutation", {CHECKPOINT: 1}),
+        (host_faults.KILLED, "signed-permutation", {CHECKPOINT: 1}),
         (TRUNCATED, "mixing", {STEP: 1}),
     ],
 )
 def test_training_survives_its_host(kind, scheme, counts):
     tally = Tally()
-    faults.strike_host(kind, scheme, counts, tally)
+    host_faults.strike(kind, scheme, counts, tally)
     assert tally.failures == []
     assert tally.survived == tally.tried == sum(counts.values())
 
 
 def test_checkpoint_on_a_full_disk_leaves_the_one_before():
     tally = Tally()
-    faults.fill_disk(1, tally, mount=faults.may_mount())
+    full_disk.fill(1, tally, mount=full_disk.may_mount())
     assert tally.failures == []
     assert tally.survived == tally.tried == 1
 

@@ -336,7 +336,7 @@ def test_older_checkpoint_is_refused_unless_named(keyed):
         keyed.restore(first, like=like)
     assert keyed.open(keyed.restore(first, like=like, allow_rollback_to=1)) == 1
     assert keyed.open(keyed.restore(second, like=like)) == 2
-    key = keyed._checkpoint_key
+    key = keyed._checkpointing.key
     named = key.authenticated(first)
     assert keyed.open(keyed.restore(first, like=like, allow_rollback_to=named)) == 1
     for other in (1, named, Seen(2, named.identifier)):
@@ -475,7 +475,7 @@ def test_orders_that_the_client_did_not_make_are_refused(keyed):
     head = {"head": ""}
     order = json.dumps({"newest": None, "allow_rollback_to": None, "leaves": []}).encode()
     for kind, purpose in ((Kind.RESTORE, "checkpoint key"), (Kind.CHECKPOINT_KEY, "restore")):
-        for forged in (order, bytes(100), b"", keyed._encrypted(order, purpose)):
+        for forged in (order, bytes(100), b"", keyed.encrypt(order, purpose)):
             with pytest.raises(SealedValueError, match="ciphertext failed its authentication"):
                 request(kind, head, forged)
     assert_close(keyed.open(keyed.restore(data, like=X)), X)
@@ -594,7 +594,8 @@ def test_host_that_holds_no_key_may_take_a_checkpoint(keyed):
     key = CheckpointKey.generate()
     keyed.use_checkpoint_key(key)
     sealed = keyed.seal(initial_state())
-    keyed._checkpoint_key, keyed._ledger = None, CheckpointLedger()
+    known = keyed._checkpointing
+    known.key, known.ledger = None, CheckpointLedger()
     data = keyed.checkpoint(sealed)
     assert keyed.ledger == CheckpointLedger()
     with pytest.raises(CheckpointError, match="gave no checkpoint key"):

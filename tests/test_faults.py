@@ -657,12 +657,12 @@ def test_malformed_request_is_refused_and_the_enclave_goes_on(provisioned, kind,
 
 def test_foreign_ciphertext_is_no_program(enclave):
     sealed = np.asarray(enclave.seal(X).content).tobytes()
-    compiled = enclave._encrypted(b"{}", "compile")
+    compiled = enclave.encrypt(b"{}", "compile")
     for kind, attachment in (
         (Kind.COMPILE, sealed),
         (Kind.PROVISION, sealed),
         (Kind.PROVISION, compiled),
-        (Kind.COMPILE, enclave._encrypted(b"", "provision")),
+        (Kind.COMPILE, enclave.encrypt(b"", "provision")),
         (Kind.COMPILE, b""),
     ):
         with pytest.raises(SealedValueError, match="failed its authentication"):
@@ -673,6 +673,6 @@ def test_foreign_ciphertext_is_no_program(enclave):
     "content", [b"", b"{}", b"[]", b"\xff", b'{"scheme": "signed_permutation"}']
 )
 def test_malformed_program_is_refused(enclave, content):
-    attachment = enclave._encrypted(content, "provision")
+    attachment = enclave.encrypt(content, "provision")
     with pytest.raises(EnclaveError):
         enclave.connection.request(Kind.PROVISION, {"arena": "", "offsets": []}, attachment)

@@ -480,7 +480,7 @@ def test_unknown_scheme_or_parameter_is_refused(enclave, fields, name, parameter
     with pytest.raises(ProgramError, match=text):
         make_scheme(name, parameters)
     fields.update(scheme=name, parameters=parameters)
-    attachment = enclave._encrypted(json.dumps(fields).encode(), "provision")
+    attachment = enclave.encrypt(json.dumps(fields).encode(), "provision")
     with pytest.raises(EnclaveError, match=text):
         enclave.connection.request(Kind.PROVISION, {"arena": "", "offsets": []}, attachment)
 

@@ -190,8 +190,8 @@ def test_programs_constants_are_bounded(roles):
     function = shield_all(lambda x: tempo.reveal(x + Y[0, 0]), enclave=roles.client)
     plan = function.explain(X).plan
     program = function._runtime(function._program(function._signature((X,), {})))._program
-    content = roles.client._encrypted(_encoded(program), "provision")
-    behind = b"".join(roles.client._encrypted_array(value).tobytes() for value in plan.flat.consts)
+    content = roles.client.encrypt(_encoded(program), "provision")
+    behind = b"".join(roles.client.encrypt_array(value).tobytes() for value in plan.flat.consts)
     request = roles.client.connection.request
     for size, attachment, text in (
         (len(content), content + behind[:-1], "shorter than|failed its authentication"),
@@ -252,7 +252,7 @@ def test_host_neither_seals_nor_opens_nor_provisions(roles):
         with pytest.raises(RoleError, match="needs the client's keys, and this is the host's side"):
             use()
     with pytest.raises(RoleError, match="needs the client's keys"):
-        host.compile(b"")
+        host.encrypt(b"", "compile")
     with pytest.raises(RoleError, match="argument 0 of `scaled` is plain, and the host has no key"):
         tempo.shield(scaled, enclave=host)(X, sealed)
     assert host.connection.keys is None and not host.is_client and host.verified is None

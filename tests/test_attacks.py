@@ -3,6 +3,7 @@
 Traces are simulated and short. The library itself is attacked by `python -m benchmarks.attacks`.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -234,16 +235,22 @@ def row(value, threshold, seed=0, scheme="mixing"):
 def test_the_worst_seed_is_reported():
     found = results.worst([row(0.1, 0.5), row(0.6, 0.5, seed=1), row(0.2, 0.5, seed=2)])
     assert [(r.seed, r.measurement.passed) for r in found] == [(1, False)]
-    lower = [
-        Row("mixing", "mlp", i, measure("S8", "m", v, chance=1, threshold=0.5, lower_is_leak=True))
-        for i, v in enumerate((0.9, 0.1))
-    ]
-    assert results.worst(lower)[0].seed == 1
 
 
 def test_what_is_not_a_number_does_not_pass():
     assert not row(math.nan, 0.5).measurement.passed
     assert not Control("S1", "signed_permutation", "mlp", "columns linked", 0.9).reached
+
+
+def test_an_attack_that_could_not_succeed_is_no_evidence():
+    def made(value, attainable):
+        return measure("S1", "linked", value, chance=0.1, threshold=0.3, attainable=attainable)
+
+    assert made(0.1, None).applies and made(0.1, 0.5).applies
+    assert not made(0.1, 0.2).applies and made(0.1, 0.2).leak == 0
+    assert made(0.4, 0.2).applies, "what succeeded did apply"
+    text = results.table([Row("mixing", "mlp", 0, made(0.1, 0.2))], [])
+    assert "cannot apply: 0.2 with keys known" in text and "passes |" not in text
 
 
 def test_a_missed_control_makes_the_run_void():
@@ -266,7 +273,7 @@ def test_controls_are_run_and_judged(monkeypatch, tmp_path):
         ]
 
     monkeypatch.setattr(suite, "make_trace", lambda scheme, *_, **__: trace(scheme))
-    controls = (("signed_permutation", "mlp", "linked", 0.9, False),)
+    controls = (("signed_permutation", "mlp", "linked", 0.9),)
     plan = suite.Plan("S1", attack, ("mlp",), suite.Setting(STEPS), controls)
     kept = []
     found, judged = suite.run(
@@ -280,6 +287,38 @@ def test_controls_are_run_and_judged(monkeypatch, tmp_path):
     assert [r.scheme for r in found] == ["mixing"] * 2
     assert [(c.value, c.reached) for c in judged] == [(0.8, False)]
     assert kept[0] == (2, pytest.approx(math.nan, nan_ok=True)) and kept[-1] == (2, 0.8)
+
+
+def test_an_attack_that_measures_nothing_does_not_pass(monkeypatch, tmp_path):
+    monkeypatch.setattr(suite, "make_trace", lambda scheme, *_, **__: trace(scheme))
+    plan = suite.Plan("S1", lambda *_: [], ("mlp",), suite.Setting(STEPS))
+    found, judged = suite.run([plan], ["mixing"], [0], tmp_path, simulate=True)
+    assert __main__.status(found, judged) == 1
+
+
+def test_a_product_that_vanished_is_refused(monkeypatch, tmp_path):
+    whole = trace("mixing")
+    views = [dict(view) for view in whole.views]
+    del views[1]["dense2"]
+    lacking = dataclasses.replace(whole, views=views)
+    monkeypatch.setattr(suite, "make_trace", lambda *_, **__: lacking)
+    with pytest.raises(RuntimeError, match="mlp, dense2: not in every step"):
+        suite.run(suite.plans(quick=True)[:1], ["mixing"], [0], tmp_path, simulate=True)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn", "transformer"])
+def test_every_kind_of_victim_has_controls(kind):
+    plans = suite.plans(quick=False)
+    attacked = {plan.attack for plan in plans if kind in plan.victims}
+    controlled = {plan.attack for plan in plans for c in plan.controls if c[1] == kind}
+    # What has no control there: S10 is no attack; aligning attention's Grams is too slow.
+    without = {"mlp": {"S10"}, "cnn": set(), "transformer": {"S10", "S3"}}[kind]
+    assert attacked - controlled == without
+
+
+def test_luck_is_no_leak():
+    assert scoring.twice_chance(0.01, 10_000) == pytest.approx(0.02)
+    assert scoring.twice_chance(0.01, 100) == pytest.approx(0.04)
 
 
 def test_options():

@@ -19,6 +19,7 @@ CONDITION = 4.0
 DECOYS = 32
 DECOY_ENERGY = 4.0
 STRONGEST = 8
+TAPS = 9  # of a 3×3 convolution
 
 
 class Stage(NamedTuple):
@@ -76,6 +77,18 @@ def invertible_key(rng: np.random.Generator, size: int) -> Key:
     return _mixing_key(rng, size, _scales(rng, size), 3)
 
 
+def channel_key(rng: np.random.Generator, size: int) -> Key:
+    """One key for all nine shifts of a patch's channels, as a convolution sent as it is has."""
+    if size % TAPS:
+        return invertible_key(rng, size)
+    offsets = np.arange(TAPS)[:, None] * (size // TAPS)
+    stages = (
+        Stage((s.permutation + offsets).ravel(), np.tile(s.factors, TAPS), s.mixing)
+        for s in invertible_key(rng, size // TAPS).stages
+    )
+    return Key(size, tuple(stages))
+
+
 def two_round_key(rng: np.random.Generator, size: int) -> Key:
     """``P S H P S D H P S``: the same with a single transform outside D, which shows its blocks."""
     return _mixing_key(rng, size, _scales(rng, size), 2)
@@ -112,6 +125,7 @@ GROUPS = {
     "scaled": scaled_key,
     "orthogonal": orthogonal_key,
     "invertible": invertible_key,
+    "channels": channel_key,
     "two rounds": two_round_key,
 }
 FOREVER = 10**9
@@ -165,6 +179,7 @@ CONTROLS = {
     "fresh_orthogonal": Blinding("orthogonal", "orthogonal", 1),
     "permuted_rows": Blinding("permutation", "orthogonal", FOREVER),
     "shared_rows": Blinding("orthogonal", "orthogonal", FOREVER, shared_rows=True),
+    "direct_convolution": Blinding("invertible", "channels", 1),
     "mixing_without_decoys": dataclasses.replace(_MIXING, decoys="none", masked=False),
     "mixing_uncoupled": dataclasses.replace(_MIXING, decoys="x", masked=False),
     # What is left of mixing for a host that finds the diagonals in its keys.

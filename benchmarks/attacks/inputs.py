@@ -106,6 +106,14 @@ def pixels_found(order: np.ndarray, key: np.ndarray, x: np.ndarray) -> tuple[flo
     return float(hits[varies[truth]].mean()), float(alike[np.ix_(varies, varies)].mean())
 
 
+def _columns_that_belong(trace: Trace, step: int, name: str) -> np.ndarray:
+    """Which plain column each blinded one holds most of, with the row key known."""
+    view, truth = trace.views[step][name], trace.truth[step][name]
+    assert view.x is not None and truth.a is not None
+    rows = np.linalg.solve(truth.a, view.x)[: len(truth.x)]
+    return linear_sum_assignment(-np.abs(unit(rows).T @ unit(truth.x)))[1]
+
+
 def align_by_pca(x: np.ndarray, public: np.ndarray, count: int | None = None) -> np.ndarray:
     """Rows of X̂ in the plain frame, as far as principal axes of equal rank correspond.
 
@@ -265,17 +273,27 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     """
     scaled = "tempo" in trace.scheme
     measurements, matched, separated = [], {}, {}
+    # Not the last step, whose rows the attacker may have of a hidden layer.
+    windows = scoring.windows(trace, MAX_STEPS)[: min(MAX_STEPS, len(trace.views) - 1)]
     for i, name in enumerate(attacked(trace)):
         view, truth = trace.views[0][name], trace.truth[0][name]
         assert view.x is not None and truth.b is not None
         public, others, labels = _public(trace, name)
-        # As long as feature keys are kept, every step adds rows.
-        seen = [trace.views[t][name].x for t in scoring.windows(trace, MAX_STEPS)[0]]
-        rows = np.concatenate([x for x in seen if x is not None])
-        order = match_columns(rows, public, rng, scaled=scaled)
         base = name.split(".")[0]
-        found = pixels_found(order, truth.b, truth.x)
-        matched.setdefault(base, []).append((*found, truth.x.shape[1]))
+        orders = []
+        for window in windows:
+            # As long as feature keys are kept, every step adds rows.
+            seen = [trace.views[t][name].x for t in window]
+            rows = np.concatenate([x for x in seen if x is not None])
+            orders.append(match_columns(rows, public, rng, scaled=scaled))
+            there = trace.truth[window[0]][name]
+            assert there.b is not None
+            found = pixels_found(orders[-1], there.b, there.x)
+            attainable = pixels_found(
+                _columns_that_belong(trace, window[0], name), there.b, there.x
+            )
+            matched.setdefault(base, []).append((*found, attainable[0], truth.x.shape[1]))
+        order = orders[0]
         separated.setdefault(base, []).append(features_separated(view.x, truth.b, rng))
         if i == 0:
             guesses = reconstruct(view.x, public, order, rng, scaled=scaled)
@@ -283,11 +301,19 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
             if len(labels):
                 measurements.append(_score_labels(trace, truth, guesses, public, labels))
     for base, values in matched.items():
-        found, chance, width = np.mean(values, axis=0)
+        found, chance, attainable, width = np.mean(values, axis=0)
         note = f"{width:.0f} columns"
-        # Twice chance, and two columns more: fewer are luck.
-        threshold = 2 * chance + 2 / width
-        measurements.append(_judge("columns matched", base, found, chance, threshold, note))
+        measurements.append(
+            measure(
+                "S6",
+                f"columns matched, {base}",
+                found,
+                chance=chance,
+                threshold=scoring.twice_chance(chance, width * len(values)),
+                note=f"{note}; mean of {len(values)}",
+                attainable=float(attainable),
+            )
+        )
         value = float(np.mean(separated[base]))
         measurements.append(_judge("columns separated", base, value, 0, 0.05, note + ", by ICA"))
     return measurements
@@ -338,6 +364,9 @@ def _score_labels(
         for k in ("matching", "pca")
     }
     best = max(accuracies, key=lambda k: accuracies[k])
+    # A mixed row is no image, even if the feature key is known.
+    mixed = fix_signs(truth.a[:, : len(truth.x)] @ truth.x)
+    attainable = float((nearest_labels(mixed, public, labels) == right).mean())
     chance = float(np.bincount(trace.labels[0].reshape(-1)).max() / len(truth.x))
     return measure(
         "S6",
@@ -346,4 +375,5 @@ def _score_labels(
         chance=chance,
         threshold=chance + 0.05,
         note=f"by {best}",
+        attainable=attainable,
     )

@@ -58,9 +58,10 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     name = [n for n in trace.names if trace.outside(n)][-1]
     scores: dict[str, list[float]] = {}
     shuffled: dict[str, list[float]] = {}
+    attainable: dict[str, list[float]] = {}
     for step in range(max(0, len(trace.views) - STEPS), len(trace.views)):
         view, truth = trace.views[step][name], trace.truth[step][name]
-        if view.g is None or truth.a is None:
+        if view.g is None or truth.a is None or truth.c is None:
             continue
         labels = trace.labels[step].reshape(-1)
         # A convolution has a row for every pixel of an example.
@@ -77,6 +78,10 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
                     np.mean([agreement(clusters, rng.permutation(labels)) for _ in range(SHUFFLES)])
                 )
             )
+        # A row of the host's can have one label only, even if W's columns are in the clear.
+        named = guesses((view.g @ truth.c)[:MOST_ROWS], labels.max() + 1, seed)
+        for method, clusters in named.items():
+            attainable.setdefault(method, []).append(agreement(clusters[kept], labels))
     if not scores:
         return []
     best = max(scores, key=lambda m: np.mean(scores[m]) - np.mean(shuffled[m]))
@@ -89,5 +94,6 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
             chance=chance,
             threshold=chance + 0.05,
             note=f"gradient of {name}; best: {best}",
+            attainable=max(float(np.mean(values)) for values in attainable.values()),
         )
     ]

@@ -257,6 +257,7 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     A convolution's x has nine columns for each channel; each is matched to its best y.
     """
     counts: dict[str, list[float]] = {}
+    attainable = []
     links = trace.links()[:LINKS]
     if not links:
         return []
@@ -264,12 +265,11 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     scaled = BLINDINGS[trace.scheme].rows == "scaled"
     for link in links:
         for steps in scoring.windows(trace)[-WINDOWS:]:
+            pairs = scoring.columns_that_belong(trace, steps[-1], link)
+            attainable.append(scoring.columns_linked(trace, steps[-1], link, pairs))
             views = [tuple(trace.views[t][name] for name in link) for t in steps]
             for name, similarity in similarities(views, rng, scaled=scaled).items():  # pyright: ignore
-                if similarity.shape[0] == similarity.shape[1]:
-                    pairs = linear_sum_assignment(-similarity)
-                else:
-                    pairs = similarity.argmax(0), np.arange(similarity.shape[1])
+                pairs = scoring.paired(similarity)
                 linked = scoring.columns_linked(trace, steps[-1], link, pairs)
                 counts.setdefault(name, []).append(linked)
                 chance = max(chance, 1 / len(similarity))
@@ -284,5 +284,6 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
             # Twice chance and one column.
             threshold=3 * chance,
             note=f"best: {best}; mean of {len(counts[best])}",
+            attainable=float(np.mean(attainable)),
         )
     ]

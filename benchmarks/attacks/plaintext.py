@@ -22,6 +22,8 @@ KNOWN = (1 / 128, 2 / 128, 8 / 128, 64 / 128, 127 / 128)  # share of rows
 MISSING_ROWS = 12  # over which the secular equation is averaged
 MAX_WIDTH = 256  # of the secular equation, whose products need all eigenvalues
 EIGENVALUES = 32
+MEMBERSHIP_STEPS, UNUSED = 20, 8  # steps, and batches that each is compared with
+SIGMAS = 3  # beyond which membership is no luck
 WINDOW = 9  # eigenvalues over which a trend is taken off
 
 
@@ -125,26 +127,39 @@ def mismatch(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.sqrt(distance[rows, columns].sum()))
 
 
-def membership(trace: Trace, name: str) -> tuple[float, float]:
-    """Compares the spectrum seen in the first step with that of the batch, and of others.
+def membership(trace: Trace, name: str, rng: np.random.Generator) -> list[float]:
+    """Compares the spectrum seen in each step with those of its batch and of other steps'.
+
+    Args:
+      trace: of at least two steps.
+      name: the product.
+      rng: chooses the other steps.
 
     Returns:
-      Mismatch of the batch that was used, and the mean of those of batches that were not.
+      For every step the share of unused batches that fit worse than the one that was used: 0.5 on
+      average if nothing shows, 1 if the batch is known for sure.
     """
 
     def smaller(w: np.ndarray, dw: np.ndarray) -> np.ndarray:
         return w @ dw.T if w.shape[0] <= w.shape[1] else w.T @ dw
 
-    view, truth = trace.views[0][name], trace.truth[0][name]
-    assert view.w is not None and view.dw is not None
-    seen = spectrum(smaller(view.w, view.dw))
-    candidates = [truth.dw, *(other[name].dw for other in trace.truth[1:])]
-    mismatches = [mismatch(seen, spectrum(smaller(truth.w, dw))) for dw in candidates]
-    return mismatches[0], float(np.mean(mismatches[1:]))
+    shares = []
+    for step in range(min(len(trace.views), MEMBERSHIP_STEPS)):
+        view, w = trace.views[step][name], trace.truth[step][name].w
+        assert view.w is not None and view.dw is not None
+        found = spectrum(smaller(view.w, view.dw))
+        others = [i for i in range(len(trace.views)) if i != step]
+        others = rng.choice(others, min(UNUSED, len(others)), replace=False)
+        # The current weights with each candidate's gradient.
+        used, *fits = (
+            mismatch(found, spectrum(smaller(w, trace.truth[i][name].dw))) for i in (step, *others)
+        )
+        shares.append(float(np.mean([(used < unused) + (used == unused) / 2 for unused in fits])))
+    return shares
 
 
 def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
-    """Attacks the first step of every product, the worst reported.
+    """Attacks every product: keys and rows in the first step, membership in all.
 
     Rows in place of unknown ones are those of another step, that is granting a checkpoint.
 
@@ -189,21 +204,19 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
         measurements.append(
             measure("S8", "missing row", gains[worst], chance=0, threshold=0.2, note=note)
         )
-    batches = {n: membership(trace, n) for n in names if "." not in n}
-    if batches:
-        worst = min(batches, key=lambda n: batches[n][0] / batches[n][1])
-        used, unused = batches[worst]
+    shares = [share for n in names if "." not in n for share in membership(trace, n, rng)]
+    if shares:
+        ranks = min(UNUSED, len(trace.views) - 1)
+        # If nothing shows, every share is 0, 1/k, 2/k, … or 1 with equal probability.
+        spread = ((ranks + 2) / (12 * ranks * len(shares))) ** 0.5
         measurements.append(
             measure(
                 "S8",
-                "membership mismatch",
-                # Where one eigenvalue dominates, all batches match within a constant.
-                used / unused,
-                chance=1,
-                threshold=0.5,
-                best=0,
-                lower_is_leak=True,
-                note=f"over that of unused batches ({unused:.2f}), worst in {worst}",
+                "membership",
+                float(np.mean(shares)),
+                chance=0.5,
+                threshold=0.5 + SIGMAS * spread,
+                note=f"batches told from unused ones (AUC), {len(shares)} comparisons",
             )
         )
     return measurements

@@ -24,8 +24,9 @@ class Measurement:
       threshold: the scheme withstands the attack as long as `value` is at most this.
       passed: whether it did.
       note: anything a reader must know beside it.
-      best: value of a perfect attack, for the plot; may be less than chance.
-      lower_is_leak: whether small values are the leak, so that `threshold` is a lower bound.
+      best: value of a perfect attack, for the plot.
+      attainable: what the answer's form lets anyone reach who knows the other keys, if that is not
+        `best`: under a dense key no column of the host's is one of the model's.
     """
 
     attack: str
@@ -36,11 +37,18 @@ class Measurement:
     passed: bool
     note: str = ""
     best: float = 1.0
-    lower_is_leak: bool = False
+    attainable: float | None = None
+
+    @property
+    def applies(self) -> bool:
+        """Whether the attack could have failed the scheme; else that it passes says nothing."""
+        return self.attainable is None or not self.passed or self.attainable > self.threshold
 
     @property
     def leak(self) -> float:
         """Where the value lies between chance (0) and a perfect attack (1)."""
+        if not self.applies:
+            return 0.0
         span = self.best - self.chance
         return min(1.0, max(0.0, (self.value - self.chance) / span)) if span else 0.0
 
@@ -54,13 +62,21 @@ def measure(
     threshold: float,
     note: str = "",
     best: float = 1.0,
-    lower_is_leak: bool = False,
+    attainable: float | None = None,
 ) -> Measurement:
     """A measurement, judged against its threshold; what is not a number does not pass."""
     value = float(value)
-    passed = bool(value >= threshold if lower_is_leak else value <= threshold)
+    passed = value <= threshold
     return Measurement(
-        attack, metric, value, float(chance), float(threshold), passed, note, best, lower_is_leak
+        attack,
+        metric,
+        value,
+        float(chance),
+        float(threshold),
+        passed,
+        note,
+        best,
+        attainable,
     )
 
 
@@ -92,9 +108,8 @@ class Control:
       scheme: the weak control.
       victim: key of `VICTIMS`.
       metric: which of the attack's metrics.
-      reach: the least value that counts, or the largest if `lower_is_leak`.
+      reach: the least value that counts.
       value: the worst of the seeds; not a number if nothing was measured.
-      lower_is_leak: as in `Measurement`.
     """
 
     attack: str
@@ -103,12 +118,11 @@ class Control:
     metric: str
     reach: float
     value: float = math.nan
-    lower_is_leak: bool = False
 
     @property
     def reached(self) -> bool:
         """Whether the attack works; False if it was not measured."""
-        return self.value <= self.reach if self.lower_is_leak else self.value >= self.reach
+        return self.value >= self.reach
 
 
 def worst(rows: Iterable[Row]) -> list[Row]:
@@ -124,7 +138,7 @@ def worst(rows: Iterable[Row]) -> list[Row]:
 
 
 def _badness(m: Measurement) -> float:
-    margin = m.threshold - m.value if m.lower_is_leak else m.value - m.threshold
+    margin = m.value - m.threshold
     return math.inf if math.isnan(margin) else margin
 
 
@@ -136,22 +150,22 @@ def table(rows: Sequence[Row], controls: Sequence[Control]) -> str:
         lines += ["| control | attack | victim | metric | reached | must reach | |"]
         lines += ["|:--|:--|:--|:--|--:|--:|:--|"]
         for c in controls:
-            sign = "≤" if c.lower_is_leak else "≥"
             verdict = "ok" if c.reached else "**VOID**"
             lines.append(
                 f"| {c.scheme} | {c.attack} | {c.victim} | {c.metric} | {c.value:.3g} "
-                f"| {sign} {c.reach:.3g} | {verdict} |"
+                f"| ≥ {c.reach:.3g} | {verdict} |"
             )
         lines.append("")
     lines += ["| scheme | attack | victim | metric | value | chance | passes at | verdict | |"]
     lines += ["|:--|:--|:--|:--|--:|--:|--:|:--|:--|"]
     for row in worst(rows):
         m = row.measurement
-        sign = "≥" if m.lower_is_leak else "≤"
         verdict = "passes" if m.passed else "**broken**"
+        if not m.applies:
+            verdict = f"cannot apply: {m.attainable:.2g} with keys known"
         lines.append(
             f"| {row.scheme} | {m.attack} | {row.victim} | {m.metric} | {m.value:.3g} "
-            f"| {m.chance:.3g} | {sign} {m.threshold:.3g} | {verdict} | {m.note} |"
+            f"| {m.chance:.3g} | ≤ {m.threshold:.3g} | {verdict} | {m.note} |"
         )
     if void:
         names = sorted({c.attack for c in void})
@@ -169,7 +183,7 @@ def to_json(rows: Sequence[Row], controls: Sequence[Control], environment: dict[
             "rows": [
                 {"scheme": r.scheme, "victim": r.victim, "seed": r.seed, "recorded": r.recorded}
                 | dataclasses.asdict(r.measurement)
-                | {"leak": r.measurement.leak}
+                | {"leak": r.measurement.leak, "applies": r.measurement.applies}
                 for r in rows
             ],
         },

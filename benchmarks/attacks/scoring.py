@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from benchmarks.attacks.blinding import BLINDINGS, FOREVER
 from benchmarks.attacks.traces import Trace
@@ -21,6 +22,16 @@ from benchmarks.attacks.victims import Plain
 
 Surrogate = Callable[[Any], Any]
 Link = tuple[str, str]
+
+
+def twice_chance(chance: float, guesses: float) -> float:
+    """Threshold of a share: twice chance, or where that may be luck, three standard errors above.
+
+    Args:
+      chance: share that guessing reaches.
+      guesses: over which the share is taken; from nine lucky ones on it is twice chance.
+    """
+    return chance + max(chance, 3 * (chance / guesses) ** 0.5)
 
 
 def lifetime(trace: Trace) -> int:
@@ -61,6 +72,24 @@ def columns_linked(
     c, b = frames(trace, step, link)
     sources = np.abs(c).argmax(1)[pairs[0]], np.abs(b).argmax(1)[pairs[1]] % len(c)
     return float(np.mean(sources[0] == sources[1]))
+
+
+def columns_that_belong(trace: Trace, step: int, link: Link) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs of columns that hold most of the same neurons, by the keys.
+
+    What `columns_linked` gives for these is all that pairing columns can reach.
+    """
+    c, b = frames(trace, step, link)
+    c = c / np.linalg.norm(c, axis=1, keepdims=True)
+    b = (b / np.linalg.norm(b, axis=1, keepdims=True)).reshape(len(b), -1, c.shape[1])
+    return paired(np.linalg.norm(np.einsum("ik,jsk->ijs", c, b, optimize=True), axis=2))
+
+
+def paired(similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs rows with columns: one to one, or where columns are shifts each with its best row."""
+    if similarity.shape[0] == similarity.shape[1]:
+        return linear_sum_assignment(-similarity)
+    return similarity.argmax(0), np.arange(similarity.shape[1])
 
 
 def directions_linked(

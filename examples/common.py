@@ -49,13 +49,7 @@ def argument_parser(
     )
     parser.add_argument("--steps", type=positive, default=steps, help="training steps")
     parser.add_argument("--batch-size", type=positive, default=batch_size, help="examples a step")
-    parser.add_argument(
-        "--scheme",
-        choices=sorted(SCHEMES),
-        default="mixing",
-        help="how tensors are blinded before they leave the enclave; all but `mixing` obfuscate "
-        "and do not protect",
-    )
+    add_scheme_option(parser)
     parser.add_argument(
         "--offload",
         choices=("auto", "all"),
@@ -74,6 +68,17 @@ def argument_parser(
         "--explain", action="store_true", help="print what runs where and what crosses"
     )
     return parser
+
+
+def add_scheme_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the choice of a scheme."""
+    parser.add_argument(
+        "--scheme",
+        choices=sorted(SCHEMES),
+        default="mixing",
+        help="how tensors are blinded before they leave the enclave; all but `mixing` obfuscate "
+        "and do not protect",
+    )
 
 
 def add_training_options(

@@ -9,7 +9,7 @@ from tempo_jax import checkpoints, errors, schemes, testing
 from tempo_jax._attestation import AttestationPolicy
 from tempo_jax._enclave import Enclave
 from tempo_jax._identity import ClientIdentity
-from tempo_jax._markers import cheap_update, reveal
+from tempo_jax._markers import cheap_update, keep_inside, reveal
 from tempo_jax._sealed import SealedArray
 from tempo_jax._sealed_file import load_sealed, save_sealed
 from tempo_jax._shield import Shielded, shield
@@ -30,6 +30,7 @@ __all__ = [
     "cheap_update",
     "checkpoints",
     "errors",
+    "keep_inside",
     "load_sealed",
     "reveal",
     "save_sealed",

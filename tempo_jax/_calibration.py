@@ -1,4 +1,4 @@
-"""The cost model of this machine: measured by the enclave once, and cached.
+"""The cost model of enclaves on this machine: measured by one of each kind, and cached.
 
 Untrusted in that a wrong figure makes a slow plan, never an insecure one. Called by `_shield`.
 """
@@ -22,14 +22,15 @@ from tempo_jax._cost import CostModel
 _FORMAT = 2  # raise when what is measured changes its meaning
 
 
-def machine_costs(measure: Callable[[], dict[str, Any]]) -> CostModel:
-    """The cost model of this machine.
+def machine_costs(kind: str, measure: Callable[[], dict[str, Any]]) -> CostModel:
+    """The cost model of an enclave on this machine.
 
     Args:
-      measure: has the enclave measure; called if this machine's figures are not in the cache
+      kind: of enclave; the same code is slower under Gramine.
+      measure: has the enclave measure; called if its figures are not in the cache
         (``$XDG_CACHE_HOME/tempo_jax``, by default ``~/.cache/tempo_jax``).
     """
-    path = cache_directory() / f"costs-{_machine()}.json"
+    path = cache_directory() / f"costs-{_machine(kind)}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         return cost_model(json.loads(path.read_text()))
     measured = measure()
@@ -54,10 +55,15 @@ def cost_model(measured: dict[str, Any]) -> CostModel:
     return CostModel(**measured)
 
 
-def _machine() -> str:
-    """Names what the figures depend on: processor, its count, and JAX's version."""
+def _machine(kind: str) -> str:
+    """Names what the figures depend on.
+
+    That is the enclave's kind, the processor, how many there are and how many of them this
+    process, and so the enclave that it launches, may use, and JAX's version.
+    """
     model = ""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         model = next((line for line in lines if line.startswith("model name")), "")
-    parts = [str(_FORMAT), model, str(os.cpu_count()), jax.__version__]
+    cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"
+    parts = [str(_FORMAT), kind, model, cores, jax.__version__]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]

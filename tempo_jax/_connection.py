@@ -102,9 +102,12 @@ class Connection(Loopback):
       session: the session's public name.
       keys: the session's keys; in development client and host share a process.
       process: the child.
+      kind: of enclave.
     """
 
     def __init__(self, command: Command | None = None) -> None:
+        command = command or _launch.command()
+        self.kind = command.kind
         secret = secrets.token_bytes(SECRET_BYTES)
         self.keys = session_keys(secret)
         self._child = EnclaveProcess(secret.hex(), 2, command)

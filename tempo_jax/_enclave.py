@@ -236,7 +236,8 @@ class Enclave:
         that its client and its host, who plan apart, plan alike.
         """
         if isinstance(self._connection, Connection):
-            return machine_costs(lambda: self._connection.request(Kind.CALIBRATE, {}))
+            kind = self._connection.kind
+            return machine_costs(kind, lambda: self._connection.request(Kind.CALIBRATE, {}))
         return cost_model(self._connection.request(Kind.CALIBRATE, {}))
 
     def statistics(self) -> dict[str, Any]:

@@ -105,6 +105,15 @@ cheap_p = _identity_primitive("tempo_cheap_update")
 blind_p = _identity_primitive("tempo_blind")
 
 
+def _keep_rule(cotangent: Any, _: Any) -> list[Any]:
+    return [keep_p.bind(cotangent)]
+
+
+# Marks a value that no product may show, nor that of its gradient; see `tempo_jax.keep_inside`.
+keep_p = _identity_primitive("tempo_keep_inside")
+ad.deflinear2(keep_p, _keep_rule)
+
+
 def _primitive_of(function: Callable[..., Any], *arguments: Any) -> jex_core.Primitive:
     """The primitive to which a call traces, for those that JAX does not export."""
     return jax.make_jaxpr(function)(*arguments).jaxpr.eqns[0].primitive

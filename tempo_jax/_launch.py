@@ -35,11 +35,13 @@ class Command:
       arguments: of the process.
       environment: all of its variables; under Gramine the manifest's reach the enclave, not these.
       directory: where it starts; None is where this process is.
+      kind: what it starts.
     """
 
     arguments: tuple[str, ...]
     environment: dict[str, str]
     directory: Path | None = None
+    kind: Kind = "process"
 
 
 def command(kind: Kind = "process", directory: str | os.PathLike[str] | None = None) -> Command:
@@ -80,7 +82,7 @@ def command(kind: Kind = "process", directory: str | os.PathLike[str] | None = N
             f"the enclave in {built} is not signed: make a key with `gramine-sgx-gen-private-key` "
             f"and build again with {fix}"
         )
-    return Command((loader, APPLICATION), dict(os.environ), built)
+    return Command((loader, APPLICATION), dict(os.environ), built, kind)
 
 
 def _environment() -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""What users write inside a shielded function: `reveal` and `cheap_update`.
+"""What users write inside a shielded function: `reveal`, `keep_inside` and `cheap_update`.
 
-Outside `shield` both are identities. Inside, they leave marks in the traced program that
+Outside `shield` all are identities. Inside, they leave marks in the traced program that
 placement reads.
 """
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tempo_jax._jaxpr import cheap_p, reveal_p
+from tempo_jax._jaxpr import cheap_p, keep_p, reveal_p
 
 
 def reveal(tree: Any) -> Any:
@@ -33,6 +33,29 @@ def reveal(tree: Any) -> Any:
       2.0
     """
     return jax.tree.map(lambda x: reveal_p.bind(jnp.asarray(x)), tree)
+
+
+def keep_inside(tree: Any) -> Any:
+    """Keeps values away from the devices, blinded or not, and their gradients as well.
+
+    A product stays in the enclave if a marked value, or its gradient, is among its operands or
+    is its result, directly or through anything but another product. `explain` names
+    the products that a mark keeps inside. Under `Mixing` the classifier stays inside unasked;
+    mark what cannot be told from the program: logits that a further trained weight follows, or
+    labels that come as numbers and are an input of the model. A mark inside a `scan`,
+    `while_loop` or `cond` that runs in the enclave whole counts for what the loop takes and gives.
+
+    Args:
+      tree: pytree of arrays or numbers.
+
+    Returns:
+      The same values.
+
+    Example:
+      >>> float(keep_inside(jnp.float32(2.0)))  # outside shield, the identity
+      2.0
+    """
+    return jax.tree.map(lambda x: keep_p.bind(jnp.asarray(x)), tree)
 
 
 def cheap_update(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -24,24 +24,30 @@ import jax.numpy as jnp
 from jax import lax
 
 from tempo_jax import _jaxpr
+from tempo_jax._classifier import find_backward, flow, last_products
 from tempo_jax._cost import CostModel
 from tempo_jax._families import (
     FORWARD,
     TO_INPUT,
     TO_WEIGHT,
-    Axes,
     Family,
-    Form,
     Patches,
     find_families,
 )
 from tempo_jax._fusion import Fused, contracted, fuse, order
 from tempo_jax._jaxpr import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, blind_p, cheap_p
 from tempo_jax._placement import feeds_update, too_cheap
-from tempo_jax._products import is_product, products_above, work
+from tempo_jax._products import (
+    KEPT,
+    is_product,
+    kept_products,
+    near_products,
+    products_above,
+    work,
+)
 from tempo_jax.schemes import Mixing
 
-# Fewer rows than this, decoys included, or a shorter side than that, mix too little to hide.
+# Fewer rows than this, without decoys, or a shorter side than that, mix too little to hide.
 LEAST_ROWS = 128
 LEAST_SIDE = 64
 FIRST_LAYER_SHARE = 0.05  # of the arithmetic, below which the first layer stays inside
@@ -85,8 +91,9 @@ def matrix_form(
     """
     closed = _jaxpr.merge_equal(closed)
     jaxpr = closed.jaxpr
-    families = find_families(jaxpr, _data(jaxpr, carried), products_above(jaxpr))
-    fused, stays = _Policy(jaxpr, families, scheme, costs).decide()
+    data = _data(jaxpr, carried)
+    families = find_families(jaxpr, data, products_above(jaxpr))
+    fused, stays = _Policy(jaxpr, families, scheme, costs, data).decide()
     sequence = order(jaxpr, fused)
     assert sequence is not None, "fusing leaves an order"
     reasons: list[str | None] = []
@@ -103,33 +110,6 @@ def matrix_form(
 
 
 _NO_FAMILY = "it has no form as a product of matrices (a grouped convolution, or a constant)"
-
-
-def _contracted_axes(form: Form, name: str) -> frozenset[int] | None:
-    """Axes of an operand that a forward product sums over, where they are plain axes."""
-    if not isinstance(form, Axes):
-        return None
-    return frozenset(form.second if name == "x" else form.first)
-
-
-def _free_axes(form: Form, name: str) -> frozenset[int] | None:
-    """Axes of an operand that a forward product leaves free, where they are plain axes."""
-    if not isinstance(form, Axes):
-        return None
-    return frozenset(form.first if name == "x" else form.second)
-
-
-def _near(jaxpr: Jaxpr) -> dict[Var, int]:
-    """For each variable the products on which it depends through no other, as a bit set."""
-    near: dict[Var, int] = {}
-    for number, eqn in enumerate(jaxpr.eqns):
-        bits = 0
-        for v in eqn.invars:
-            if isinstance(v, Var):
-                bits |= near.get(v, 0)
-        for v in eqn.outvars:
-            near[v] = 1 << number if is_product(eqn) else bits
-    return near
 
 
 def _descendants(jaxpr: Jaxpr, primitive: Any) -> frozenset[Var]:
@@ -159,20 +139,24 @@ class _Policy:
         families: Sequence[Family],
         scheme: Mixing,
         costs: CostModel | None,
+        data: frozenset[Var],
     ):
         self.jaxpr = jaxpr
         self.families = families
         self.scheme = scheme
         self.costs = costs
         self.above = products_above(jaxpr)
-        gradients = (f.number(TO_WEIGHT) for f in families)
+        backward = find_backward(families, self.above)
+        self.per_example = backward.per_example
+        gradients = {f.number(TO_WEIGHT) for f in families} | self.per_example
         self.gradients = sum(1 << n for n in gradients if n is not None)
         self.marked = _descendants(jaxpr, cheap_p)
         self.forward = [f for f in families if not self._is_optimizers(f)]
         self.total = sum(self._work(f) for f in self.forward)
-        self.backward = frozenset(f.primary for f in self.forward if self._is_backward(f))
-        self.last = sum(1 << f.primary for f in self.forward if self._is_last(f))
-        self.near = _near(jaxpr)
+        self.last = last_products(jaxpr, self.forward, backward.all, self.above, data)
+        self.near = near_products(jaxpr)
+        self.flow = flow(jaxpr)
+        self.kept = kept_products(jaxpr)
 
     def _bits(self, eqn: JaxprEqn) -> int:
         bits = 0
@@ -214,11 +198,15 @@ class _Policy:
         """Why a family stays inside for what it is in the program."""
         if self._is_optimizers(family):
             return "it belongs to the optimizer: it depends on a weight's gradient"
-        if self.last >> family.primary & 1:
-            return "it is the last product before the loss, whose result would show the labels"
-        operands = self.jaxpr.eqns[family.primary].invars
-        if any(self.near.get(v, 0) & self.last for v in operands if isinstance(v, Var)):
+        if not self.kept.isdisjoint(family.members):
+            return KEPT
+        if family.primary in self.last:
+            return self.last[family.primary]
+        operands = [v for v in self.jaxpr.eqns[family.primary].invars if isinstance(v, Var)]
+        if any(self.near.get(v, 0) >> n & 1 for v in operands for n in self.last):
             return "an operand comes from the last product before the loss, and may show the labels"
+        if any(map(self.flow.is_coded, operands)):
+            return "an operand is made of comparisons alone, as one-hot labels are"
         if self._is_first(family) and self._work(family) < FIRST_LAYER_SHARE * self.total:
             return f"the first layer stays inside below {FIRST_LAYER_SHARE:.0%} of the arithmetic"
         return None
@@ -226,54 +214,19 @@ class _Policy:
     def _work(self, family: Family) -> int:
         return sum(work(self.jaxpr.eqns[n]) for n in family.members)
 
-    @staticmethod
-    def _too_thin(fused: Fused) -> str | None:
+    def _too_thin(self, fused: Fused) -> str | None:
         rows, contracted, columns = fused.sizes
+        if fused.primary in self.per_example and contracted < LEAST_SIDE:
+            return (
+                f"it is a weight's gradient for each example, which sums over {contracted} rows, "
+                f"and fewer than {LEAST_SIDE} mix too little to hide"
+            )
         if rows < LEAST_ROWS:
             return f"{rows} rows, and fewer than {LEAST_ROWS} mix too little to hide"
         if min(contracted, columns) < LEAST_SIDE:
             side = min(contracted, columns)
             return f"a side of {side}, and fewer than {LEAST_SIDE} mix too little to hide"
         return None
-
-    def _is_backward(self, family: Family) -> bool:
-        """Whether a product that found no family looks like the gradient of another.
-
-        It contracts what an earlier product leaves free of an operand that both share, and its
-        other operand depends on that product's result.
-        """
-        number = family.primary
-        for name, other in (("x", "w"), ("w", "x")):
-            variable, form = family.operands[name]
-            bits = self.above.get(family.operands[other].variable, 0)
-            for f in self.forward:
-                if f is family or not bits >> f.primary & 1:
-                    continue
-                for mine, kind in f.operands.items():
-                    if kind.variable is not variable or mine == "g" or f.primary > number:
-                        continue
-                    contracted = _contracted_axes(form, name)
-                    if contracted is not None and contracted == _free_axes(kind.form, mine):
-                        return True
-        return False
-
-    def _is_last(self, family: Family) -> bool:
-        """Whether a forward product is the classifier, as far as the program shows.
-
-        No forward product follows it, or its G depends on no product but those that it
-        depends on itself. A product that stands alone, in a function that has no other and
-        takes no gradient, is none.
-        """
-        out = self.jaxpr.eqns[family.primary].outvars[0]
-        g = family.operands.get("g")
-        if g is not None and self.above.get(g.variable, 0) & ~self.above[out] == 0:
-            return True
-        others = [
-            f.primary for f in self.forward if f is not family and f.primary not in self.backward
-        ]
-        followed = any(self._bits(self.jaxpr.eqns[n]) >> family.primary & 1 for n in others)
-        follows = any(self._bits(self.jaxpr.eqns[family.primary]) >> n & 1 for n in others)
-        return not followed and (follows or g is not None)
 
     def _is_first(self, family: Family) -> bool:
         return not self._bits(self.jaxpr.eqns[family.primary])

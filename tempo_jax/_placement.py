@@ -47,8 +47,8 @@ class Question:
       scheme: the blinding scheme.
       costs: the cost model; None offloads every product that can be.
       offload: whether products are offloaded at all.
-      stays: for each product in order why it stays inside, or None if it goes out, where
-        that was decided before; else None.
+      stays: for each product in order why it stays inside whatever it costs, else None; under
+        keys per product the cost is decided as well.
       verify: whether the enclave checks what comes back, so that the host may do nothing but
         products, and updates of leaves that a checksum can follow.
       barred: inputs that may not stay on the devices, with the reason.
@@ -60,7 +60,7 @@ class Question:
     scheme: Scheme
     costs: CostModel | None
     offload: bool
-    stays: Sequence[str | None] | None
+    stays: Sequence[str | None]
     verify: bool = False
     barred: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
@@ -144,9 +144,8 @@ class _Placer:
         self.uses = self._product_uses()
         self.to_update = feeds_update(self.eqns)
         products = [n for n, eqn in enumerate(self.eqns) if is_product(eqn)]
-        decided = question.stays if question.stays is not None else [None] * len(products)
-        self.stays = dict(zip(products, decided, strict=True))
-        self.banned: dict[int, str] = {}
+        decided = zip(products, question.stays, strict=True)
+        self.banned: dict[int, str] = {n: why for n, why in decided if why is not None}
         self.loose: set[int] = set()
         self.reasons: dict[int, str] = {}
         self.resident = self._candidates()
@@ -372,10 +371,7 @@ class _Walk:
         question, placer = self.question, self.placer
         if not question.offload:
             raise NotEquivariantError("placement is the enclave")
-        why = placer.stays[number]
-        if why is not None:
-            raise NotEquivariantError(why)
-        if question.costs is not None and question.stays is None:
+        if question.costs is not None and not question.scheme.keys_per_product:
             costs, scheme = question.costs, question.scheme
             outside = costs.latency + costs.check_of(eqn)
             for v in set(_variables(eqn)) - self.host:

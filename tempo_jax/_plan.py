@@ -38,7 +38,7 @@ from tempo_jax._jaxpr import ClosedJaxpr, Flattening, Jaxpr, JaxprEqn, Literal, 
 from tempo_jax._matrix_form import matrix_form, split_polarities, verifiable
 from tempo_jax._mesh import choose_sharded
 from tempo_jax._placement import Placement, Question, Side, place
-from tempo_jax._products import description, is_product, work
+from tempo_jax._products import KEPT, description, is_product, kept_products, work
 from tempo_jax._segments import Cut, TrustedSegment, cut
 from tempo_jax.errors import UnsupportedError
 from tempo_jax.schemes import Group, Mixing, Scheme
@@ -146,7 +146,7 @@ def make_plan(request: Request) -> Plan:
         )
     flat = _jaxpr.flatten(request.closed, Flattening(worth, notes))
     scheme = request.scheme
-    stays = None
+    stays: Sequence[str | None] | None = None
     decoys: dict[Var, int] = {}
     if request.offload and scheme.keys_per_product:
         assert isinstance(scheme, Mixing), "the only scheme with keys per product"
@@ -161,6 +161,10 @@ def make_plan(request: Request) -> Plan:
         flat = flat if scheme.group.orthogonal else split_polarities(flat)
         flat = verifiable(flat) if request.verify else flat
     jaxpr = flat.jaxpr
+    if stays is None:
+        kept = kept_products(jaxpr) if request.offload else frozenset()
+        numbers = (n for n, eqn in enumerate(jaxpr.eqns) if is_product(eqn))
+        stays = [KEPT if n in kept else None for n in numbers]
     question = Question(
         jaxpr,
         request.carried,

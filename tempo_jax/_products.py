@@ -1,6 +1,6 @@
 """Products: the equations worth offloading, what they do to keys, and how much work they are.
 
-Untrusted and pure; used by `_equivariance`, `_cost` and `_placement`.
+Untrusted and pure; used by `_equivariance`, `_cost`, `_placement`, `_matrix_form` and `_plan`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,21 @@ from typing import Any
 import jax.numpy as jnp
 
 from enclave_runtime.products import Convolution, DotGeneral, Product
-from tempo_jax._jaxpr import Jaxpr, JaxprEqn, Var, conv_p, dot_general_p
+from tempo_jax._jaxpr import (
+    Jaxpr,
+    JaxprEqn,
+    Var,
+    conv_p,
+    dot_general_p,
+    equations,
+    keep_p,
+    subjaxprs,
+)
 from tempo_jax._keying import ONE, Axes, Axis, Keying
 from tempo_jax._operands import Context, NotEquivariantError, Operand
 from tempo_jax.schemes import Group
+
+KEPT = "`keep_inside` marks its result or an operand"
 
 
 def dot_general(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
@@ -136,6 +147,43 @@ def products_above(jaxpr: Jaxpr) -> dict[Var, int]:
         for v in eqn.outvars:
             above[v] = bits
     return above
+
+
+def near_products(jaxpr: Jaxpr) -> dict[Var, int]:
+    """For each variable the products on which it depends through no other, as a bit set."""
+    near: dict[Var, int] = {}
+    for number, eqn in enumerate(jaxpr.eqns):
+        bits = 0
+        for v in eqn.invars:
+            if isinstance(v, Var):
+                bits |= near.get(v, 0)
+        for v in eqn.outvars:
+            near[v] = 1 << number if is_product(eqn) else bits
+    return near
+
+
+def kept_products(jaxpr: Jaxpr) -> frozenset[int]:
+    """Products that `keep_inside` keeps in the enclave, by equation.
+
+    They give a marked value or take one, through no other product. Control flow that
+    holds a mark marks what it takes and gives.
+    """
+    near = near_products(jaxpr)
+    kept = 0
+    marked: set[Var] = set()
+    for number, eqn in enumerate(jaxpr.eqns):
+        operands = [v for v in eqn.invars if isinstance(v, Var)]
+        inner = (e for body in subjaxprs(eqn) for e in equations(body))
+        if eqn.primitive is keep_p or any(e.primitive is keep_p for e in inner):
+            for v in operands:
+                kept |= near.get(v, 0)
+            marked |= set(eqn.outvars)
+        elif not marked.isdisjoint(operands):
+            if is_product(eqn):
+                kept |= 1 << number
+            else:
+                marked |= set(eqn.outvars)
+    return frozenset(n for n in range(len(jaxpr.eqns)) if kept >> n & 1)
 
 
 def work(eqn: JaxprEqn) -> int:

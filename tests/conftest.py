@@ -28,7 +28,7 @@ jax.config.update("jax_enable_x64", True)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Plans must not depend on how fast the machine that tests them is.
-_enclave.machine_costs = lambda measure: CostModel()
+_enclave.machine_costs = lambda kind, measure: CostModel()
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")

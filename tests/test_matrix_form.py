@@ -15,8 +15,9 @@ from tempo_jax import _jaxpr, _matrix_form
 from tempo_jax._families import TO_INPUT, TO_WEIGHT, find_families
 from tempo_jax._jaxpr import Flattening
 from tempo_jax._matrix_form import decoy_count, matrix_form
-from tempo_jax._products import is_product, products_above
-from tempo_jax.schemes import Mixing
+from tempo_jax._plan import offloaded
+from tempo_jax._products import KEPT, is_product, products_above
+from tempo_jax.schemes import Mixing, Orthogonal, SignedPermutation, Tempo
 from tests.interpreter import interpret, plan
 from tests.steps import assert_close, uniform
 
@@ -39,7 +40,7 @@ def any_size(monkeypatch):
     monkeypatch.setattr(_matrix_form, "LEAST_ROWS", 1)
     monkeypatch.setattr(_matrix_form, "LEAST_SIDE", 1)
     monkeypatch.setattr(_matrix_form, "FIRST_LAYER_SHARE", 0.0)
-    monkeypatch.setattr(_matrix_form._Policy, "_is_last", lambda *_: False)
+    monkeypatch.setattr(_matrix_form, "last_products", lambda *_: {})
 
 
 def with_gradients(product: Callable[..., Any]) -> Callable[..., Any]:
@@ -197,6 +198,229 @@ def test_loss_inside_a_scan_stays_inside():
     found = stays(jax.grad(loss), p)
     out = [why for why in found if why is None]
     assert len(out) == 2  # the first layer and its gradient; no logits, no G of theirs
+
+
+def logits(p, x):
+    return jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]
+
+
+CODES = uniform(11, 64, 64)
+
+
+def confusion(p, x, y):
+    found = jax.nn.one_hot(logits(p, x).argmax(-1), 64)
+    return jax.nn.one_hot(y, 64).T @ found
+
+
+def soft_confusion(p, x, y):
+    return jax.nn.one_hot(y, 64).T @ jax.nn.softmax(logits(p, x))
+
+
+def with_noise(p, x, y, noise=CODES):
+    rows = jnp.arange(len(y))
+    return -jnp.log(jax.nn.softmax(logits(p, x)) @ jnp.square(noise))[rows, y].mean()
+
+
+def with_two_noises(p, x, y):
+    again = jax.nn.softmax(logits(p, x)) @ jnp.square(CODES) @ jnp.square(CODES)
+    return -jnp.log(again)[jnp.arange(len(y)), y].mean()
+
+
+def summed(p, x, y):
+    hits = confusion(p, x, y) @ CODES @ CODES.T
+    return mlp_loss(p, x, y), hits
+
+
+@pytest.mark.parametrize(
+    ("function", "out"),
+    [
+        (confusion, 2),
+        (soft_confusion, 2),
+        (jax.grad(with_noise), 5),
+        (jax.grad(with_two_noises), 5),
+        (jax.grad(jax.checkpoint(with_noise)), 5),
+        (jax.grad(summed, has_aux=True), 5),
+        (lambda p, x, y: (jax.grad(mlp_loss)(p, x, y), confusion(p, x, y)), 5),
+    ],
+    ids=["confusion", "soft", "noise", "noises", "remat", "sums", "both"],
+)
+def test_what_depends_on_the_classifier_alone_stays_inside(function, out):
+    """Two layers and, in training, their gradients but the first by its input: no more goes out."""
+    found = stays(function, *mlp())
+    assert found.count(None) == out
+    why = found[2] or ""  # the logits
+    assert "last product" in why or "no product with a trained weight" in why
+
+
+def test_noise_that_is_an_argument_is_no_layer():
+    """Nor if it is part of the carried state, where nothing computes its gradient."""
+    arguments = (*mlp(), CODES)
+    assert stays(jax.grad(with_noise), *arguments).count(None) == 5
+    carried = dict(enumerate([0, 1, 2])) | {5: 3}
+    closed = flat(jax.grad(with_noise), *arguments)
+    assert matrix_form(closed, Mixing(), None, carried).stays.count(None) == 5
+
+
+def test_logits_of_a_single_layer_stay_inside_if_anything_multiplies_them():
+    p, x, y = mlp()
+
+    def evaluate(w, x, y):
+        return jax.nn.one_hot(y, 64).T @ jax.nn.one_hot((x @ w).argmax(-1), 64)
+
+    assert None not in stays(evaluate, p["c"], x, y)
+
+
+def conditional(p, x, y):
+    return mlp_loss(p, x + jax.nn.one_hot(y, 64) @ p["e"], y)
+
+
+def test_labels_as_an_operand_stay_inside():
+    p, x, y = mlp()
+    found = stays(jax.grad(conditional), p | {"e": CODES}, x, y)
+    # By the input of the first layer as well, which holds the embedding.
+    assert found.count(None) == 6
+    assert [n for n, why in enumerate(found) if "one-hot" in (why or "")] == [0, len(found) - 1]
+
+
+def test_pixels_and_embedded_tokens_go_out():
+    """Integers are labels only where nothing but comparisons reads them."""
+    p, x, y = mlp()
+    pixels = jnp.arange(128 * 64, dtype=jnp.uint8).reshape(128, 64)
+
+    def of_pixels(p, x, y):
+        return mlp_loss(p, x / 255.0, y)
+
+    def of_tokens(p, x, y):
+        return mlp_loss(p, p["e"][x], y)
+
+    assert stays(jax.grad(of_pixels), p, pixels, y).count(None) == 5
+    assert stays(jax.grad(of_tokens), p | {"e": CODES}, y, y).count(None) == 6
+
+
+def test_frozen_layers_go_out_before_a_trained_one_and_without_any():
+    p, x, y = mlp()
+    teacher = {name: 2 * w for name, w in p.items()}
+
+    def trained(name):
+        return lambda w: mlp_loss(p | {name: w}, x, y)
+
+    def distilled(p):
+        return jnp.square(logits(p, x) - logits(teacher, x)).mean()
+
+    assert stays(jax.grad(trained("a")), p["a"]).count(None) == 0
+    assert stays(jax.grad(trained("c")), p["c"]).count(None) == 2
+    assert stays(jax.grad(lambda x: mlp_loss(p, x, y)), x).count(None) == 4  # no weight is trained
+    assert stays(jax.grad(distilled), p).count(None) == 5 + 2  # the teacher's layers too
+
+
+def test_gradients_of_single_examples_are_named():
+    found = stays(jax.vmap(jax.grad(mlp_loss), (None, 0, 0)), *mlp())
+    assert found.count(None) == 3  # two layers, and one gradient by an input
+    assert sum("last product" in (why or "") for why in found) == 3
+    assert sum("gradient for each example" in (why or "") for why in found) == 2
+
+
+# Marks
+
+
+def marked(name, wrap=lambda f: f):
+    """A perceptron of four layers with a mark on one value."""
+
+    def keep(this, value):
+        return tempo.keep_inside(value) if this == name else value
+
+    @wrap
+    def loss(p, x, y):
+        h = x
+        for layer in "abd":
+            h = keep(layer, jax.nn.relu(h @ keep(f"weight {layer}", p[layer])))
+        labels = keep("labels", y)
+        z = h @ p["c"]
+        return optax.softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+    return loss
+
+
+def four_layers():
+    p, x, y = mlp()
+    return p | {"d": uniform(9, 64, 64)}, x, y
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "remat"]
+)
+@pytest.mark.parametrize(
+    ("name", "out"),
+    [("none", 8), ("b", 2), ("a", 3), ("weight b", 5), ("labels", 8)],
+)
+def test_marked_values_and_their_gradients_stay_inside(name, out, wrap):
+    found = stays(jax.value_and_grad(marked(name, wrap)), *four_layers())
+    assert found.count(None) == out
+    assert any("keep_inside" in (why or "") for why in found) == (name != "none")
+
+
+def test_marks_inside_loops_and_batches():
+    p, x, y = four_layers()
+
+    def scanned(p, x):
+        def layer(h, w):
+            return tempo.keep_inside(jnp.tanh(h @ w)), None
+
+        h, _ = lax.scan(layer, x @ p["a"], jnp.stack([p["b"], p["d"]]))
+        return jnp.square(h @ p["c"]).mean()
+
+    assert stays(jax.grad(scanned), p, x).count(None) == 2  # of the layer before the loop
+
+    def each_example(name):
+        return stays(jax.vmap(jax.grad(marked(name)), (None, 0, 0)), p, x, y).count(None)
+
+    assert each_example("none") == 5 and each_example("b") == 1
+
+    def whole(p, x):
+        def more(h):
+            return jnp.tanh(tempo.keep_inside(h)) * 0.5
+
+        h = lax.while_loop(lambda h: jnp.square(h).mean() > 1.0, more, x @ p["a"])
+        return jax.nn.relu(h @ p["b"]) @ p["c"]
+
+    found = stays(whole, p, x)
+    assert found.count(None) == 0 and sum("keep_inside" in (why or "") for why in found) == 2
+
+
+@pytest.mark.parametrize("scheme", [SignedPermutation(), Tempo(), Orthogonal()], ids=str)
+def test_marks_count_under_every_scheme(scheme):
+    def products(name):
+        def step(p, x, y):
+            grads = jax.grad(marked(name))(p, x, y)
+            tx = tempo.cheap_update(optax.sgd(0.1))
+            updates, _ = tx.update(grads, tx.init(p), p)
+            return optax.apply_updates(p, updates), tempo.reveal(x.sum())
+
+        made = plan(step, *arguments, stateful=True, scheme=scheme)
+        assert_close(interpret(made), step(*arguments))
+        return len(offloaded(made.plan)), set(made.plan.placement.kept_inside.values())
+
+    p, x, y = four_layers()
+    arguments = jax.tree.map(lambda w: w[:16, :16], (p, x)) + (y[:16] % 16,)
+    # Both products around the mark, forward and backward; of the second the input's gradient too.
+    assert products("none") == (11, set())
+    assert products("b") == (11 - 6, {KEPT})
+
+
+def test_marks_are_identities_outside_shield():
+    tree = {"x": uniform(1, 3), "y": jnp.arange(3), "key": jax.random.key(0)}
+    kept = jax.jit(tempo.keep_inside)(tree)
+    assert_close(kept, tree)
+    f = jax.vmap(jax.grad(lambda x: jnp.sin(tempo.keep_inside(x))))
+    assert_close(f(tree["x"]), jnp.cos(tree["x"]))
+    tangents = jax.jvp(tempo.keep_inside, (tree["x"],), (tree["x"],))
+    assert_close(tangents, (tree["x"], tree["x"]))
+
+
+def test_explain_names_what_a_mark_keeps_inside(enclave):
+    step = tempo.shield(jax.grad(marked("b")), enclave=enclave, offload="all")
+    report = str(step.explain(*four_layers()))
+    assert "stays inside: `keep_inside` marks its result or an operand" in report
 
 
 def test_optimizers_products_stay_inside():

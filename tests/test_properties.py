@@ -17,10 +17,13 @@ import optax
 import pytest
 from hypothesis import strategies as st
 from jax import lax
+from jax.extend.core import primitives as prims
 
 from enclave_runtime.keys import KeySchedule
 from enclave_runtime.program import KeyClass, Layout
+from tempo_jax import _jaxpr, _matrix_form
 from tempo_jax._plan import Plan, array_type, offloaded
+from tempo_jax.schemes import Mixing, Orthogonal, Tempo
 from tests.interpreter import blind, interpret, plan
 from tests.steps import SIGNED_PERMUTATION, assert_close, shield_all, training, uniform
 
@@ -214,8 +217,6 @@ SHAPES = {
     "heads": (2, FEATURES // 2, FEATURES // 2),
     "window": (3, FEATURES, FEATURES),
 }
-# From parameters to the axes of a kernel's input and output features.
-FEATURE_AXES = {"w": (0, 1), "window": (1, 2)}
 UPDATES = [optax.sgd(0.1, momentum=0.9), optax.adamw(0.01), optax.lion(0.01), optax.rmsprop(0.01)]
 
 
@@ -282,20 +283,45 @@ def test_random_training_steps(net):
             assert f"['params'][{i}]['w']" in resident
 
 
+def blinded_kernels(plan: Plan, state: Any) -> list[list[int]]:
+    """Key classes of each kernel as products on the host take it, resident or not."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    kernels = {}
+    for (path, leaf), variable in zip(leaves, plan.jaxpr.invars, strict=False):
+        if jax.tree_util.keystr(path[:1]) == "['params']" and leaf.ndim > 1:
+            kernels[variable] = variable
+    for eqn in plan.jaxpr.eqns:
+        if eqn.primitive in (prims.reshape_p, prims.transpose_p, _jaxpr.blind_p):
+            if eqn.invars[0] in kernels:
+                kernels[eqn.outvars[0]] = kernels[eqn.invars[0]]
+    found = {}
+    for _, eqn in offloaded(plan):
+        for v in eqn.invars:
+            if v in kernels:
+                keyed = [c for c in plan.layouts[v].classes if c is not None]
+                assert found.setdefault(kernels[v], keyed) == keyed
+    return list(found.values())
+
+
+@pytest.mark.parametrize(
+    "scheme", [SIGNED_PERMUTATION, Tempo(), Orthogonal(), Mixing()], ids=lambda s: s.name
+)
 @hypothesis.settings(max_examples=20)
 @hypothesis.given(nets([dense, dense_with_bias, residual, convolution], list(ACTIVATIONS)))
-def test_no_class_crosses_a_nonlinearity(net):
+def test_no_class_crosses_a_nonlinearity(scheme, net):
     """Sharing one would hand the host a working model, up to the order of its neurons."""
     case = net.training()
-    flat = plan(case.step, case.state, case.batches[0], stateful=True)
-    resident = classes(flat.plan, case.state)
-    ends = []
-    for i, layer in enumerate(net.layers):
-        name = "window" if layer is convolution else "w"
-        kernel = resident[f"['params'][{i}]['{name}']"]
-        ends += [kernel[axis] for axis in FEATURE_AXES[name]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_matrix_form, "LEAST_ROWS", 1)
+        patch.setattr(_matrix_form, "LEAST_SIDE", 1)
+        patch.setattr(_matrix_form, "FIRST_LAYER_SHARE", 0.0)
+        flat = plan(case.step, case.state, case.batches[0], stateful=True, scheme=scheme)
+    kernels = blinded_kernels(flat.plan, case.state)
+    inside = scheme == Mixing()  # the last one
+    assert len(kernels) == len(net.layers) - inside
+    ends = [c for kernel in kernels for c in kernel]
     # A residual sum is taken inside, so even the two ends of one kernel differ.
-    assert None not in ends and len(set(ends)) == len(ends)
+    assert len(set(ends)) == len(ends) == 2 * len(kernels)
 
 
 def test_a_linear_chain_shares_the_class_between():

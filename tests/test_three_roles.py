@@ -1,5 +1,6 @@
 """The example of three processes: it works, and what passes between owner and host is sealed."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,14 +10,31 @@ import jax
 import numpy as np
 import pytest
 
+from examples.common import SCHEMES
 from examples.three_roles import agreement, owner
 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_both_sides_shield_alike_under_the_scheme_that_they_are_told(scheme, enclave):
+    told = ["--scheme", scheme, "--batch-size", "128", "--exchange", "unused"]
+    programs = []
+    for _ in ("owner", "host"):
+        parser = argparse.ArgumentParser()
+        agreement.add_options(parser)
+        options = parser.parse_args(told)
+        state, (batch, *_) = agreement.shapes(options)
+        report = agreement.shielded(enclave, options).explain(state, batch)
+        programs.append(report.plan.program)
+    assert programs[0] == programs[1]
+    assert programs[0].scheme == SCHEMES[scheme]().name
+
+
 @pytest.mark.slow
-def test_owner_leaves_host_trains_owner_opens(tmp_path):
-    sizes = ["--batch-size", "128", "--batches", "2", "--steps", "3"]
+@pytest.mark.parametrize("scheme", ["mixing", "tempo"])
+def test_owner_leaves_host_trains_owner_opens(scheme, tmp_path):
+    sizes = ["--batch-size", "128", "--batches", "2", "--steps", "3", "--scheme", scheme]
     command = [sys.executable, "-m", "examples.three_roles", "--folder", str(tmp_path), *sizes]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr

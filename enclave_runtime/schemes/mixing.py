@@ -79,8 +79,11 @@ class Mixing(Scheme):
     *heuristically*: the attacks of ``benchmarks.attacks`` fail against it, and no proof is
     known (over the reals no uniform key exists). It does not hide shapes, ranks, or a part
     of each weight's leading singular directions. Nothing stays on the devices, so any
-    optimizer can be used. Products with fewer than 128 rows or a side below 64, the
-    classifier with its logits, and the optimizer's own products stay in the enclave.
+    optimizer can be used. Products with fewer than 128 rows or a side below 64, products of
+    one-hot codes, the classifier with all that no trained weight follows, and the optimizer's
+    own products stay in the enclave. Where the classifier is, is told from the program: logits
+    that a further trained weight follows, such as a learned noise matrix, and labels that come
+    as numbers and are an input of the model go out, unless `keep_inside` marks them.
 
     Attributes:
       condition: bound on each key's condition number, at least 1.

@@ -35,10 +35,14 @@ class Orthogonal(Scheme):
     the devices. **A host that watches long enough wins**: Gram matrices of successive steps
     share the kept keys and can be aligned, singular values and inner products show at once,
     and under a public checkpoint the keys fall in a single step. Never use it to fine-tune
-    a published model.
+    a published model. **No budget is safe**: the study saw kept keys fall after about
+    ``5 (1 + κ)²`` steps, for decoys of κ times the signal's energy, and allows a sixteenth of
+    them, ``K ≤ 5 (1 + κ)² / 16``. There are no decoys here, so κ = 0 and ``K ≤ 0.31``: not even
+    ``budget=1`` is within that bound. A smaller budget gives the host fewer steps to align and
+    promises nothing.
 
     Attributes:
-      budget: steps for which a weight's key is kept, at least 1.
+      budget: steps for which a weight's key is kept, at least 1; see above on how little it means.
     """
 
     budget: int = 1

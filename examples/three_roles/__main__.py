@@ -9,6 +9,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from examples.common import add_scheme_option
+
 
 def run(module: str, *arguments: str) -> None:
     """Runs a role to its end, as its own process.
@@ -24,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.three_roles", description=__doc__)
     for name, default in (("--batch-size", 256), ("--batches", 4), ("--steps", 40)):
         parser.add_argument(name, type=int, default=default, help="(default: %(default)s)")
+    add_scheme_option(parser)
     parser.add_argument(
         "--folder", metavar="DIR", help="keep all files there (default: a temporary folder)"
     )
@@ -38,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         serve = [sys.executable, "-m", "tempo_jax", "enclave", "serve", "--json", *ports]
         alike = ["--batch-size", str(options.batch_size), "--batches", str(options.batches)]
         alike += ["--steps", str(options.steps), "--exchange", str(exchange)]
+        alike += ["--scheme", options.scheme]
         with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as enclave:
             try:
                 line = enclave.stdout.readline() if enclave.stdout else ""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import tempo_jax as tempo
+from examples.common import SCHEMES, add_scheme_option
 
 # So that the owner can compare what it opens with plain training to the last digits.
 jax.config.update("jax_enable_x64", True)
@@ -55,9 +56,10 @@ def train_step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
     return (optax.apply_updates(params, updates), optimizer), tempo.reveal(loss)
 
 
-def shielded(enclave: tempo.Enclave) -> tempo.Shielded:
+def shielded(enclave: tempo.Enclave, options: argparse.Namespace) -> tempo.Shielded:
     """The step as both sides shield it: equal options give equal programs."""
-    return tempo.shield(train_step, enclave=enclave, offload="all")
+    scheme = SCHEMES[options.scheme]()
+    return tempo.shield(train_step, enclave=enclave, scheme=scheme, offload="all")
 
 
 def shapes(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -74,6 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--batches", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="(default: %(default)s)")
+    add_scheme_option(parser)
     parser.add_argument(
         "--exchange",
         type=pathlib.Path,

@@ -19,7 +19,7 @@ def main() -> None:
     options = parser.parse_args()
     state_shapes, batch_shapes = agreement.shapes(options)
     with tempo.Enclave.attach(options.host, host_key=options.host_key) as enclave:
-        step = agreement.shielded(enclave)
+        step = agreement.shielded(enclave, options)
         state = tempo.load_sealed(options.exchange / STATE, state_shapes)
         batches = tempo.load_sealed(options.exchange / BATCHES, batch_shapes)
         print(f"host: holds {state[0][1]['kernel']!r} and such")

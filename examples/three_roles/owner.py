@@ -48,7 +48,7 @@ def send(options: argparse.Namespace) -> None:
     asked = policy(options)
     state, batches = agreement.initial_state(), secret_batches(options)
     with tempo.Enclave.connect(options.client, policy=asked, identity=identity) as enclave:
-        digest = agreement.shielded(enclave).provision(state, batches[0])
+        digest = agreement.shielded(enclave, options).provision(state, batches[0])
         tempo.save_sealed(options.exchange / STATE, enclave.seal(state))
         tempo.save_sealed(options.exchange / BATCHES, enclave.seal(batches))
     print(f"owner: provisioned program {digest[:16]}…, sealed {len(batches)} batches; leaving")

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 import tempo_jax as tempo
-from enclave_runtime import integrity
+from enclave_runtime import checksum, integrity
 from enclave_runtime.encryption import session_keys
 from enclave_runtime.executor import Executor
 from enclave_runtime.integrity import Check, IntegrityError, Verifier, excess, matches, multiply
@@ -41,7 +42,7 @@ from enclave_runtime.products import (
     unit_roundoff,
 )
 from enclave_runtime.program import ArrayType, Program, ProgramError
-from enclave_runtime.run import Run
+from enclave_runtime.run import Run, RunError
 from enclave_runtime.schemes import make_scheme
 from enclave_runtime.session import RequestError, Session
 from enclave_runtime.wire import Frame, Kind
@@ -363,6 +364,26 @@ def test_verifier_keeps_copies_until_the_last_use():
     verifier.forget(len(program.segments))
     with pytest.raises(KeyError):
         verifier.checked(uploads[0][1], right, stream)
+
+
+@pytest.mark.parametrize("name", ["forward", "batched", "convolution"])
+@pytest.mark.parametrize("value", [1e100, 1e155, 1e200, 1e307])
+def test_nothing_passes_by_its_size(name, value):
+    # What comes back counts for the tolerance, so that its squares must not overflow.
+    case = random_case(name, "float64")
+    assert case.matches(np.full_like(case.out, value)) is False
+    assert case.matches(altered(case.out, np.random.default_rng(0), value)) is False
+
+
+@pytest.mark.parametrize("scales", [(1e100, 1e100), (1e200, 1e-150), (1e-100, 1e-100)])
+def test_squares_that_leave_float64_do_not_matter(scales):
+    case = random_case("forward", "float64")
+    scaled = returned(FORWARD, case.lhs * scales[0], case.rhs * scales[1])
+    rng = np.random.default_rng(8)
+    for _ in range(20):
+        assert scaled.matches(scaled.out) is True
+        error = ERROR * case.rms * scales[0] * scales[1]
+        assert scaled.matches(altered(scaled.out, rng, error)) is False
 
 
 # What a program may say
@@ -1024,3 +1045,63 @@ def test_a_wrong_repeat_counts_and_ends_the_run(session, monkeypatch):
         run.segment(1, 0)  # the run itself refuses, before the session forgets it
     abort(session, number)
     assert session._wrong_products == 1 and not session._runs
+
+
+def leaf_with_a_checksum() -> Any:
+    """In place of a stored leaf, for what is asked of it before it is unblinded."""
+    return types.SimpleNamespace(checksum={}, source="here")
+
+
+def test_leaves_that_come_back_are_no_more_tries_than_are_left(session, monkeypatch):
+    # Else a host could bring a thousand wrong leaves at once before any of them has been counted.
+    entry, content = leaf_with_a_checksum(), np.zeros(0)
+    comparing, going_on, tries = threading.Event(), threading.Event(), []
+
+    def wrong(*_: Any) -> None:
+        tries.append(1)
+        comparing.set()
+        assert going_on.wait(30)
+        raise IntegrityError("wrong leaf")
+
+    monkeypatch.setattr(checksum, "check_leaf", wrong)
+    session._wrong_products = integrity.MAX_WRONG_PRODUCTS - 2
+    number, _ = opened(session)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(session._unblinded, entry, content)
+        assert comparing.wait(30)
+        for request in (lambda: session._unblinded(entry, content), lambda: opened(session)):
+            with pytest.raises(RequestError, match="1 leaves are being compared, together at most"):
+                request()
+        going_on.set()
+        with pytest.raises(IntegrityError, match="wrong leaf"):
+            first.result(30)
+    assert len(tries) == 1 and session._wrong_products == integrity.MAX_WRONG_PRODUCTS - 1
+    with pytest.raises(RequestError, match="commit or abort a run first"):
+        session._unblinded(entry, content)
+    abort(session, number)
+    with pytest.raises(IntegrityError, match="wrong leaf"):
+        session._unblinded(entry, content)
+    with pytest.raises(IntegrityError, match="256 wrong products"):
+        session._unblinded(entry, content)
+    assert len(tries) == 2
+
+
+def test_a_leaf_that_is_right_is_no_try(session, monkeypatch):
+    entry = leaf_with_a_checksum()
+    monkeypatch.setattr(checksum, "check_leaf", lambda *_: None)
+    session._wrong_products = integrity.MAX_WRONG_PRODUCTS - 1
+    for _ in range(3):
+        with pytest.raises(AttributeError):  # only after the comparison: there is no scheme
+            session._unblinded(entry, np.zeros(0))
+    assert session._wrong_products == integrity.MAX_WRONG_PRODUCTS - 1
+    opened(session)
+
+
+def test_a_wrong_leaf_ends_the_run_that_it_was_brought_for(session):
+    number, run = opened(session)
+    run.awaiting = {0}
+    with pytest.raises(RequestError, match="does not lie on the devices"):
+        session.handle(Frame(Kind.SETTLE, 1, {"run": number, "offsets": {"0": 0}, "blind_at": {}}))
+    assert not session._runs
+    with pytest.raises(RunError, match="has failed"):
+        run.segment(1, 0)

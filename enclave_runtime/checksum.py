@@ -30,11 +30,13 @@ notice; such leaves stay in the enclave.)
 What escapes. An error in a product or a leaf by more than the tolerance escapes with 2⁻¹⁶ at
 most. R serves many comparisons, but up to the first that fails their outcomes are all alike and
 tell nothing, so that the bound holds for every lie up to then; with it R is spent for products,
-and the leaf can only be brought in, in at most `MAX_FAILURES` attempts. What is below the
-tolerance counts by the *leaf*: an error in one element of an update is noticed from about
-``5 n u √w`` of the RMS of the weight's row on (n runs, w columns; 3·10⁻⁵ for 8 and 128), and
-errors in all of a row together from ``5 n u`` of its norm on, not from a share of the update.
-Where a sketch or an operand is not finite, nothing can be compared and the run stops.
+in every run that is open, and the leaf can only be brought in, in at most `MAX_FAILURES`
+attempts. What is below the tolerance counts by the *leaf*: an error in one element of an update
+is noticed from about ``5 n u √w`` of the RMS of the weight's row on (n runs, w columns; 3·10⁻⁵
+for 8 and 128), and errors in all of a row together from ``5 n u`` of its norm on, not from a
+share of the update.
+Where a sketch or an operand is not finite, or its squares leave float64, nothing can be compared
+and the run stops; nothing passes against a tolerance that is not finite.
 
 Trusted; called by `run` and `session`.
 """
@@ -53,7 +55,7 @@ import numpy as np
 from jax import lax
 
 from enclave_runtime import updates
-from enclave_runtime.integrity import FAINT_ROW, IntegrityError, convolve
+from enclave_runtime.integrity import FAINT_ROW, IntegrityError, convolve, scale_of
 from enclave_runtime.keys import KeyStream
 from enclave_runtime.products import (
     CHECKSUM_ROUNDING,
@@ -73,6 +75,10 @@ MAX_FAILURES = 8  # comparisons of a leaf with one checksum that may fail
 _SUMMATION = 1e-12  # rounding of the sketches themselves, in float64
 
 
+class SpentSignsError(Exception):
+    """A product with a leaf whose signs are spent, so that it was not compared."""
+
+
 class Signs:
     """R, with what bounds its use. Shared by all sketches that are ever added up.
 
@@ -80,7 +86,7 @@ class Signs:
       limit: runs that may use it.
       uses: runs that did, whether or not they were committed.
       failures: comparisons that failed.
-      lock: held during a comparison with a leaf that is brought in.
+      lock: held during a comparison, so that the next one knows how it ended.
     """
 
     def __init__(self, array: ArrayType, axes: Axes, stream: KeyStream):
@@ -124,7 +130,10 @@ class Sketch(NamedTuple):
     @property
     def norms(self) -> np.ndarray:
         """Norm of each row of each block, as far as the 16 vectors show it."""
-        return np.sqrt(np.mean(np.square(self._by_vector), axis=-1))
+        largest = np.max(np.abs(self._by_vector), axis=-1, keepdims=True)
+        # Squares of what is scaled to 1 do not overflow.
+        scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
+        return scale[..., 0] * np.sqrt(np.mean(np.square(self._by_vector / scale), axis=-1))
 
     @property
     def _by_vector(self) -> np.ndarray:
@@ -192,10 +201,13 @@ class _Operands(NamedTuple):
         return _narrowed(self.product, lhs, rhs, self.which, self.axes)
 
 
-def _tolerance(energy: jax.Array, terms: int, use: _Operands, unit: float) -> jax.Array:
+def _tolerance(
+    energy: jax.Array, terms: int, use: _Operands, unit: float, scale: jax.Array | float = 1.0
+) -> jax.Array:
+    """What rounding may make of a row with this energy, in units of `scale` squared."""
     tiny = 10 * float(np.finfo(np.dtype(use.dtype)).tiny) * math.sqrt(terms * use.width)
     energy = energy + FAINT_ROW**2 * jnp.mean(energy)
-    return CHECKSUM_ROUNDING * rounding(terms, use.width, unit) * jnp.sqrt(energy) + tiny
+    return CHECKSUM_ROUNDING * rounding(terms, use.width, unit) * scale * jnp.sqrt(energy) + tiny
 
 
 def _row_energy(x: jax.Array, within: jax.Array, axes: Axes) -> jax.Array:
@@ -232,8 +244,11 @@ def _product_excess(
     out: jax.Array,
     sketch: tuple[jax.Array, jax.Array, jax.Array],
     matrix: jax.Array,
-) -> jax.Array:
-    """The largest deviation of a product with a leaf over its tolerance."""
+) -> tuple[jax.Array, jax.Array]:
+    """Whether a product with a leaf can be compared, and its largest deviation over its tolerance.
+
+    What comes back widens the tolerance, so that no value of it may make that infinite.
+    """
     values, norms, drift = sketch
     wide, exact = np.dtype(use.dtype), other.astype(np.float64)
     shapes = (shape, other.shape) if use.which == 0 else (other.shape, shape)
@@ -241,11 +256,17 @@ def _product_excess(
     unit = unit_roundoff(other.dtype.name, use.dtype)
     expected = use.both(values.astype(wide), other.astype(wide)).astype(np.float64)
     given = _project(out.astype(wide), matrix, out_axes).astype(np.float64)
-    energy = use.both(jnp.square(norms), jnp.square(exact))
-    energy += _row_energy(out, jnp.abs(matrix[..., :1]), out_axes)
-    tolerance = _tolerance(energy, terms, use, unit) + DRIFT * use.both(drift, jnp.abs(exact))
-    difference = jnp.abs(given - expected)
-    return jnp.max(difference.reshape(*tolerance.shape, VECTORS) / tolerance[..., None])
+    sizes = [scale_of(x) for x in (norms, exact, out.astype(np.float64))]
+    scale = jnp.maximum(sizes[0] * sizes[1], sizes[2])
+    energy = use.both(jnp.square(norms / sizes[0]), jnp.square(exact / sizes[1]))
+    energy *= jnp.square(sizes[0] * sizes[1] / scale)
+    energy += _row_energy(out / scale, jnp.abs(matrix[..., :1]), out_axes)
+    drifted = DRIFT * use.both(drift, jnp.abs(exact))
+    comparable = jnp.all(jnp.isfinite(drifted)) & jnp.isfinite(sizes[0] * sizes[1])
+    tolerance = _tolerance(energy, terms, use, unit, scale) + drifted
+    difference = jnp.abs(given - expected).reshape(*tolerance.shape, VECTORS)
+    difference = jnp.where(jnp.isfinite(tolerance)[..., None], difference, jnp.inf)
+    return comparable, jnp.max(difference / tolerance[..., None], initial=0)
 
 
 def sketch(signs: Signs, x: np.ndarray, axes: Axes) -> Sketch:
@@ -265,6 +286,7 @@ def product_sketch(
     return Sketch(signs, np.asarray(values), np.asarray(drift))
 
 
+@np.errstate(all="ignore")  # what is not finite is refused where it is compared
 def apply(update: Update, operands: Sequence[Sketch], axes: Axes, factor: float) -> Sketch:
     """The sketch of an update's result along `axes`; for all but products."""
     first, unit = operands[0], unit_roundoff(update.dtype)
@@ -281,7 +303,7 @@ def apply(update: Update, operands: Sequence[Sketch], axes: Axes, factor: float)
         order = (*(sorted(old).index(a) for a in old), len(kept))
         return Sketch(first.signs, *(np.transpose(x, order) for x in first[1:]))
     if update.kind in (updates.SCALE, updates.DIVIDE):
-        scale = factor if update.kind == updates.SCALE else 1 / factor
+        scale = factor if update.kind == updates.SCALE else float(np.divide(1.0, factor))
         scaled = Sketch(first.signs, scale * first.values, abs(scale) * first.drift)
         return scaled.rounded(unit)
     assert update.kind in (updates.ADD, updates.SUB)
@@ -320,7 +342,7 @@ def leaf_use(product: Product, ranks: tuple[int, int], which: int) -> LeafUse:
 def check_product(
     use: LeafUse, leaf: Sketch, shape: Axes, other: jax.Array, out: jax.Array, source: str
 ) -> None:
-    """Raises `IntegrityError` unless `out` is the product of a leaf and what was sent.
+    """Checks that `out` is the product of a leaf and what was sent.
 
     Args:
       use: how the leaf is used.
@@ -329,30 +351,47 @@ def check_product(
       other: the other operand.
       out: a private copy of what came back.
       source: names the product.
+
+    Raises:
+      IntegrityError: it is not, or its operands allow no comparison.
+      SpentSignsError: a comparison under these signs failed before, in whatever run.
     """
-    if not (np.all(np.isfinite(leaf.values)) and bool(jnp.all(jnp.isfinite(other)))):
-        raise IntegrityError(
-            f"an operand is not finite, so that nothing can be checked: {source}. The run was "
-            "stopped, and the last committed state stands"
-        )
     operands = _Operands(use.product, use.which, use.axes, out.dtype.name, leaf.signs.width)
     parts = (leaf.values, leaf.norms, leaf.drift)
-    worst = _product_excess(operands, shape, use.out_axes, other, out, parts, leaf.signs.matrix)
-    if not worst <= 1:  # NaN is not right either
-        leaf.signs.failures += 1
-        raise IntegrityError(
-            f"the devices returned a wrong product: {source}. The run was stopped, "
-            "and the last committed state stands"
+    finite = np.all(np.isfinite(leaf.values)) and bool(jnp.all(jnp.isfinite(other)))
+    with leaf.signs.lock:
+        if leaf.signs.failures > 0:
+            raise SpentSignsError(
+                f"a wrong value of this leaf or of a product with it came back before: {source}. "
+                "The run was stopped, and the last committed state stands. Call again: the leaf "
+                "is then brought in, checked and blinded anew"
+            )
+        comparable, worst = _product_excess(
+            operands, shape, use.out_axes, other, out, parts, leaf.signs.matrix
         )
+        if not (finite and comparable):
+            raise IntegrityError(
+                f"an operand is not finite, or too large, so that nothing can be checked: {source}."
+                " The run was stopped, and the last committed state stands"
+            )
+        if not worst <= 1:  # NaN is not right either
+            leaf.signs.failures += 1
+            raise IntegrityError(
+                f"the devices returned a wrong product: {source}. The run was stopped, "
+                "and the last committed state stands"
+            )
 
 
 def leaf_matches(leaf: Sketch, x: np.ndarray, axes: Axes) -> bool:
     """Whether an array from the devices is the one that a sketch followed."""
     given = sketch(leaf.signs, x, axes)
     tiny = 10 * float(np.finfo(x.dtype).tiny) * math.sqrt(leaf.signs.width)
-    tolerance = DRIFT * leaf.drift + _SUMMATION * (leaf.norms + given.norms) + tiny
-    difference = np.abs(given.values - leaf.values).reshape(*leaf.drift.shape, VECTORS)
-    return bool(np.all(difference <= tolerance[..., None]))
+    with np.errstate(all="ignore"):
+        tolerance = DRIFT * leaf.drift + _SUMMATION * (leaf.norms + given.norms) + tiny
+        difference = np.abs(given.values - leaf.values).reshape(*leaf.drift.shape, VECTORS)
+    # Infinite tolerance would let everything pass.
+    right = np.isfinite(tolerance)[..., None] & (difference <= tolerance[..., None])
+    return bool(np.all(right))
 
 
 def check_leaf(checksum: Checksum, x: np.ndarray, source: str) -> None:

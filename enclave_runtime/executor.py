@@ -18,6 +18,8 @@ import jax.export
 from enclave_runtime.program import ArrayType, KeyClass, Layout
 from enclave_runtime.schemes import Scheme
 
+Compilation = concurrent.futures.Future[object]
+
 
 class Executor:
     """Compiled segments and the pool that compiles them."""
@@ -26,7 +28,7 @@ class Executor:
         self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1, "compile")
         self._compiled: dict[str, concurrent.futures.Future[Callable[..., Sequence[jax.Array]]]]
         self._compiled = {}
-        self._warm: dict[Hashable, concurrent.futures.Future[object]] = {}
+        self._warm: dict[Hashable, Compilation] = {}
 
     def compile(self, blob: bytes) -> str:
         """Starts compiling a serialized program and returns its name, SHA-256 in hex."""
@@ -41,29 +43,30 @@ class Executor:
 
     def warm_up(
         self, scheme: Scheme, array: ArrayType, layout: Layout, classes: tuple[KeyClass, ...]
-    ) -> None:
+    ) -> list[Compilation]:
         """Starts compiling the scheme's kernels for such values."""
         if not layout.keyed:
-            return
+            return []
         keyed = tuple(None if c is None else classes[c].batch for c in layout.classes)
         use = (scheme, array, keyed, layout.weights)
-        self.prepare(use, functools.partial(scheme.warm_up, array, layout, classes))
+        return [self.prepare(use, functools.partial(scheme.warm_up, array, layout, classes))]
 
-    def prepare(self, use: Hashable, function: Callable[[], object]) -> None:
+    def prepare(self, use: Hashable, function: Callable[[], object]) -> Compilation:
         """Starts compiling something else, once for each use."""
         if use not in self._warm:
             self._warm[use] = self._pool.submit(function)
+        return self._warm[use]
 
-    def wait(self, names: Sequence[str]) -> None:
-        """Returns when these programs and all kernels are compiled.
+    def wait(self, names: Sequence[str], kernels: Sequence[Compilation]) -> None:
+        """Returns when these programs and kernels are compiled.
 
         Raises:
           Exception: what the compilation of one of them raised.
         """
         for name in names:
             self._compiled[name].result()
-        for future in self._warm.values():
-            future.result()
+        for kernel in kernels:
+            kernel.result()
 
     def run(self, name: str, inputs: Sequence[jax.Array]) -> Sequence[jax.Array]:
         """Runs a compiled program."""

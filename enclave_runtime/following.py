@@ -42,6 +42,7 @@ def check_program(program: Program) -> None:
         _check_types(Check(crossing.product, lhs, rhs, crossing.blinded))
 
 
+@functools.cache
 def _check_types(check: Check) -> None:
     """Checks that a product fits its operands and gives its result's type.
 

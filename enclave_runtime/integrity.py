@@ -49,7 +49,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from enclave_runtime.executor import Executor
+from enclave_runtime.executor import Compilation, Executor
 from enclave_runtime.keys import KeyStream
 from enclave_runtime.products import (
     ELEMENT_ROUNDING,
@@ -184,6 +184,12 @@ def _dot(large: jax.Array, small: jax.Array, numbers: Any) -> jax.Array:
     return jnp.moveaxis(lax.optimization_barrier(turned), len(batch), -1)
 
 
+def scale_of(x: jax.Array) -> jax.Array:
+    """The largest magnitude, in float64, or 1 where all is zero; squares of ``x / scale`` fit."""
+    largest = jnp.max(jnp.abs(x), initial=0).astype(np.float64)
+    return jnp.where(largest == 0, 1, largest)
+
+
 def excess(
     check: Check, lhs: jax.Array, rhs: jax.Array, out: jax.Array, signs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -204,25 +210,28 @@ def excess(
     blocks, vectors = signs.shape[1:]
     wide = np.dtype(check.out.dtype)
     lhs, rhs = lhs.astype(wide), rhs.astype(wide)
-    # Squares of what is scaled to 1 neither overflow nor vanish.
-    largest = [jnp.max(jnp.abs(x)) for x in (lhs, rhs, out)]
-    scales = [jnp.where(m > 0, m, 1) for m in largest]
-    bound = largest[0].astype(np.float64) * largest[1].astype(np.float64) * (terms * columns)
+    # Squares of what is scaled to 1 neither overflow nor vanish. The host chooses `out`, so that
+    # an energy that it brings to overflow would make the tolerance infinite.
+    scales = [scale_of(x) for x in (lhs, rhs, out)]
+    unit = scales[0] * scales[1]
+    scale = jnp.maximum(unit, scales[2])
+    bound = unit * (terms * columns) * jnp.any(lhs != 0) * jnp.any(rhs != 0)
     comparable = bound < float(np.finfo(wide).max) / 4
     combine = signs.astype(wide).reshape(columns, blocks * vectors)
     expected = _through(check, lhs, rhs, combine)
     given = _columns_last(check, out)
     difference = jnp.abs(given @ combine - expected).astype(np.float64)
     within = jnp.abs(signs[..., 0]).astype(wide)  # which block each column is in
-    squares = (jnp.square(lhs / scales[0]), jnp.square(rhs / scales[1]))
-    terms_energy = _through(check, *squares, within).astype(np.float64)
-    row_energy = (jnp.square(given / scales[2]) @ within).astype(np.float64)
-    unit = scales[0].astype(np.float64) * scales[1].astype(np.float64)
-    energy = terms_energy * unit**2 + row_energy * scales[2].astype(np.float64) ** 2
+    scaled = (lhs / scales[0].astype(wide), rhs / scales[1].astype(wide))
+    terms_energy = _through(check, jnp.square(scaled[0]), jnp.square(scaled[1]), within).astype(
+        np.float64
+    )
+    row_energy = (jnp.square(given / scales[2].astype(wide)) @ within).astype(np.float64)
+    energy = terms_energy * (unit / scale) ** 2 + row_energy * (scales[2] / scale) ** 2
     energy += FAINT_ROW**2 * jnp.mean(energy)
     # Devices flush what is smaller to zero, at random places.
     tiny = 10 * float(np.finfo(wide).tiny) * math.sqrt(terms * width)
-    tolerance = rounding(terms, width, check.unit) * jnp.sqrt(energy) + tiny
+    tolerance = rounding(terms, width, check.unit) * scale * jnp.sqrt(energy) + tiny
     by_block = difference.reshape(*difference.shape[:-1], blocks, vectors)
     return comparable, jnp.max(by_block / tolerance[..., None])
 
@@ -241,11 +250,15 @@ def _rounded(check: Check, lhs: jax.Array, rhs: jax.Array, out: jax.Array) -> ja
     convolutions compute with differences; the bound leaves room for both.
     """
     double = dataclasses.replace(check, out=ArrayType(check.out.shape, "float64"))
-    lhs, rhs, given = (x.astype(np.float64) for x in (lhs, rhs, out))
+    # Squares of large values would leave float64, and so make the tolerance infinite.
+    scales = [jnp.maximum(scale_of(x), 1) for x in (lhs, rhs)]
+    lhs, rhs = (x.astype(np.float64) / s for x, s in zip((lhs, rhs), scales, strict=True))
+    given = out.astype(np.float64) / scales[0] / scales[1]
     exact = multiply(double, lhs, rhs)
     energy = multiply(double, jnp.square(lhs), jnp.square(rhs)) + jnp.square(exact)
     tolerance = ELEMENT_ROUNDING * check.unit * jnp.sqrt(energy)
-    tolerance += float(np.finfo(np.dtype(check.out.dtype)).tiny) * check.sizes[0]
+    tiny = float(np.finfo(np.dtype(check.out.dtype)).tiny) * check.sizes[0]
+    tolerance += tiny / scales[0] / scales[1]
     return jnp.all(jnp.abs(given - exact) <= tolerance)
 
 
@@ -298,11 +311,13 @@ def _checks(program: Program) -> dict[int, Check]:
     return checks
 
 
-def prepare(program: Program, executor: Executor) -> None:
+def prepare(program: Program, executor: Executor) -> list[Compilation]:
     """Starts compiling the checks of a program that `following.check_program` let pass."""
+    started = []
     for check in set(_checks(program).values()):
         if math.prod(check.out.shape):
-            executor.prepare(check, functools.partial(_compiled, check))
+            started.append(executor.prepare(check, functools.partial(_compiled, check)))
+    return started
 
 
 class Verifier:
@@ -369,3 +384,10 @@ def private(array: ArrayType) -> np.ndarray:
     start = -raw.ctypes.data % ALIGNMENT
     flat = raw[start : start + array.nbytes]
     return flat.view(np.dtype(array.dtype)).reshape(array.shape)
+
+
+def private_copy(shared: np.ndarray) -> np.ndarray:
+    """What lies in shared memory now, where the host cannot change it any more."""
+    own = private(ArrayType(shared.shape, shared.dtype.name))
+    np.copyto(own, shared)
+    return own

@@ -1,7 +1,7 @@
 """Shared memory between host and enclave: one file of `/dev/shm` for each concurrent run.
 
 The host may change this memory at any time, so the enclave takes shapes and offsets from
-the provisioned program, never from here, and reads each element once. Only blinded
+the provisioned program, never from here, and copies what it reads before using it. Only blinded
 tensors, ciphertext and values the host may know lie in it. Both sides use this module;
 the host creates the file and removes its name as soon as the enclave has mapped it, so
 that nothing is left behind however either process ends.

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from enclave_runtime.checksum import SpentSignsError
 from enclave_runtime.executor import Executor
 from enclave_runtime.following import Follower
-from enclave_runtime.integrity import IntegrityError, Verifier, private
+from enclave_runtime.integrity import IntegrityError, Verifier, private, private_copy
 from enclave_runtime.keys import KeySchedule, KeyStream
 from enclave_runtime.memory import Arena
 from enclave_runtime.program import DEVICE, ENCLAVE, Crossing, Layout, Port, Program
@@ -207,30 +208,30 @@ class Run:
 
     def _receive(self, crossing: Crossing) -> jax.Array:
         """Reads a value from the arena into private memory."""
-        view = self.arena.view(crossing.blinded, crossing.offset)
+        # The host may change shared memory while it is being used, and afterwards.
+        own = private_copy(self.arena.view(crossing.blinded, crossing.offset))
         if not crossing.layout.keyed:
-            return jnp.array(view.copy())
+            return jnp.asarray(own)
         operands = None
         if crossing.operands is not None:
             left, right = crossing.operands
             operands = (self._tensors.get(left), self._tensors.get(right))
         if self._verifier is not None and self._follower is not None:
-            own = private(crossing.blinded)
-            np.copyto(own, view)
             use = ("check", self._number, crossing.value)
             stream = functools.partial(self._schedule.stream, *use)
             try:
                 if any(map(self._follower.is_leaf, crossing.operands or ())):
                     self._follower.check(crossing, own)
-                    view = own
                 else:
-                    view = self._verifier.checked(crossing, own, stream)
+                    own = self._verifier.checked(crossing, own, stream)
+            except SpentSignsError as error:
+                raise RunError(str(error)) from error
             except IntegrityError as error:
                 # At once, so that no other request tries again, and no abort hides it.
                 self.lied, self._failure = True, error
                 raise
         keys = self.keys.of(crossing.layout)
-        return self._scheme.unblind(view, crossing.layout, keys, operands)
+        return self._scheme.unblind(own, crossing.layout, keys, operands)
 
     def set(self, port: Port, value: jax.Array) -> None:
         """Gives the run one of its inputs."""
@@ -255,21 +256,26 @@ class Run:
             self._failure = self._failure or failure
             self._condition.notify_all()
 
-    def segment(self, index: int, worker: int) -> None:
+    def segment(self, index: Any, worker: Any) -> None:
         """Brings one worker's part of a segment; returns when the segment has run.
 
         Raises:
           RunError: out of order, an unknown worker, or a repeat with other bytes.
+          IntegrityError: a product is wrong.
         """
         with self._condition:
             self._raise_failure()
             if self.awaiting:
                 raise RunError(f"the run still awaits {len(self.awaiting)} of its inputs")
+            if type(worker) is not int or type(index) is not int:
+                raise RunError("segments and workers have whole numbers")
             if not 0 <= worker < self._workers:
                 raise RunError(f"worker {worker} of a run with {self._workers}")
-            if index == self._next - 1:
+            if 0 <= index == self._next - 1:
                 self._repeat(index)
                 return
+            if index == self._next == len(self.program.segments):
+                raise RunError(f"segment {index} was asked for after the last")
             if index != self._next or worker in self._arrived:
                 raise RunError(f"segment {index} was asked for, segment {self._next} is next")
             self._arrived.add(worker)
@@ -320,8 +326,7 @@ class Run:
             self._send(crossing)
         if self._follower is not None and index == len(self.program.segments) - 1:
             self._follower.advance()
-        # The host may now overwrite the arena, so nothing may still be reading from it.
-        jax.block_until_ready(self._last_uploads)
+        jax.block_until_ready(self._last_uploads)  # unblinding is this segment's work
         self._doomed = [v for v in segment.dead if v in self._values]
         self.busy_seconds += time.perf_counter() - start
 

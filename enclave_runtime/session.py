@@ -8,12 +8,13 @@ shapes and numbers of the program, never values; the detail goes to the enclave'
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,11 @@ import numpy as np
 from enclave_runtime import calibration, checksum, encryption, following, integrity
 from enclave_runtime.checkpointing import Checkpointing
 from enclave_runtime.encryption import SessionKeys
-from enclave_runtime.executor import Executor
-from enclave_runtime.integrity import MAX_WRONG_PRODUCTS, IntegrityError
+from enclave_runtime.executor import Compilation, Executor
+from enclave_runtime.integrity import MAX_WRONG_PRODUCTS, IntegrityError, private_copy
 from enclave_runtime.keys import KeySchedule
 from enclave_runtime.memory import Arena
-from enclave_runtime.program import DEVICE, PUBLIC, ArrayType, Program
+from enclave_runtime.program import DEVICE, PUBLIC, ArrayType, Port, Program
 from enclave_runtime.run import Run, RunError
 from enclave_runtime.schemes import Scheme, make_scheme
 from enclave_runtime.store import Blinded, Resident, Store
@@ -44,6 +45,15 @@ class UnprovisionedError(RequestError):
     """The host asks for a program that the client did not provision."""
 
 
+class _Provisioned(NamedTuple):
+    """A program with its constants, and the compilation of the kernels that its runs wait for."""
+
+    program: Program
+    scheme: Scheme
+    constants: dict[int, jax.Array]
+    kernels: tuple[Compilation, ...]
+
+
 class Session:
     """State shared by all connections of one session."""
 
@@ -53,7 +63,7 @@ class Session:
         self._schedule = KeySchedule()
         self._executor = Executor()
         self._store = Store()
-        self._programs: list[tuple[Program, Scheme, dict[int, jax.Array]]] = []
+        self._programs: list[_Provisioned] = []
         self._numbers: dict[str, int] = {}  # by digest; of equal ones the latest
         self._costs: dict[str, Any] | None = None
         self._measuring = threading.Lock()
@@ -65,6 +75,8 @@ class Session:
         self._busy_seconds = 0.0
         self._blindings = 0
         self._wrong_products = 0
+        self._comparing = 0  # leaves that are being held to their checksums
+        self._adopting = threading.Lock()
         self._handlers: dict[Kind, Callable[[dict[str, Any], bytes], Answer]] = {
             Kind.MAP: self._map,
             Kind.UNMAP: self._unmap,
@@ -141,9 +153,10 @@ class Session:
         for segment in program.segments:
             if not self._executor.has(segment.executable):
                 raise RequestError("a segment's executable was not provisioned")
+        kernels: list[Compilation] = []
         if program.verify:
             following.check_program(program)
-            integrity.prepare(program, self._executor)
+            kernels += integrity.prepare(program, self._executor)
         constants = {}
         if separate:
             for port in program.constants:
@@ -160,14 +173,15 @@ class Session:
                 constants[port.value] = self._decrypted(arena, port.array, offset)
         crossings = [c for s in program.segments for c in (*s.uploads, *s.downloads)]
         for c in crossings:
-            self._executor.warm_up(scheme, c.array, c.layout, program.classes)
+            kernels += self._executor.warm_up(scheme, c.array, c.layout, program.classes)
         for port in program.inputs:
             if port.place == DEVICE:
-                self._executor.warm_up(scheme, port.array, port.layout, program.classes)
+                kernels += self._executor.warm_up(scheme, port.array, port.layout, program.classes)
+        digest = program.digest
         with self._lock:
-            self._programs.append((program, scheme, constants))
-            number = self._numbers[program.digest] = len(self._programs) - 1
-            return {"program": number, "digest": program.digest}
+            self._programs.append(_Provisioned(program, scheme, constants, tuple(kernels)))
+            number = self._numbers[digest] = len(self._programs) - 1
+            return {"program": number, "digest": digest}
 
     def _find(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         """The number of the program that the client provisioned under this digest."""
@@ -181,8 +195,8 @@ class Session:
             raise RequestError("an offset is not a number")
         size = array.nbytes + encryption.OVERHEAD_BYTES
         # A private copy first: the host may change shared memory while it is being decrypted.
-        private = arena.view(ArrayType((size,), "uint8"), offset).copy()
-        return self._decrypted_copy(private, array)
+        own = private_copy(arena.view(ArrayType((size,), "uint8"), offset))
+        return self._decrypted_copy(own, array)
 
     def _decrypted_copy(self, private: np.ndarray, array: ArrayType) -> jax.Array:
         plain = encryption.decrypt_array(
@@ -204,7 +218,7 @@ class Session:
         wanted = fields["program"]
         if not _is_index(wanted, len(self._programs)):
             raise RequestError("no such program was provisioned")
-        program, scheme, constants = self._programs[wanted]
+        program, scheme, constants, kernels = self._programs[wanted]
         self._refuse_after_lies(program)
         workers = fields["workers"]
         if type(workers) is not int or not 0 < workers <= 4096:
@@ -212,7 +226,7 @@ class Session:
         inputs, blind_at = fields["inputs"], fields["blind_at"]
         if not len(inputs) == len(program.inputs) == len(blind_at):
             raise RequestError(f"the program takes {len(program.inputs)} inputs")
-        self._executor.wait([s.executable for s in program.segments])
+        self._executor.wait([s.executable for s in program.segments], kernels)
         arena = self._arena(fields)
         number = next(self._run_numbers)
         run = Run(
@@ -237,13 +251,13 @@ class Session:
                         "verify as well, or accept the value as it is: "
                         "`enclave.seal(enclave.open(x))`."
                     )
-                elif port.place == DEVICE and run.adopt(port, entry):
+                elif port.place == DEVICE and self._adopted(run, port, entry):
                     continue
                 else:
                     upload.append(index)
                     continue
             elif port.place == PUBLIC:
-                value = jnp.array(arena.view(port.array, given["offset"]).copy())
+                value = jnp.asarray(private_copy(arena.view(port.array, given["offset"])))
             else:
                 value = self._decrypted(arena, port.array, given["offset"])
             if port.place == DEVICE:
@@ -257,6 +271,11 @@ class Session:
         self._admit(number, run)
         return {"run": number, "upload": upload, "download": [index for index, _ in blind]}
 
+    def _adopted(self, run: Run, port: Port, entry: Blinded) -> bool:
+        """As `Run.adopt`, which looks whether keys and signs may serve and then counts the use."""
+        with self._adopting:
+            return run.adopt(port, entry)
+
     def _run(self, fields: dict[str, Any]) -> Run:
         run = self._runs.get(fields["run"])
         if run is None:
@@ -266,6 +285,11 @@ class Session:
     def _settle(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         """Takes inputs that lie on the devices from the arena, blinding again where wanted."""
         run = self._run(fields)
+        with self._failing(fields["run"], run):
+            return {"download": self._settled(run, fields)}
+
+    def _settled(self, run: Run, fields: dict[str, Any]) -> list[int]:
+        """Gives a run the inputs that are brought; returns those that it blinded again."""
         download = []
         for key, offset in fields["offsets"].items():
             index = int(key)
@@ -274,25 +298,30 @@ class Session:
             entry = self._store.get(handle) if handle else None
             if not isinstance(entry, Blinded):
                 raise RequestError(f"input {index} does not lie on the devices")
-            value = self._unblinded(entry, run.arena.view(entry.array, offset))
-            value.block_until_ready()
+            value = self._unblinded(entry, private_copy(run.arena.view(entry.array, offset)))
             if port.place == DEVICE:
                 run.blind(port, value, fields["blind_at"][key])
                 download.append(index)
             else:
                 run.set(port, value)
-        return {"download": download}
+        return download
 
     def _segment(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         run = self._run(fields)
-        try:
+        with self._failing(fields["run"], run):
             self._refuse_after_lies(run.program)
             run.segment(fields["segment"], fields["worker"])
+        return {}
+
+    @contextlib.contextmanager
+    def _failing(self, number: int, run: Run) -> Iterator[None]:
+        """Ends the run if what is inside fails."""
+        try:
+            yield
         except BaseException as error:
             run.fail(error)
-            self._end(fields["run"], run)
+            self._end(number, run)
             raise
-        return {}
 
     def _admit(self, number: int, run: Run) -> None:
         """Opens a run; no more that verify than there may still be wrong products.
@@ -304,15 +333,47 @@ class Session:
           RequestError: too many runs that verify are open.
         """
         with self._lock:
-            self._refuse_after_lies(run.program)
-            verifying = sum(other.program.verify for other in self._runs.values())
-            if run.program.verify and self._wrong_products + verifying >= MAX_WRONG_PRODUCTS:
-                raise RequestError(
-                    f"{verifying} runs that verify are open and {self._wrong_products} wrong "
-                    f"products came back, together at most {MAX_WRONG_PRODUCTS}: commit or abort "
-                    "a run first"
-                )
+            if run.program.verify:
+                self._refuse_beyond_attempts()
             self._runs[number] = run
+
+    @contextlib.contextmanager
+    def _attempt(self) -> Iterator[None]:
+        """Admits one comparison of a leaf like a run, and counts it if it fails.
+
+        Raises:
+          IntegrityError: the host tried its luck too often.
+          RequestError: too much that may still fail is going on.
+        """
+        with self._lock:
+            self._refuse_beyond_attempts()
+            self._comparing += 1
+        wrong = True
+        try:
+            yield
+            wrong = False
+        finally:
+            with self._lock:
+                self._comparing -= 1
+                self._wrong_products += wrong
+
+    def _refuse_beyond_attempts(self) -> None:
+        """Bounds how many wrong values may come back, counting what is going on; under the lock.
+
+        Raises:
+          IntegrityError: the host tried its luck too often.
+          RequestError: too much that may still fail is going on.
+        """
+        if self._wrong_products >= MAX_WRONG_PRODUCTS:
+            raise IntegrityError(self._too_many_lies)
+        verifying = sum(run.program.verify for run in self._runs.values())
+        if self._wrong_products + verifying + self._comparing >= MAX_WRONG_PRODUCTS:
+            leaves = f", {self._comparing} leaves are being compared" if self._comparing else ""
+            raise RequestError(
+                f"{verifying} runs that verify are open and {self._wrong_products} wrong "
+                f"products came back{leaves}, together at most {MAX_WRONG_PRODUCTS}: commit or "
+                "abort a run first"
+            )
 
     def _end(self, number: int, run: Run) -> None:
         """Forgets a run. A wrong product counts once, whichever request ends its run first."""
@@ -410,29 +471,23 @@ class Session:
                 f"{array.dtype}{list(array.shape)}"
             )
         if isinstance(entry, Blinded):
-            # Without keyed axes this may be the arena itself, which the answer overwrites.
-            return np.array(self._unblinded(entry, arena.view(entry.array, offset)))
+            return np.asarray(self._unblinded(entry, private_copy(arena.view(entry.array, offset))))
         return np.asarray(entry.value)
 
     def _unblinded(self, entry: Blinded, blinded: np.ndarray) -> jax.Array:
         """A value that comes back from the devices, held to its checksum if it has one.
 
+        Args:
+          entry: its keys.
+          blinded: a private copy: the host may change shared memory after it was checked.
+
         Raises:
           IntegrityError: it is another one, or too many wrong ones came back before.
+          RequestError: too much that may bring a wrong one is going on.
         """
         if entry.checksum is not None:
-            if self._wrong_products >= MAX_WRONG_PRODUCTS:
-                raise IntegrityError(self._too_many_lies)
-            # A private copy: the host may change shared memory after it was checked.
-            own = integrity.private(entry.array)
-            np.copyto(own, blinded)
-            blinded = own
-            try:
+            with self._attempt():
                 checksum.check_leaf(entry.checksum, blinded, entry.source)
-            except IntegrityError:
-                with self._lock:
-                    self._wrong_products += 1
-                raise
         return entry.scheme.unblind(blinded, entry.layout, entry.keys, operands=None)
 
     def _free(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:

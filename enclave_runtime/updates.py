@@ -70,7 +70,8 @@ class Update:
         require(isinstance(fields, dict), "an update is not an object")
         kind, operands = fields.get("kind"), items(fields.get("operands"), "operands")
         scaled = kind in (SCALE, DIVIDE)
-        require(scaled or kind in _OPERANDS, "an update is of an unknown kind")
+        known = isinstance(kind, str) and (scaled or kind in _OPERANDS)
+        require(known, "an update is of an unknown kind")
         factor = fields.get("factor")
         if factor is not None:
             require(scaled and type(factor) is float, "an update's factor is not a number")

@@ -1,6 +1,8 @@
 """Leaves on the devices in whole steps, against devices that leave updates out or falsify them."""
 
+import concurrent.futures
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,11 +14,12 @@ import pytest
 
 import tempo_jax as tempo
 from tempo_jax import errors
+from tempo_jax._runtime import Runtime
 from tempo_jax._sealed import SealedArray, is_sealed
 from tempo_jax.schemes import Orthogonal, SignedPermutation, Tempo
 from tests.interpreter import plan
 from tests.steps import assert_close, comparable, uniform
-from tests.verification import ERROR, MOMENTUM, Alter, lying, mlp_training, rms
+from tests.verification import MOMENTUM, Alter, lying, mlp_training, one_element
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +71,6 @@ def test_training_equals_the_plain_step(watchful, scheme, tx):
 
 def on_devices_of(function: Any, state: Any, x: Any) -> int:
     return len(function.explain(state, x).resident)
-
-
-def one_element(x: np.ndarray) -> np.ndarray:
-    """Makes one element wrong by `ERROR` of the RMS."""
-    x = np.array(x)
-    x.reshape(-1)[x.size // 2] += ERROR * rms(x)
-    return x
 
 
 def with_content(sealed: Any, content: Any) -> SealedArray:
@@ -350,3 +346,36 @@ def test_checked_leaves_inside_jit(watchful):
     for _ in range(19):
         expected, _ = jax.jit(step)(expected, watchful.open(x))
     assert_close(watchful.open(state), expected)
+
+
+def test_a_wrong_product_spends_the_signs_in_runs_that_are_open(watchful, trained):
+    step, *_ = mlp_training(MOMENTUM)
+    function, arguments = trained.function, (trained.state, trained.x)
+    liar = shielded(watchful, step, donate=False)
+    expected = comparable(watchful.open(liar(*arguments)[0]))
+    waiting = function._runtime(function._program(function._signature(arguments, {})))
+    visit, begun, lied = Runtime._visit, threading.Event(), threading.Event()
+
+    def intercepted(self: Any, run: Any, number: int, index: int, uploads: Any) -> Any:
+        if self is not waiting:
+            uploads = [one_element(np.array(x)) for x in uploads]
+        elif index == 0:
+            begun.set()
+            assert lied.wait(60)
+        return visit(self, run, number, index, uploads)
+
+    lies = watchful.statistics()["wrong_products"]
+    with pytest.MonkeyPatch.context() as patched, concurrent.futures.ThreadPoolExecutor() as pool:
+        patched.setattr(Runtime, "_visit", intercepted)
+        honest = pool.submit(function, *arguments)
+        try:
+            assert begun.wait(60)
+            with pytest.raises(errors.IntegrityError, match="wrong product: dot_general"):
+                liar(*arguments)
+        finally:
+            lied.set()
+        with pytest.raises(errors.EnclaveError, match="came back before: dot_general.* Call again"):
+            honest.result(60)
+    # What was not compared is no lie; the next call brings the leaf in and goes on.
+    assert watchful.statistics()["wrong_products"] == lies + 1
+    assert_close(comparable(watchful.open(function(*arguments)[0])), expected)

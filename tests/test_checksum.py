@@ -12,13 +12,29 @@ import numpy as np
 import pytest
 
 from enclave_runtime import checksum, updates
-from enclave_runtime.checksum import MAX_FAILURES, Signs, Sketch, leaf_matches, leaf_use
+from enclave_runtime.checksum import (
+    MAX_FAILURES,
+    Signs,
+    Sketch,
+    SpentSignsError,
+    leaf_matches,
+    leaf_use,
+)
 from enclave_runtime.following import Follower
 from enclave_runtime.integrity import IntegrityError
 from enclave_runtime.products import DotGeneral, checksum_limit, checksum_resolution, checksum_width
 from enclave_runtime.updates import Update
 from tempo_jax.schemes import SignedPermutation
-from tests.verification import ERROR, FORWARD, TO_WEIGHT, array_type, planned_training, rms, stream
+from tests.verification import (
+    ERROR,
+    FORWARD,
+    TO_WEIGHT,
+    array_type,
+    one_element,
+    planned_training,
+    rms,
+    stream,
+)
 
 RIGHT, LEFT = (1,), (0,)  # the projections of a matrix
 
@@ -84,6 +100,7 @@ def forward_passes(
     row = rng.integers(0, out.shape[0])
     out[row, rng.integers(0, out.shape[1])] += error * rms(out[row])
     use = leaf_use(FORWARD, (2, 2), 1)
+    leaf.signs.failures = 0  # each is tried as if it were the first
     try:
         checksum.check_product(use, leaf, weight.shape, jnp.asarray(x), jnp.asarray(out), "here")
     except IntegrityError:
@@ -237,3 +254,86 @@ def test_values_that_are_not_finite_stop_the_run():
         checksum.check_product(
             *(leaf_use(FORWARD, (2, 2), 1), sketched(weight, RIGHT), (4, 3), x, x @ weight, "here")
         )
+
+
+def float64_leaf(scale: float = 1.0) -> tuple[Sketch, np.ndarray, np.ndarray]:
+    """The sketch of a leaf, the leaf, and an operand of a product with it."""
+    rng = np.random.default_rng(6)
+    weight = scale * rng.standard_normal((24, 16))
+    return sketched(weight, RIGHT), weight, scale * rng.standard_normal((8, 24))
+
+
+@pytest.mark.parametrize("value", [1e100, 1e155, 1e200, 1e307, np.inf, -np.inf, np.nan])
+def test_nothing_passes_by_its_size(value):
+    # What comes back counts for the tolerance, so that its squares must not overflow.
+    leaf, weight, x = float64_leaf()
+    wrong = weight.copy()
+    wrong[3] = value
+    assert not leaf_matches(leaf, np.full_like(weight, value), RIGHT)
+    assert not leaf_matches(leaf, wrong, RIGHT)
+    use = leaf_use(FORWARD, (2, 2), 1)
+    for out in (np.full((8, 16), value), np.where(np.arange(16) == 3, value, x @ weight)):
+        leaf.signs.failures = 0
+        with pytest.raises(IntegrityError, match="wrong product: here"):
+            checksum.check_product(
+                *(use, leaf, weight.shape, jnp.asarray(x), jnp.asarray(out), "here")
+            )
+        assert leaf.signs.failures == 1
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e100])
+def test_large_and_small_leaves_are_held_to_the_same(scale):
+    # Squares of such products leave float64's range.
+    leaf, weight, x = float64_leaf(scale)
+    assert leaf_matches(leaf, weight, RIGHT)
+    assert not leaf_matches(leaf, scale * one_element(weight / scale), RIGHT)
+    use, operand, out = leaf_use(FORWARD, (2, 2), 1), jnp.asarray(x), x @ weight
+    checksum.check_product(use, leaf, weight.shape, operand, jnp.asarray(out), "here")
+    out[5, 7] += ERROR * rms(out / scale**2) * scale**2
+    with pytest.raises(IntegrityError, match="wrong product: here"):
+        checksum.check_product(use, leaf, weight.shape, operand, jnp.asarray(out), "here")
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_leaf_that_was_never_finite_is_not_taken(value):
+    leaf, weight, x = float64_leaf()
+    rounded = leaf.rounded(2.0**-53)
+    scaled = checksum.apply(update(updates.SCALE, (1,), (24, 16)), [rounded], RIGHT, value)
+    assert not np.isfinite(scaled.drift).any()
+    for content in (weight, value * weight, np.full_like(weight, value)):
+        assert not leaf_matches(scaled, content, RIGHT)
+
+
+def test_products_whose_tolerance_overflows_are_not_taken():
+    leaf, weight, x = float64_leaf()
+    leaf = leaf._replace(drift=np.full_like(leaf.drift, 1e308))
+    arguments = (weight.shape, jnp.asarray(1e3 * x), jnp.asarray(1e3 * x @ weight), "here")
+    with pytest.raises(IntegrityError, match="too large, so that nothing can be checked: here"):
+        checksum.check_product(leaf_use(FORWARD, (2, 2), 1), leaf, *arguments)
+
+
+def test_a_division_by_a_zero_that_was_sent_is_refused_as_not_finite():
+    leaf, weight, x = float64_leaf()
+    leaf = leaf.rounded(2.0**-53)
+    divided = checksum.apply(update(updates.DIVIDE, (1, 2), (24, 16)), [leaf], RIGHT, 0.0)
+    with np.errstate(divide="ignore"):
+        content = weight / 0.0
+    assert not leaf_matches(divided, content, RIGHT)
+    with pytest.raises(IntegrityError, match="an operand is not finite"):
+        checksum.check_product(
+            *(leaf_use(FORWARD, (2, 2), 1), divided, weight.shape),
+            *(jnp.asarray(x), jnp.asarray(x @ weight), "here"),
+        )
+
+
+def test_the_first_failure_spends_signs_for_products():
+    leaf, weight, x = float64_leaf()
+    use, operand, out = leaf_use(FORWARD, (2, 2), 1), jnp.asarray(x), jnp.asarray(x @ weight)
+    checksum.check_product(use, leaf, weight.shape, operand, out, "here")
+    with pytest.raises(IntegrityError, match="wrong product: here"):
+        checksum.check_product(use, leaf, weight.shape, operand, 2 * out, "here")
+    for tried in (out, 2 * out):
+        with pytest.raises(SpentSignsError, match="came back before: here.* Call again"):
+            checksum.check_product(use, leaf, weight.shape, operand, tried, "here")
+    assert leaf.signs.failures == 1
+    checksum.check_leaf({RIGHT: leaf}, weight, "here")  # it can still be brought in

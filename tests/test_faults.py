@@ -19,9 +19,17 @@ import numpy as np
 import pytest
 
 import tempo_jax as tempo
+from enclave_runtime.encryption import session_keys
+from enclave_runtime.executor import Executor
+from enclave_runtime.integrity import private_copy
+from enclave_runtime.keys import KeySchedule
 from enclave_runtime.memory import Arena
-from enclave_runtime.program import ArrayType, Program
-from enclave_runtime.wire import Kind
+from enclave_runtime.program import ArrayType, KeyClass, Layout, Program
+from enclave_runtime.run import Run
+from enclave_runtime.schemes import SignedPermutation, make_scheme
+from enclave_runtime.session import Session
+from enclave_runtime.store import Blinded
+from enclave_runtime.wire import Frame, Kind
 from tempo_jax._plan import input_bytes
 from tempo_jax._runtime import Runtime
 from tempo_jax.errors import (
@@ -31,6 +39,7 @@ from tempo_jax.errors import (
     SharedMemoryError,
     TempoError,
 )
+from tests.interpreter import plan
 from tests.steps import assert_close, shield_all, uniform
 from tests.steps import momentum_state as initial_state
 from tests.steps import momentum_step as train_step
@@ -345,6 +354,69 @@ def test_too_little_shared_memory_is_said_before_anything_runs(enclave, train, s
     assert_close(enclave.open(state), plain_state(2))
 
 
+class Shared:
+    """In place of shared memory: the host changes it whenever a scheme is about to use it."""
+
+    def __init__(self, content: np.ndarray):
+        self.content = private_copy(content)  # aligned, so that XLA would use it in place
+
+    def view(self, array: ArrayType, _: int) -> np.ndarray:
+        return self.content
+
+    def change(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Has the host write over it as soon as a value is to be unblinded."""
+        unblind = SignedPermutation.unblind
+
+        def raced(*arguments: Any, **named: Any) -> Any:
+            self.content[...] = -1
+            return unblind(*arguments, **named)
+
+        monkeypatch.setattr(SignedPermutation, "unblind", raced)
+
+
+def unverified_run(memory: Any) -> Run:
+    """A run of `chain` that checks nothing."""
+    program = plan(chain, X, W, V, scheme=SignedPermutation()).plan.program
+    scheme = make_scheme(program.scheme, program.parameters)
+    return Run(program, scheme, {}, memory, 1, 1, KeySchedule(), Executor())
+
+
+def test_memory_that_changes_while_a_product_is_read(monkeypatch):
+    content = np.asarray(X @ W)
+    memory = Shared(content)
+    run = unverified_run(memory)
+    crossing = run.program.segments[1].uploads[0]
+    expected = np.array(run._receive(crossing))
+    memory.change(monkeypatch)
+    received = run._receive(crossing)
+    assert (memory.content == -1).all()
+    np.testing.assert_array_equal(received, expected)
+
+
+@pytest.mark.parametrize("layout", ["keyed", "clear"])
+def test_memory_that_changes_while_a_leaf_is_read(monkeypatch, layout):
+    session = Session(session_keys(bytes(32)), "00" * 16)
+    content = np.asarray(X)
+    memory = Shared(content)
+    run = unverified_run(memory)
+    (port,) = (p for p in run.program.inputs if p.array.shape == X.shape)
+    index, keys = run.program.inputs.index(port), {}
+    blinded = Layout.clear(2)
+    if layout == "keyed":
+        stream = KeySchedule().stream("test")
+        keys = {0: SignedPermutation().draw(KeyClass(6), stream)}
+        blinded = Layout((0, None), (1, 0))
+        SignedPermutation().blind(content, blinded, keys, memory.content, lambda: stream)
+    entry = Blinded(port.array, SignedPermutation(), blinded, keys, {}, {})
+    run.handles[index], run.awaiting = session._store.put(entry), {index}
+    session._runs[1] = run
+    memory.change(monkeypatch)
+    fields = {"run": 1, "offsets": {str(index): 0}, "blind_at": {}}
+    session.handle(Frame(Kind.SETTLE, 1, fields))
+    memory.content[...] = -2
+    np.testing.assert_array_equal(run._values[port.value], X)
+
+
 # A host that does not keep to the protocol
 
 
@@ -451,14 +523,25 @@ def test_segment_out_of_order_ends_the_run(provisioned, index):
 
 
 def test_segment_before_the_first_is_not_repeated(provisioned):
-    refused(
-        provisioned,
-        "segment -1|malformed",
-        Kind.SEGMENT,
-        run=provisioned.begin(),
-        segment=-1,
-        worker=0,
-    )
+    fields = {"run": provisioned.begin(), "segment": -1, "worker": 0}
+    refused(provisioned, "segment -1 was asked for, segment 0 is next", Kind.SEGMENT, **fields)
+    refused(provisioned, "no such run", Kind.COMMIT, run=fields["run"], donate=[])
+
+
+def test_segment_after_the_last_is_refused(provisioned):
+    run = provisioned.begin()
+    run_by_hand(provisioned, run)
+    fields = {"run": run, "segment": 3, "worker": 0}
+    refused(provisioned, "segment 3 was asked for after the last", Kind.SEGMENT, **fields)
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, False, "0", None, [0]], ids=repr)
+@pytest.mark.parametrize("name", ["segment", "worker"])
+def test_segments_and_workers_are_whole_numbers(provisioned, name, number):
+    # A fraction would be one more worker, and end the wait for the others.
+    fields = {"run": provisioned.begin(workers=2), "segment": 0, "worker": 0, name: number}
+    refused(provisioned, "have whole numbers", Kind.SEGMENT, **fields)
+    refused(provisioned, "no such run", Kind.COMMIT, run=fields["run"], donate=[])
 
 
 def test_skipped_and_earlier_segments_are_refused(provisioned):

@@ -1,6 +1,7 @@
 """Every fuzz target survives its corpus, and a few seconds of coverage-guided search beyond it."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz import harness
+from enclave_runtime.following import check_program
+from enclave_runtime.program import Program
+from tests.fuzz import fuzz_provision, harness
 
 SECONDS = 3
-MIN_EXECUTIONS = 500  # on a machine that other tests keep busy
+MIN_EXECUTIONS = 100  # on a machine that other tests keep busy; a program takes milliseconds
 ROOT = Path(__file__).resolve().parent.parent
 
 needs_atheris = pytest.mark.skipif(
@@ -77,6 +80,22 @@ def test_fuzzer_finds_a_planted_crash(tmp_path):
 )
 def test_corpus_is_survived(target, seed):
     harness.one_input(target)((harness.CORPUS / target / seed).read_bytes())
+
+
+def test_seeds_of_programs_are_current():
+    # A seed that lacks a field is refused at once, and the fuzzer gets no further either.
+    for seed in harness.seeds("program"):
+        if not seed.name.startswith("found"):
+            Program.decode(json.loads(seed.read_bytes()))
+    followed = json.loads((harness.CORPUS / "program" / "updates").read_bytes())
+    check_program(Program.decode(followed))
+    assert {"product", "add", "scale", "transpose"} <= {u["kind"] for u in followed["updates"]}
+
+
+@pytest.mark.parametrize("seed", ["behind", "shared"])
+def test_seeds_of_requests_to_provision_are_accepted(monkeypatch, seed):
+    monkeypatch.setattr(fuzz_provision, "_REFUSALS", ())
+    fuzz_provision.one_input((harness.CORPUS / "provision" / seed).read_bytes())
 
 
 @pytest.mark.parametrize("target", harness.TARGETS)

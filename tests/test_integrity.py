@@ -287,3 +287,23 @@ def test_verifier_keeps_copies_until_the_last_use():
     verifier.forget(len(program.segments))
     with pytest.raises(KeyError):
         verifier.checked(uploads[0][1], right, stream)
+
+
+@pytest.mark.parametrize("name", ["forward", "batched", "convolution"])
+@pytest.mark.parametrize("value", [1e100, 1e155, 1e200, 1e307])
+def test_nothing_passes_by_its_size(name, value):
+    # What comes back counts for the tolerance, so that its squares must not overflow.
+    case = random_case(name, "float64")
+    assert case.matches(np.full_like(case.out, value)) is False
+    assert case.matches(altered(case.out, np.random.default_rng(0), value)) is False
+
+
+@pytest.mark.parametrize("scales", [(1e100, 1e100), (1e200, 1e-150), (1e-100, 1e-100)])
+def test_squares_that_leave_float64_do_not_matter(scales):
+    case = random_case("forward", "float64")
+    scaled = returned(FORWARD, case.lhs * scales[0], case.rhs * scales[1])
+    rng = np.random.default_rng(8)
+    for _ in range(20):
+        assert scaled.matches(scaled.out) is True
+        error = ERROR * case.rms * scales[0] * scales[1]
+        assert scaled.matches(altered(scaled.out, rng, error)) is False

@@ -7,18 +7,19 @@ import collections
 import concurrent.futures
 import dataclasses
 import threading
+import types
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from enclave_runtime import integrity
+from enclave_runtime import checksum, integrity
 from enclave_runtime.encryption import session_keys
 from enclave_runtime.executor import Executor
 from enclave_runtime.integrity import IntegrityError, Verifier
 from enclave_runtime.program import ArrayType
-from enclave_runtime.run import Run
+from enclave_runtime.run import Run, RunError
 from enclave_runtime.schemes import make_scheme
 from enclave_runtime.session import RequestError, Session
 from enclave_runtime.wire import Frame, Kind
@@ -144,3 +145,63 @@ def test_a_wrong_repeat_counts_and_ends_the_run(session, monkeypatch):
         run.segment(1, 0)  # the run itself refuses, before the session forgets it
     abort(session, number)
     assert session._wrong_products == 1 and not session._runs
+
+
+def leaf_with_a_checksum() -> Any:
+    """In place of a stored leaf, for what is asked of it before it is unblinded."""
+    return types.SimpleNamespace(checksum={}, source="here")
+
+
+def test_leaves_that_come_back_are_no_more_tries_than_are_left(session, monkeypatch):
+    # Else a host could bring a thousand wrong leaves at once before any of them has been counted.
+    entry, content = leaf_with_a_checksum(), np.zeros(0)
+    comparing, going_on, tries = threading.Event(), threading.Event(), []
+
+    def wrong(*_: Any) -> None:
+        tries.append(1)
+        comparing.set()
+        assert going_on.wait(30)
+        raise IntegrityError("wrong leaf")
+
+    monkeypatch.setattr(checksum, "check_leaf", wrong)
+    session._wrong_products = integrity.MAX_WRONG_PRODUCTS - 2
+    number, _ = opened(session)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(session._unblinded, entry, content)
+        assert comparing.wait(30)
+        for request in (lambda: session._unblinded(entry, content), lambda: opened(session)):
+            with pytest.raises(RequestError, match="1 leaves are being compared, together at most"):
+                request()
+        going_on.set()
+        with pytest.raises(IntegrityError, match="wrong leaf"):
+            first.result(30)
+    assert len(tries) == 1 and session._wrong_products == integrity.MAX_WRONG_PRODUCTS - 1
+    with pytest.raises(RequestError, match="commit or abort a run first"):
+        session._unblinded(entry, content)
+    abort(session, number)
+    with pytest.raises(IntegrityError, match="wrong leaf"):
+        session._unblinded(entry, content)
+    with pytest.raises(IntegrityError, match="256 wrong products"):
+        session._unblinded(entry, content)
+    assert len(tries) == 2
+
+
+def test_a_leaf_that_is_right_is_no_try(session, monkeypatch):
+    entry = leaf_with_a_checksum()
+    monkeypatch.setattr(checksum, "check_leaf", lambda *_: None)
+    session._wrong_products = integrity.MAX_WRONG_PRODUCTS - 1
+    for _ in range(3):
+        with pytest.raises(AttributeError):  # only after the comparison: there is no scheme
+            session._unblinded(entry, np.zeros(0))
+    assert session._wrong_products == integrity.MAX_WRONG_PRODUCTS - 1
+    opened(session)
+
+
+def test_a_wrong_leaf_ends_the_run_that_it_was_brought_for(session):
+    number, run = opened(session)
+    run.awaiting = {0}
+    with pytest.raises(RequestError, match="does not lie on the devices"):
+        session.handle(Frame(Kind.SETTLE, 1, {"run": number, "offsets": {"0": 0}, "blind_at": {}}))
+    assert not session._runs
+    with pytest.raises(RunError, match="has failed"):
+        run.segment(1, 0)

@@ -148,3 +148,10 @@ def lying(alter: Alter, segment: int, upload: int = 0, worker: int = 0) -> Itera
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Runtime, "_visit", dishonest)
         yield
+
+
+def one_element(x: np.ndarray) -> np.ndarray:
+    """Makes one element wrong by `ERROR` of the RMS."""
+    x = np.array(x)
+    x.reshape(-1)[x.size // 2] += ERROR * rms(x)
+    return x

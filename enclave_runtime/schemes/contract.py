@@ -104,10 +104,10 @@ class Scheme(abc.ABC):
         keys: Mapping[int, Any],
         operands: tuple[Any, Any] | None,
     ) -> jax.Array:
-        """Inverse of `blind`; reads each element of shared memory once.
+        """Inverse of `blind`.
 
         Args:
-          blinded: the value in shared memory.
+          blinded: the value, in private memory that nobody changes any more.
           layout: how it is blinded.
           keys: each class's key.
           operands: if the value is the product of two blinded values, what `blind` returned

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable, Hashable
+from typing import Any
 
 from enclave_runtime import fields as checked_fields
-from enclave_runtime import products, program, schemes
+from enclave_runtime import following, integrity, products, program, schemes, updates
+from enclave_runtime.executor import Compilation, Executor
 from enclave_runtime.program import Program, ProgramError
 from tests.fuzz import harness
+
+
+class IdleExecutor(Executor):
+    """Has every program and compiles nothing."""
+
+    def has(self, name: str) -> bool:
+        """Whatever its name."""
+        return True
+
+    def prepare(self, use: Hashable, function: Callable[[], object]) -> Compilation:
+        """A compilation that never ends."""
+        return Compilation()
 
 
 def one_input(data: bytes) -> None:
@@ -23,9 +38,17 @@ def one_input(data: bytes) -> None:
         return
     with contextlib.suppress(ProgramError):
         schemes.make_scheme(decoded.scheme, decoded.parameters)
-    again = json.loads(json.dumps(decoded.encode()))
+    again: Any = json.loads(json.dumps(decoded.encode()))
     assert Program.decode(again) == decoded
+    if decoded.verify:
+        with contextlib.suppress(ProgramError):
+            following.check_program(decoded)
+            integrity.prepare(decoded, IdleExecutor())
 
 
 if __name__ == "__main__":
-    harness.fuzz(one_input, (checked_fields, products, program, schemes), harness.mutate_json)
+    harness.fuzz(
+        one_input,
+        (checked_fields, following, integrity, products, program, schemes, updates),
+        harness.mutate_json,
+    )

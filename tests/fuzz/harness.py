@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-TARGETS = ("quote", "wire", "program", "checkpoint")
+TARGETS = ("quote", "wire", "configuration", "program", "provision", "checkpoint")
 CORPUS = Path(__file__).parent / "corpus"
 
 OneInput = Callable[[bytes], None]

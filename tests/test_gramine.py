@@ -18,7 +18,7 @@ import pytest
 
 import enclave_runtime
 import tempo_jax as tempo
-from enclave_runtime import session
+from enclave_runtime import limits, session
 from enclave_runtime.gramine import __main__ as cli
 from enclave_runtime.gramine import building, closure, manifest, rules, staging
 from enclave_runtime.gramine.building import BuildError, Options, build
@@ -134,7 +134,7 @@ def test_options_reach_the_manifest(directory):
     template = manifest.own_part(directory, enclave_size="16G", cpus=8, product_id=3, svn=5)
     sgx = tomllib.loads(manifest.render(template))["sgx"]
     assert (sgx["enclave_size"], sgx["isvprodid"], sgx["isvsvn"]) == ("16G", 3, 5)
-    assert sgx["max_threads"] == 16 + 4 * 8 + 4 + manifest.CONNECTIONS
+    assert sgx["max_threads"] == 16 + 2 + 4 * 8 + 4 + limits.CONNECTIONS
 
 
 # The rules
@@ -259,7 +259,7 @@ OTHER_RUNTIME = [{"path": path, "uri": "file:/tmp"} for path in ("/lib", "/lib64
         (put("sgx.enclave_size", "12G"), "a power of two of at least 8G"),
         (put("sgx.enclave_size", "much"), "enclave_size is 'much'"),
         (put("sgx.enclave_size", 8 << 30), "enclave_size is 8589934592"),
-        (put("sgx.max_threads", 16), "max_threads is 16, expected at least 88 for 1"),
+        (put("sgx.max_threads", 16), "max_threads is 16, expected at least 162 for 1"),
         (drop("sgx.max_threads"), "max_threads is None"),
     ],
 )
@@ -403,7 +403,7 @@ def test_the_command(small, tools, tmp_path, capsys):
     assert cli.main(["current", out]) == 0
     capsys.readouterr()
     assert cli.main(["check", out, "--cpus", "64"]) == 1
-    assert "expected at least 340 for 64 processors" in capsys.readouterr().out
+    assert "expected at least 414 for 64 processors" in capsys.readouterr().out
     (tmp_path / "out/enclave.manifest").write_text("no = toml = here")
     assert cli.main(["check", out]) == 1
     assert "is not TOML" in capsys.readouterr().err

@@ -27,6 +27,7 @@ from tempo_jax._connection import Connection
 from tempo_jax._launch import Command
 from tempo_jax._serving import served
 from tempo_jax.errors import EnclaveDiedError
+from tests.boundary import mappings
 from tests.steps import uniform
 
 ROOT = Path(enclave_runtime.__file__).parent.parent
@@ -501,7 +502,7 @@ def test_the_staged_tree_runs_and_loads_nothing_else(built):
         state = {"step": jnp.arange(3.0)}
         restored = enclave.restore(enclave.checkpoint(enclave.seal(state)), like=state)
         np.testing.assert_array_equal(enclave.open(restored)["step"], [0, 1, 2])
-        maps = Path(f"/proc/{enclave.connection.process.pid}/maps").read_text()
+        maps = mappings(enclave.connection.process.pid)
     objects = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if ".so" in line}
     assert len(objects) > 80
     foreign = {Path(o).name for o in objects if not o.startswith(f"{built}/tree/")}

@@ -80,6 +80,11 @@ class Frame(NamedTuple):
     fields: dict[str, Any]
     attachment: bytes = b""
 
+    def __repr__(self) -> str:
+        # Sizes alone: the fields and the attachment of some kinds are secret.
+        sizes = f"{len(self.fields)} fields, {len(self.attachment)} bytes"
+        return f"Frame({self.kind.name}, {self.request}, {sizes})"
+
     def encode(self) -> bytes:
         """The frame as bytes.
 

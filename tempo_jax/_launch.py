@@ -23,8 +23,16 @@ Kind = Literal["process", "gramine-direct", "gramine-sgx"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 APPLICATION = "enclave"  # what `python -m enclave_runtime.gramine` names what it builds
-# The enclave serves one processor; flags meant for the host's devices would mislead it.
-_NOT_INHERITED = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
+# Settings that are not the enclave's: those for the host's devices would mislead it, and others
+# write programs or compiled code to files, show them, or keep the process when it should end.
+_NOT_INHERITED = ("JAX_", "LIBTPU_", "NUMBA_", "PYTHON", "TF_", "XLA_")
+# Of these, what says where code is found or cached: Numba's cache holds this library's own kernels.
+_INHERITED = frozenset(
+    {
+        *("NUMBA_CACHE_DIR", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "PYTHONNOUSERSITE"),
+        *("PYTHONPATH", "PYTHONPYCACHEPREFIX", "PYTHONUSERBASE"),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +92,11 @@ def command(kind: Kind = "process", directory: str | os.PathLike[str] | None = N
 
 
 def _environment() -> dict[str, str]:
-    environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _INHERITED or not name.startswith(_NOT_INHERITED)
+    }
     path = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = _root() if not path else os.pathsep.join((_root(), path))
     return {**environment, **ENCLAVE_ENVIRONMENT}

@@ -45,12 +45,51 @@ def built(tmp_path) -> Path:
 
 def test_ordinary_process(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_for_the_devices")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/kernels")
     command = _launch.command()
     assert command == _launch.command("process")
     assert command.arguments == (sys.executable, "-m", "enclave_runtime")
     assert command.directory is None
     assert "XLA_FLAGS" not in command.environment
+    assert command.environment["NUMBA_CACHE_DIR"] == "/kernels"
     assert command.environment.items() >= ENCLAVE_ENVIRONMENT.items()
+
+
+# What would write a program, compiled code or an interpreter's findings to a file, or show it.
+def hostile(folder: Path) -> dict[str, str]:
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_DUMP_IR_TO": str(folder / "ir"),
+        "JAX_LOG_COMPILES": "true",
+        "JAX_LOGGING_LEVEL": "DEBUG",
+        "XLA_FLAGS": f"--xla_dump_to={folder / 'xla'} --xla_dump_hlo_as_text",
+        "TF_CPP_MIN_LOG_LEVEL": "0",
+        "TF_CPP_MAX_VLOG_LEVEL": "3",
+        "NUMBA_DUMP_ASSEMBLY": "1",
+        "PYTHONINSPECT": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONVERBOSE": "1",
+        "PYTHONPERFSUPPORT": "1",
+    }
+
+
+def test_hostile_environment_gets_no_program_out(monkeypatch, tmp_path, capfd):
+    # JAX in this process has read its settings already.
+    variables = hostile(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert not variables.keys() - {"JAX_ENABLE_COMPILATION_CACHE"} & _launch._environment().keys()
+    with tempo.Enclave.launch() as enclave:
+        x = jnp.arange(36.0).reshape(6, 6)
+        shielded = tempo.shield(lambda x: jnp.tanh(x @ x) @ x, enclave=enclave, offload="all")
+        np.testing.assert_allclose(enclave.open(shielded(x)), jnp.tanh(x @ x) @ x)
+        process = enclave.connection.process
+    assert process.returncode == 0  # and not an interpreter that asks what to do next
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    assert capfd.readouterr().err == ""
 
 
 def test_unknown_kind():

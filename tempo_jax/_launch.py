@@ -88,6 +88,7 @@ def command(kind: Kind = "process", directory: str | os.PathLike[str] | None = N
             f"the enclave in {built} is not signed: make a key with `gramine-sgx-gen-private-key` "
             f"and build again with {fix}"
         )
+    _check(built)
     return Command((loader, APPLICATION), dict(os.environ), built)
 
 
@@ -111,6 +112,19 @@ def _cached() -> Path:
     if not (directory / f"{APPLICATION}.manifest").exists() or not _is_current(directory):
         _build(directory)
     return directory
+
+
+def _check(directory: Path) -> None:
+    """Holds the manifests against the rules; Gramine itself holds the files against them."""
+    check = [sys.executable, "-m", "enclave_runtime.gramine", "check", "--manifests-only"]
+    run = subprocess.run(
+        [*check, str(directory)], env=_environment(), capture_output=True, text=True
+    )
+    if run.returncode:
+        raise LaunchError(
+            f"the enclave in {directory} breaks rules; build it again:\n"
+            f"{run.stdout.strip() or run.stderr.strip()}"
+        )
 
 
 def _is_current(directory: Path) -> bool:

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from tempo_jax.errors import EnclaveDiedError
 from tests.boundary import mappings
 from tests.steps import uniform
 
+START_SECONDS = 10.0  # until an enclave takes requests, under `gramine-direct` too
 ROOT = Path(enclave_runtime.__file__).parent.parent
 
 
@@ -351,6 +353,37 @@ def test_build_uses_the_tools_that_are_there(small, tools, tmp_path):
     assert mounts[1]["uri"] == "file:/g/runtime/glibc"
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("s#sgx.debug = false#sgx.debug = true#", "sgx.debug is True, expected False"),
+        ("s#/dev/shm#/dev#", "fs.mounts shows something else"),
+        ("s#[0-9a-f]\\{64\\}#" + "00" * 32 + "#", "has changed since it was staged"),
+    ],
+)
+def test_what_is_signed_is_what_is_checked(small, tools, tmp_path, change, words):
+    signing = 'cp "$4" "$6" && touch enclave.sig'
+    script(tools, "gramine-sgx-sign", signing)
+    key, out = tmp_path / "key.pem", tmp_path / "out"
+    key.touch()
+    build(out, Options(key=key))
+    assert building.check(out) == []
+    # The manifest beside it is sound all the while, and `gramine-sgx` does not look at it.
+    signed = out / "enclave.manifest.sgx"
+    subprocess.run(["/bin/sed", "-i", change, signed], check=True)
+    broken = building.check(out)
+    assert broken and all(sentence.startswith("enclave.manifest.sgx: ") for sentence in broken)
+    assert any(words in sentence for sentence in broken)
+    assert cli.main(["check", str(out)]) == 1
+    # What the tree holds is not looked at where Gramine does so itself.
+    in_tree = "has changed" in words
+    assert bool(building.check(out, files=False)) == (not in_tree)
+    assert cli.main(["check", "--manifests-only", str(out)]) == (0 if in_tree else 1)
+    script(tools, "gramine-sgx-sign", f"{signing} && sed -i '{change}' \"$6\"")
+    with pytest.raises(BuildError, match="what was signed breaks rules:\n  enclave.manifest.sgx: "):
+        build(out, Options(key=key))
+
+
 def test_build_without_a_key_is_not_signed(small, tools, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     script(tools, "gramine-sgx-sign", "exit 1")
@@ -495,7 +528,9 @@ def shielded_step(enclave: tempo.Enclave, **options: Any) -> None:
 @pytest.mark.slow
 def test_the_staged_tree_runs_and_loads_nothing_else(built):
     """As near to Gramine as a machine without it gets: the tree alone, under its options."""
+    start = time.monotonic()
     with tempo.Enclave(Connection(staged_command(built))) as enclave:
+        assert time.monotonic() - start < START_SECONDS
         shielded_step(enclave, verify=True)
         shielded_step(enclave, scheme=tempo.schemes.SignedPermutation())
         enclave.use_checkpoint_key(tempo.CheckpointKey.generate())
@@ -559,7 +594,9 @@ def test_peak_memory_where_gramine_tells_only_what_was_mapped(tmp_path):
 @pytest.mark.gramine
 @pytest.mark.slow
 def test_shielded_call_under_gramine(built):
+    start = time.monotonic()
     with tempo.Enclave.launch(kind="gramine-direct", directory=built) as enclave:
+        assert time.monotonic() - start < START_SECONDS
         shielded_step(enclave)
         assert enclave.statistics()["peak_memory_bytes"] > 0
 

@@ -1,6 +1,7 @@
 """Which command starts which kind of enclave, and what a machine that cannot start it is told."""
 
 import os
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import tempo_jax as tempo
 from enclave_runtime.environment import ENCLAVE_ENVIRONMENT
+from enclave_runtime.gramine import manifest
 from tempo_jax import _launch
 from tempo_jax.errors import EnclaveError, LaunchError
 
@@ -38,9 +40,15 @@ def stand_in(folder: Path, name: str) -> None:
 def built(tmp_path) -> Path:
     """A folder that looks built."""
     folder = tmp_path / "built"
-    folder.mkdir()
-    (folder / "enclave.manifest").touch()
+    write_manifest(folder)
     return folder
+
+
+def write_manifest(folder: Path) -> None:
+    """A manifest that keeps the rules, for a tree of one file."""
+    (folder / "tree").mkdir(parents=True, exist_ok=True)
+    (folder / "tree" / "file").touch()
+    (folder / "enclave.manifest").write_text(manifest.render(manifest.own_part(folder)))
 
 
 def test_ordinary_process(monkeypatch):
@@ -121,10 +129,24 @@ def test_directory_that_is_not_signed(tools, built):
     stand_in(tools, "gramine-sgx")
     with pytest.raises(LaunchError, match="is not signed: make a key with `gramine-sgx-gen-priv"):
         tempo.Enclave.launch(kind="gramine-sgx", directory=built)
-    for name in ("enclave.manifest.sgx", "enclave.sig"):
-        (built / name).touch()
+    shutil.copy(built / "enclave.manifest", built / "enclave.manifest.sgx")
+    (built / "enclave.sig").touch()
     command = _launch.command("gramine-sgx", built)
     assert command.arguments == (str(tools / "gramine-sgx"), "enclave")
+
+
+@pytest.mark.parametrize("name", ["enclave.manifest", "enclave.manifest.sgx"])
+def test_directory_that_breaks_rules_is_not_started(tools, built, name):
+    for tool in ("gramine-direct", "gramine-sgx"):
+        stand_in(tools, tool)
+    shutil.copy(built / "enclave.manifest", built / "enclave.manifest.sgx")
+    (built / "enclave.sig").touch()
+    altered = built / name
+    altered.write_text(altered.read_text().replace("sgx.debug = false", "sgx.debug = true"))
+    for kind in ("gramine-direct", "gramine-sgx"):
+        text = rf"breaks rules; build it again:\n{name}: sgx\.debug is True, expected False"
+        with pytest.raises(LaunchError, match=text):
+            tempo.Enclave.launch(kind=kind, directory=built)
 
 
 def test_loader_runs_in_the_directory_and_gets_the_secret_through_its_pipe(
@@ -146,8 +168,7 @@ def test_cache_is_built_once_and_again_when_it_is_old(tools, monkeypatch, tmp_pa
 
     def build(directory: Path) -> None:
         builds.append(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "enclave.manifest").touch()
+        write_manifest(directory)
 
     monkeypatch.setattr(_launch, "_build", build)
     monkeypatch.setattr(_launch, "_is_current", lambda _: True)

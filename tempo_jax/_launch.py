@@ -23,6 +23,7 @@ Kind = Literal["process", "gramine-direct", "gramine-sgx"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 APPLICATION = "enclave"  # what `python -m enclave_runtime.gramine` names what it builds
+SIGNATURE = f"{APPLICATION}.sig"
 # Settings that are not the enclave's: those for the host's devices would mislead it, and others
 # write programs or compiled code to files, show them, or keep the process when it should end.
 _NOT_INHERITED = ("JAX_", "LIBTPU_", "NUMBA_", "PYTHON", "TF_", "XLA_")
@@ -82,7 +83,7 @@ def command(kind: Kind = "process", directory: str | os.PathLike[str] | None = N
     fix = f"`python -m enclave_runtime.gramine build --out {built}`"
     if not (built / f"{APPLICATION}.manifest").exists():
         raise LaunchError(f"{built} holds no enclave for Gramine: build one with {fix}")
-    signature = (f"{APPLICATION}.manifest.sgx", f"{APPLICATION}.sig")
+    signature = (f"{APPLICATION}.manifest.sgx", SIGNATURE)
     if kind == "gramine-sgx" and not all((built / name).exists() for name in signature):
         raise LaunchError(
             f"the enclave in {built} is not signed: make a key with `gramine-sgx-gen-private-key` "

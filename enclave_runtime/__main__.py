@@ -1,15 +1,14 @@
 """Entry point: ``python -m enclave_runtime``. See `enclave_runtime.server`."""
 
-import resource
 import signal
 
 import jax
 
+from enclave_runtime.dumps import forbid_dumps
 from enclave_runtime.server import serve
 
 if __name__ == "__main__":
-    # A core dump would hold keys and plaintext.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    forbid_dumps()
     # Ctrl-C in a terminal reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     jax.config.update("jax_platforms", "cpu")

@@ -13,7 +13,7 @@ import json
 import re
 from typing import Any, BinaryIO, NamedTuple
 
-from enclave_runtime.encryption import SECRET_BYTES
+from enclave_runtime.encryption import SECRET_BYTES, refuse_pickling
 
 MAX_LINE = 4096  # bytes
 _SECRET = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}")
@@ -34,6 +34,8 @@ class Launched(NamedTuple):
 
     def __repr__(self) -> str:
         return "Launched(<secret>)"
+
+    __reduce__ = refuse_pickling
 
 
 class Serving(NamedTuple):
@@ -58,6 +60,8 @@ class Serving(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Serving({self.address}, {self.client_port}, {self.host_port})"
+
+    __reduce__ = refuse_pickling
 
 
 def read_configuration(pipe: BinaryIO) -> Launched | Serving:

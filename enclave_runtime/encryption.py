@@ -9,7 +9,7 @@ binds a ciphertext to its session, direction, shape and dtype.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and the other narrow floats with NumPy)
 import numpy as np
@@ -27,6 +27,15 @@ class DecryptionError(Exception):
     """A ciphertext that was altered, or made for another session, shape or dtype."""
 
 
+def refuse_pickling(self: Any) -> NoReturn:
+    """What a class with secrets takes for its `__reduce__`: they are neither pickled nor copied.
+
+    Raises:
+      TypeError: always.
+    """
+    raise TypeError(f"{type(self).__name__} holds secrets and cannot be pickled or copied")
+
+
 class SessionKeys(NamedTuple):
     """The keys both ends derive from the session secret; never sent."""
 
@@ -36,6 +45,8 @@ class SessionKeys(NamedTuple):
 
     def __repr__(self) -> str:
         return "SessionKeys(<secret>)"
+
+    __reduce__ = refuse_pickling
 
 
 def derive_key(secret: bytes, purpose: str, length: int = 32) -> bytes:

@@ -15,5 +15,11 @@ ALLOCATOR_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
-# The enclave shares NumPy's products out itself; two pools of threads would wait for each other.
-ENCLAVE_ENVIRONMENT = {**ALLOCATOR_ENVIRONMENT, "OPENBLAS_NUM_THREADS": "1"}
+ENCLAVE_ENVIRONMENT = {
+    **ALLOCATOR_ENVIRONMENT,
+    # The enclave shares NumPy's products out itself; two pools of threads would wait for each
+    # other.
+    "OPENBLAS_NUM_THREADS": "1",
+    # What JAX compiles inside is the client's program, which no file outside may hold.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}

@@ -18,7 +18,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
-from enclave_runtime.encryption import SECRET_BYTES, derive_key
+from enclave_runtime.encryption import SECRET_BYTES, derive_key, refuse_pickling
 
 # The bits of the float64 number sqrt(1/2), and those of any that are not sign or exponent.
 _ROOT_HALF = np.int64(0x3FE6A09E667F3BCD)
@@ -154,6 +154,8 @@ class KeySchedule:
 
     def __repr__(self) -> str:
         return "KeySchedule(<secret>)"
+
+    __reduce__ = refuse_pickling
 
     def stream(self, purpose: str, *use: int) -> KeyStream:
         """The stream for one use; callers never name the same use twice."""

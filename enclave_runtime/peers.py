@@ -16,6 +16,7 @@ import dataclasses
 import threading
 
 from enclave_runtime.encryption import SECRET_BYTES, SessionKeys, session_keys
+from enclave_runtime.limits import CLIENT_CONNECTIONS, HOST_CONNECTIONS
 from enclave_runtime.session import RequestError, Session
 from enclave_runtime.wire import Kind, WireError
 
@@ -32,6 +33,10 @@ HOST_KINDS = frozenset(
 )
 
 
+class UnownedError(RequestError):
+    """The host comes before the client."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Role:
     """A kind of peer.
@@ -39,10 +44,14 @@ class Role:
     Attributes:
       name: as the peer's proof names it.
       kinds: what it may ask for.
+      connections: how many it may have at a time.
+      is_client: whether it holds the session's secret; the reason of a refusal is for such a peer.
     """
 
     name: str
     kinds: frozenset[Kind]
+    connections: int
+    is_client: bool
 
     def check(self, kind: Kind) -> None:
         """Refuses requests that another kind of peer may make.
@@ -54,9 +63,9 @@ class Role:
             raise RequestError(f"{kind.name} is not a request that the {self.name} may make")
 
 
-CLIENT = Role("client", CLIENT_KINDS)
-HOST = Role("host", HOST_KINDS)
-PARENT = Role("host", CLIENT_KINDS | HOST_KINDS)
+CLIENT = Role("client", CLIENT_KINDS, CLIENT_CONNECTIONS, is_client=True)
+HOST = Role("host", HOST_KINDS, HOST_CONNECTIONS, is_client=False)
+PARENT = Role("host", CLIENT_KINDS | HOST_KINDS, HOST_CONNECTIONS, is_client=True)
 
 
 class Ownership:
@@ -108,10 +117,10 @@ class Ownership:
         """The session.
 
         Raises:
-          RequestError: there is no owner yet.
+          UnownedError: there is no owner yet.
         """
         if self._session is None:
-            raise RequestError(
+            raise UnownedError(
                 "the enclave has no owner yet: its client has to connect and provision first"
             )
         return self._session

@@ -8,13 +8,15 @@ gone and it ends at once, whatever it was doing.
 
 A connection proves itself before anything else is read from it. Its requests are numbered
 upwards, so that none can be repeated or taken out of order, and every reply carries its
-request's number. What breaks the protocol ends the connection: the peer learns that much, and
-the detail goes to the enclave's own log.
+request's number. What breaks the protocol ends the connection, and what a host asks for that does
+not fit its run ends the run. The host learns that it was refused and the error's class, and the
+detail goes to the enclave's own log; see `_EXPLAINED_TO_HOSTS` for what a host is told in full.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -22,26 +24,27 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from enclave_runtime import channel, wire
+from enclave_runtime import channel, log, wire
 from enclave_runtime.checkpoint import CheckpointError
 from enclave_runtime.configuration import ConfigurationError, Launched, Serving, read_configuration
 from enclave_runtime.encryption import DecryptionError, derive_key
 from enclave_runtime.integrity import IntegrityError
+from enclave_runtime.limits import MAX_STRANGERS
 from enclave_runtime.memory import ArenaError
-from enclave_runtime.peers import CLIENT, HOST, PARENT, Ownership, Role
+from enclave_runtime.peers import CLIENT, HOST, PARENT, Ownership, Role, UnownedError
 from enclave_runtime.program import ProgramError
 from enclave_runtime.run import RunError
-from enclave_runtime.session import RequestError
+from enclave_runtime.session import RequestError, Session, UnprovisionedError
 from enclave_runtime.store import UnknownHandleError
 from enclave_runtime.tls import ServerIdentity
 from enclave_runtime.wire import Frame, Kind, WireError
 
 HANDSHAKE_BYTES = 1024  # the largest body before a peer has proved itself
 HANDSHAKE_SECONDS = 10.0  # in all, until a peer has proved itself
-MAX_STRANGERS = 32  # connections of one port that have not proved themselves yet
 
 _log = logging.getLogger("enclave_runtime")
 
@@ -57,22 +60,40 @@ _EXPLAINED = (
     UnknownHandleError,
     WireError,
 )
+# Those of them that the host of a serving enclave gets too: it cannot act on them otherwise, and
+# they speak of what the host itself holds or of what the client did not do.
+_EXPLAINED_TO_HOSTS = (
+    ArenaError,
+    CheckpointError,
+    IntegrityError,
+    UnownedError,
+    UnprovisionedError,
+)
+# Requests that belong to a run.
+_OF_A_RUN = frozenset({Kind.SETTLE, Kind.SEGMENT, Kind.COMMIT})
 # What a peer can bring about before it has proved itself.
 _REFUSED = (WireError, OSError, KeyError, ValueError, TypeError)
+# No descriptor, memory or thread is left: a state that passes.
+_EXHAUSTED = (OSError, RuntimeError, MemoryError)
+_EXHAUSTED_SECONDS = 0.1
+# What `accept` says of a listener that was closed, which no peer can do.
+_CLOSED = (errno.EBADF, errno.EINVAL)
+# Seconds of silence until a peer is asked for a sign of life, between two questions, and their
+# number: what is left of a peer that vanished must not take its next connection's place for ever.
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
 
-Authenticate = Callable[[socket.socket], None]
+# Hears a peer out until a time of `time.monotonic`, and gives the answer to its proof.
+Authenticate = Callable[[socket.socket, float], Frame]
 
 
-def _prove(
-    connection: socket.socket, own_role: str, role: str, key: bytes, challenge: bytes, proof: Frame
-) -> None:
-    """Checks the peer's proof and answers with the enclave's own."""
+def _proven(own_role: str, role: str, key: bytes, challenge: bytes, proof: Frame) -> Frame:
+    """Checks the peer's proof; returns the enclave's own."""
     if proof.kind is not Kind.PROOF:
         raise WireError("expected a proof of the session key")
     nonce = bytes.fromhex(proof.fields["nonce"])
     wire.check_proof(key, role, challenge, nonce, bytes.fromhex(proof.fields["proof"]))
     own = wire.prove(key, own_role, nonce, challenge)
-    wire.send(connection, Frame(Kind.PROOF, 0, {"proof": own.hex()}))
+    return Frame(Kind.PROOF, 0, {"proof": own.hex()})
 
 
 def _greet(connection: socket.socket, ownership: Ownership) -> bytes:
@@ -89,10 +110,10 @@ def _greet(connection: socket.socket, ownership: Ownership) -> bytes:
 def _loopback_peer(ownership: Ownership, key: bytes) -> Authenticate:
     """A peer on this machine proves that it knows a key."""
 
-    def authenticate(connection: socket.socket) -> None:
+    def authenticate(connection: socket.socket, deadline: float) -> Frame:
         challenge = _greet(connection, ownership)
-        proof = wire.receive(connection, HANDSHAKE_BYTES)
-        _prove(connection, "enclave", "host", key, challenge, proof)
+        proof = wire.receive(connection, HANDSHAKE_BYTES, deadline)
+        return _proven("enclave", "host", key, challenge, proof)
 
     return authenticate
 
@@ -100,14 +121,14 @@ def _loopback_peer(ownership: Ownership, key: bytes) -> Authenticate:
 def _tls_client(ownership: Ownership, public_key: bytes) -> Authenticate:
     """A client brings the session's secret if the enclave has none, and proves it in any case."""
 
-    def authenticate(connection: socket.socket) -> None:
+    def authenticate(connection: socket.socket, deadline: float) -> Frame:
         challenge = _greet(connection, ownership)
-        frame = wire.receive(connection, HANDSHAKE_BYTES)
+        frame = wire.receive(connection, HANDSHAKE_BYTES, deadline)
         if frame.kind is Kind.OWN:
             ownership.claim(frame.attachment)
-            frame = wire.receive(connection, HANDSHAKE_BYTES)
+            frame = wire.receive(connection, HANDSHAKE_BYTES, deadline)
         own, theirs = (channel.proof_role(r, public_key) for r in ("enclave", "client"))
-        _prove(connection, own, theirs, ownership.connection_key, challenge, frame)
+        return _proven(own, theirs, ownership.connection_key, challenge, frame)
 
     return authenticate
 
@@ -118,15 +139,27 @@ def _answer(ownership: Ownership, role: Role, frame: Frame) -> Frame:
         fields, attachment = ownership.session.handle(frame)
         return Frame(Kind.REPLY, frame.request, fields, attachment)
     except _EXPLAINED as error:
-        _log.info("refused %s: %s", frame.kind.name, error)
+        _log.warning("refused %s: %s", frame.kind.name, error)
         text, kind = str(error), type(error).__name__
+        told = role.is_client or isinstance(error, _EXPLAINED_TO_HOSTS)
     except (KeyError, TypeError, ValueError, AttributeError):
         _log.exception("malformed %s", frame.kind.name)
         text, kind = f"a malformed {frame.kind.name} request", "RequestError"
+        told = role.is_client
     except Exception:
         _log.exception("failed in %s", frame.kind.name)
         text, kind = f"{frame.kind.name} failed inside the enclave (see its log)", "InternalError"
-    return Frame(Kind.ERROR, frame.request, {"error": kind, "text": text})
+        told = role.is_client
+    if not role.is_client and ownership.owned:
+        _end_run(ownership.session, frame)
+    return Frame(Kind.ERROR, frame.request, {"error": kind, "text": text if told else wire.REFUSAL})
+
+
+def _end_run(session: Session, frame: Frame) -> None:
+    """Ends the run that a refused request names: its host has lost its place, or lies."""
+    if frame.kind in _OF_A_RUN:
+        with contextlib.suppress(TypeError):  # what names no run at all
+            session.handle(Frame(Kind.ABORT, frame.request, {"run": frame.fields.get("run")}))
 
 
 def _encoded(reply: Frame) -> bytes:
@@ -155,37 +188,68 @@ class _Port:
         self._authenticate = authenticate
         self._context = context
         self._strangers = threading.BoundedSemaphore(MAX_STRANGERS)
+        self._proved = threading.BoundedSemaphore(role.connections)
 
     def serve(self) -> None:
-        """Accepts connections for ever."""
+        """Accepts connections until the listener is closed; nothing that a peer does ends it."""
         while True:
-            connection, _ = self._listener.accept()
+            try:
+                connection, _ = self._listener.accept()
+            except _EXHAUSTED as error:
+                if isinstance(error, OSError) and error.errno in _CLOSED:
+                    return
+                _log.warning("cannot accept a connection: %s", error)
+                time.sleep(_EXHAUSTED_SECONDS)
+                continue
             if not self._strangers.acquire(blocking=False):
                 _log.warning("refused a connection: too many that have not proved themselves")
                 connection.close()
                 continue
-            threading.Thread(target=self._welcome, args=(connection,), daemon=True).start()
+            try:
+                threading.Thread(target=self._welcome, args=(connection,), daemon=True).start()
+            except _EXHAUSTED as error:
+                _log.warning("cannot serve a connection: %s", error)
+                self._strangers.release()
+                connection.close()
+                time.sleep(_EXHAUSTED_SECONDS)
 
     def _welcome(self, plain: socket.socket) -> None:
-        connection = plain
+        connection, admitted = plain, False
         try:
             try:
-                plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                deadline = time.monotonic() + HANDSHAKE_SECONDS
+                _prepare(plain)
                 if self._context is not None:
                     connection = self._context.wrap_socket(
                         plain, server_side=True, do_handshake_on_connect=False
                     )
-                with _deadline(connection):
-                    if isinstance(connection, ssl.SSLSocket):
-                        connection.do_handshake()
-                    self._authenticate(connection)
+                connection.settimeout(HANDSHAKE_SECONDS)
+                if isinstance(connection, ssl.SSLSocket):
+                    connection.do_handshake()  # in this time in all, however bytes trickle in
+                proof = self._authenticate(connection, deadline)
+                admitted = self._proved.acquire(blocking=False)
+                wire.send(connection, proof if admitted else self._full())
             finally:
                 self._strangers.release()
+            if not admitted:
+                raise WireError(f"{self._role.connections} of the {self._role.name} are open")
+            connection.settimeout(None)
             self._converse(connection)
         except _REFUSED as error:
             _log.warning("refused a connection: %s", error)
+        except Exception:
+            _log.exception("failed in a connection")
         finally:
+            if admitted:
+                self._proved.release()
             connection.close()
+
+    def _full(self) -> Frame:
+        text = (
+            f"it serves {self._role.connections} connections of the {self._role.name} at a time, "
+            "and all are open; close some first"
+        )
+        return Frame(Kind.ERROR, 0, {"error": "RequestError", "text": text})
 
     def _converse(self, connection: socket.socket) -> None:
         last = 0
@@ -196,9 +260,8 @@ class _Port:
                     raise WireError(f"request {frame.request} came after request {last}")
             except WireError as error:
                 _log.warning("closed a connection: %s", error)
-                text = "the connection broke the protocol and is closed"
                 with contextlib.suppress(OSError):
-                    fields = {"error": "WireError", "text": text}
+                    fields = {"error": "WireError", "text": wire.REFUSAL}
                     wire.send(connection, Frame(Kind.ERROR, 0, fields))
                 return
             except (OSError, ValueError):
@@ -211,22 +274,12 @@ class _Port:
                 return
 
 
-@contextlib.contextmanager
-def _deadline(connection: socket.socket) -> Iterator[None]:
-    """Breaks the connection if what is inside takes too long, however slowly bytes trickle in."""
-
-    def expire() -> None:
-        # Not the method of an SSL socket, which would take its state from under the other thread.
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(connection, socket.SHUT_RDWR)
-
-    timer = threading.Timer(HANDSHAKE_SECONDS, expire)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def _prepare(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    with contextlib.suppress(OSError):  # these times are not everywhere a choice
+        for option, value in _KEEPALIVE.items():
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _end_with_parent(pipe: BinaryIO) -> None:
@@ -257,7 +310,7 @@ def _ports(configuration: Launched | Serving, identity: str) -> list[_Port]:
 
 def serve() -> None:
     """Runs the enclave until its parent closes the pipe or is gone."""
-    logging.basicConfig(format="enclave: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    log.configure()
     pipe = sys.stdin.buffer
     identity = secrets.token_hex(16)
     try:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from enclave_runtime.checksum import Checksum
+from enclave_runtime.encryption import refuse_pickling
 from enclave_runtime.program import ArrayType, Layout
 from enclave_runtime.schemes import Scheme
 
@@ -42,6 +43,8 @@ class Resident(NamedTuple):
     def __repr__(self) -> str:
         return f"Resident({self.array}, <secret>)"
 
+    __reduce__ = refuse_pickling
+
 
 class Blinded(NamedTuple):
     """The keys of an array that lies on the devices.
@@ -68,6 +71,8 @@ class Blinded(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Blinded({self.array}, {self.scheme.name}, <secret>)"
+
+    __reduce__ = refuse_pickling
 
 
 class Store:

@@ -15,6 +15,7 @@ import json
 import math
 import socket
 import struct
+import time
 from typing import Any, NamedTuple
 
 from cryptography.exceptions import InvalidSignature
@@ -27,6 +28,8 @@ JSON_LENGTH = struct.Struct(">I")
 MAX_BODY = 1 << 30  # bytes; the largest frame provisions one compiled segment
 MAX_JSON = 1 << 26  # bytes
 NONCE_BYTES = 32
+# All that a peer is told of a refusal whose reason is not its business.
+REFUSAL = "refused; the enclave's own log has the reason"
 
 
 class WireError(Exception):
@@ -76,6 +79,11 @@ class Frame(NamedTuple):
     request: int
     fields: dict[str, Any]
     attachment: bytes = b""
+
+    def __repr__(self) -> str:
+        # Sizes alone: the fields and the attachment of some kinds are secret.
+        sizes = f"{len(self.fields)} fields, {len(self.attachment)} bytes"
+        return f"Frame({self.kind.name}, {self.request}, {sizes})"
 
     def encode(self) -> bytes:
         """The frame as bytes.
@@ -146,10 +154,15 @@ def decode_body(kind: Kind, request: int, body: bytes) -> Frame:
     return Frame(kind, request, fields, body[end:])
 
 
-def _receive_exactly(connection: socket.socket, count: int) -> bytes:
+def _receive_exactly(connection: socket.socket, count: int, deadline: float | None) -> bytes:
     buffer = bytearray(count)
     view = memoryview(buffer)
     while count:
+        if deadline is not None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("the peer took too long")
+            connection.settimeout(left)
         received = connection.recv_into(view, count)
         if not received:
             raise ConnectionError("the peer closed the connection")
@@ -163,21 +176,26 @@ def send(connection: socket.socket, frame: Frame) -> None:
     connection.sendall(frame.encode())
 
 
-def receive(connection: socket.socket, max_body: int = MAX_BODY) -> Frame:
+def receive(
+    connection: socket.socket, max_body: int = MAX_BODY, deadline: float | None = None
+) -> Frame:
     """Receives one frame.
 
     Args:
       connection: a connected stream socket.
       max_body: largest body to accept, in bytes; small until the peer is authenticated.
+      deadline: when the frame has to be complete, as `time.monotonic` tells it, however slowly
+        bytes trickle in; changes the socket's timeout.
 
     Raises:
       WireError: the frame breaks the format or exceeds `max_body`.
       ConnectionError: the peer closed the connection.
+      TimeoutError: the deadline, or the socket's own timeout, has passed.
     """
-    kind, request, length = decode_header(_receive_exactly(connection, HEADER.size))
+    kind, request, length = decode_header(_receive_exactly(connection, HEADER.size, deadline))
     if length > max_body:
         raise WireError(f"a body of {length} bytes, expected at most {max_body}")
-    return decode_body(kind, request, _receive_exactly(connection, length))
+    return decode_body(kind, request, _receive_exactly(connection, length, deadline))
 
 
 def _mac(key: bytes, role: str, challenge: bytes, nonce: bytes) -> hmac.HMAC:

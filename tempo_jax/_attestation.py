@@ -49,7 +49,8 @@ that this key ever signed; give `product_id` and `min_svn` as well
         the platform are known; `Revoked` cannot be accepted.
       collateral: Intel's documents for the platform, which the client fetched itself.
       insecure_accept_no_sgx: takes an enclave that has no quote to show, which may be
-        anything and anyone. For development.
+        anything and anyone. For development, and never together with a named enclave: a host
+        would only have to withhold the quote.
 
     Raises:
       AttestationError: the policy names no enclave, or contradicts itself.
@@ -96,6 +97,13 @@ that this key ever signed; give `product_id` and `min_svn` as well
             raise AttestationError(
                 "AttestationPolicy: `mrsigner` alone admits everything that this key ever "
                 "signed; give `product_id` and `min_svn` as well"
+            )
+        if self.insecure_accept_no_sgx and (self.names_enclave or self.collateral is not None):
+            raise AttestationError(
+                "AttestationPolicy: `insecure_accept_no_sgx=True` takes an enclave that shows no "
+                "quote, whatever else the policy asks for, so that a host would only have to "
+                "withhold the quote. Leave it out to verify quotes, or use a policy with it alone "
+                "to develop with data that is not secret"
             )
         if self.names_enclave:
             if self.collateral is None:

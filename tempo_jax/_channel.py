@@ -179,7 +179,7 @@ class Channel:
             proof = wire.prove(keys.connection, own, challenge, nonce)
             fields = {"nonce": nonce.hex(), "proof": proof.hex()}
             wire.send(self._connection, Frame(Kind.PROOF, 0, fields))
-            answer = wire.receive(self._connection, GREETING_BYTES).fields["proof"]
+            answer = fields_of(wire.receive(self._connection, GREETING_BYTES))["proof"]
             wire.check_proof(keys.connection, theirs, nonce, challenge, bytes.fromhex(answer))
         except (OSError, WireError, KeyError, TypeError, ValueError) as error:
             why = (

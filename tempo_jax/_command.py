@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tempo_jax._doctor import diagnose, format_findings
-from tempo_jax._inspection import inspect
+from tempo_jax._inspection import inspect, signed_build
 from tempo_jax._launch import KINDS, command
 from tempo_jax._serving import served
-from tempo_jax.errors import TempoError
+from tempo_jax.errors import LaunchError, TempoError
 
 CLIENT_PORT, HOST_PORT = 7441, 7442
 
@@ -76,19 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where to write the key of the host port (default: where Enclave.attach looks)",
     )
-    serve.add_argument(
-        "--kind",
-        choices=KINDS,
-        default=KINDS[0],
-        help="an ordinary process, or under Gramine (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--directory",
-        type=Path,
-        metavar="DIR",
-        help="for Gramine, what `python -m enclave_runtime.gramine build` made (default: one in "
-        "the cache, built on first use)",
-    )
+    _add_start(serve)
     serve.add_argument("--json", action="store_true", help="print one JSON object once it serves")
     serve.set_defaults(run=_serve)
 
@@ -96,13 +84,15 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         help="say what an enclave is and what it would prove",
         description="Asks an enclave for evidence and shows it, without owning the enclave. "
-        "Nothing is verified against a policy: tempo.Enclave.connect does that.",
+        "Nothing is verified against a policy: tempo.Enclave.connect does that. With --local and a "
+        "signed build it also shows the measurement that the build's signature names.",
     )
     which = show.add_mutually_exclusive_group(required=True)
     which.add_argument("address", nargs="?", metavar="ADDRESS", help="HOST:PORT of a client port")
     which.add_argument(
         "--local", action="store_true", help="start an enclave on this machine for the purpose"
     )
+    _add_start(show)
     show.add_argument("--json", action="store_true", help="print one JSON object")
     show.set_defaults(run=_inspect)
 
@@ -115,6 +105,23 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON array")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_start(action: argparse.ArgumentParser) -> None:
+    """Options that say what enclave to start."""
+    action.add_argument(
+        "--kind",
+        choices=KINDS,
+        default=KINDS[0],
+        help="an ordinary process, or under Gramine (default: %(default)s)",
+    )
+    action.add_argument(
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="for Gramine, what `python -m enclave_runtime.gramine build` made (default: one in "
+        "the cache, built on first use)",
+    )
 
 
 def _port(text: str) -> int:
@@ -158,9 +165,14 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     if options.local:
-        with served() as enclave:
+        start = command(options.kind, options.directory)
+        with served(command=start) as enclave:
             found = inspect(enclave.client)
+        if start.directory is not None:
+            found = dataclasses.replace(found, signed_build=signed_build(start.directory))
     else:
+        if options.kind != KINDS[0] or options.directory is not None:
+            raise LaunchError("--kind and --directory say what to start; give them with --local")
         found = inspect(options.address)
     print(json.dumps(dataclasses.asdict(found)) if options.json else found)
     return 0 if found.bound else 1

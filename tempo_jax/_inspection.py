@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import struct
+from pathlib import Path
 
 from enclave_runtime import channel, wire
 from enclave_runtime.evidence import Evidence, EvidenceError, decode_evidence, report_data
 from enclave_runtime.wire import WireError
 from tempo_jax._channel import GREETING_BYTES, dial
+from tempo_jax._launch import SIGNATURE
 from tempo_jax._quote import parse_quote
 from tempo_jax.errors import AttestationError, ChannelError
+
+_SIGSTRUCT_BYTES = 1808
+_SIGSTRUCT_HEADER = bytes.fromhex("06000000e10000000000010000000000")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Inspection:
       key_sha256: of its channel's public key, hex.
       bound: whether its evidence was made for this key and handshake.
       measurement: what its quote says: name and value, in reading order; empty without one.
+      signed_build: what the signature beside the build that was started says, alike; empty without.
     """
 
     address: str
@@ -38,6 +45,7 @@ class Inspection:
     key_sha256: str
     bound: bool
     measurement: dict[str, str | int | bool]
+    signed_build: dict[str, str | int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = {
@@ -46,6 +54,7 @@ class Inspection:
             "session": f"{self.session}, {'owned by a client' if self.owned else 'without owner'}",
             "channel key": f"SHA-256 {self.key_sha256}",
             **self.measurement,
+            **{f"signed {name}": value for name, value in self.signed_build.items()},
         }
         width = max(map(len, lines)) + 2
         shown = "\n".join(f"{name:<{width}}{value}" for name, value in lines.items())
@@ -99,6 +108,33 @@ def inspect(address: str) -> Inspection:
         data == expected,
         measurement,
     )
+
+
+def signed_build(directory: Path) -> dict[str, str | int]:
+    """What the signature of a built folder says of the enclave: name and value.
+
+    The layout is Intel's SIGSTRUCT (SDM, volume 3D, "Enclave Signature Structure"). Nothing is
+    verified: whoever built the folder knows what it signed.
+
+    Returns:
+      Empty if the folder is not signed.
+
+    Raises:
+      AttestationError: what lies there is no signature.
+    """
+    path = directory / SIGNATURE
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    if len(content) != _SIGSTRUCT_BYTES or content[:16] != _SIGSTRUCT_HEADER:
+        raise AttestationError(f"{path} is not the signature of an enclave")
+    product_id, svn = struct.unpack_from("<HH", content, 1024)
+    return {
+        "mrenclave": content[960:992].hex(),
+        "mrsigner": hashlib.sha256(content[128:512]).hexdigest(),
+        "product_id": product_id,
+        "svn": svn,
+    }
 
 
 def _measurement(evidence: Evidence) -> tuple[dict[str, str | int | bool], bytes]:

@@ -23,8 +23,17 @@ Kind = Literal["process", "gramine-direct", "gramine-sgx"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 APPLICATION = "enclave"  # what `python -m enclave_runtime.gramine` names what it builds
-# The enclave serves one processor; flags meant for the host's devices would mislead it.
-_NOT_INHERITED = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
+SIGNATURE = f"{APPLICATION}.sig"
+# Settings that are not the enclave's: those for the host's devices would mislead it, and others
+# write programs or compiled code to files, show them, or keep the process when it should end.
+_NOT_INHERITED = ("JAX_", "LIBTPU_", "NUMBA_", "PYTHON", "TF_", "XLA_")
+# Of these, what says where code is found or cached: Numba's cache holds this library's own kernels.
+_INHERITED = frozenset(
+    {
+        *("NUMBA_CACHE_DIR", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "PYTHONNOUSERSITE"),
+        *("PYTHONPATH", "PYTHONPYCACHEPREFIX", "PYTHONUSERBASE"),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +85,22 @@ def command(kind: Kind = "process", directory: str | os.PathLike[str] | None = N
     fix = f"`python -m enclave_runtime.gramine build --out {built}`"
     if not (built / f"{APPLICATION}.manifest").exists():
         raise LaunchError(f"{built} holds no enclave for Gramine: build one with {fix}")
-    signature = (f"{APPLICATION}.manifest.sgx", f"{APPLICATION}.sig")
+    signature = (f"{APPLICATION}.manifest.sgx", SIGNATURE)
     if kind == "gramine-sgx" and not all((built / name).exists() for name in signature):
         raise LaunchError(
             f"the enclave in {built} is not signed: make a key with `gramine-sgx-gen-private-key` "
             f"and build again with {fix}"
         )
+    _check(built)
     return Command((loader, APPLICATION), dict(os.environ), built, kind)
 
 
 def _environment() -> dict[str, str]:
-    environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _INHERITED or not name.startswith(_NOT_INHERITED)
+    }
     path = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = _root() if not path else os.pathsep.join((_root(), path))
     return {**environment, **ENCLAVE_ENVIRONMENT}
@@ -101,6 +115,19 @@ def _cached() -> Path:
     if not (directory / f"{APPLICATION}.manifest").exists() or not _is_current(directory):
         _build(directory)
     return directory
+
+
+def _check(directory: Path) -> None:
+    """Holds the manifests against the rules; Gramine itself holds the files against them."""
+    check = [sys.executable, "-m", "enclave_runtime.gramine", "check", "--manifests-only"]
+    run = subprocess.run(
+        [*check, str(directory)], env=_environment(), capture_output=True, text=True
+    )
+    if run.returncode:
+        raise LaunchError(
+            f"the enclave in {directory} breaks rules; build it again:\n"
+            f"{run.stdout.strip() or run.stderr.strip()}"
+        )
 
 
 def _is_current(directory: Path) -> bool:

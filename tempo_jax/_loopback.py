@@ -40,6 +40,13 @@ _ERRORS: dict[str, type[Exception]] = {
     "UnknownHandleError": SealedValueError,
     "UnprovisionedError": UnprovisionedError,
 }
+# A serving enclave tells its host the class of an error and no more. What most often causes it:
+_HINTS = {
+    "DecryptionError": ". What the host carried failed its authentication: it was altered, or made "
+    "for another enclave",
+    "UnknownHandleError": ". A sealed value is not in this enclave: it was donated to an earlier "
+    "call, was freed, or belongs to another enclave",
+}
 
 
 def fields_of(reply: Frame) -> dict[str, Any]:
@@ -49,8 +56,9 @@ def fields_of(reply: Frame) -> dict[str, Any]:
       EnclaveError: the enclave refused, `SealedValueError` and others where those fit.
     """
     if reply.kind is Kind.ERROR:
-        error = _ERRORS.get(reply.fields.get("error", ""), EnclaveError)
-        raise error(f"enclave: {reply.fields.get('text')}")
+        name, text = reply.fields.get("error", ""), reply.fields.get("text")
+        hint = _HINTS.get(name, "") if text == wire.REFUSAL else ""
+        raise _ERRORS.get(name, EnclaveError)(f"enclave: {text}{hint}")
     return reply.fields
 
 
@@ -183,6 +191,7 @@ def greet(connection: socket.socket, key: bytes) -> dict[str, Any]:
 
     Raises:
       WireError: the enclave did not prove it, or breaks the protocol.
+      EnclaveError: it serves as many connections as it can.
     """
     try:
         greeting = wire.receive(connection).fields
@@ -190,7 +199,7 @@ def greet(connection: socket.socket, key: bytes) -> dict[str, Any]:
         nonce = secrets.token_bytes(wire.NONCE_BYTES)
         proof = wire.prove(key, "host", challenge, nonce)
         wire.send(connection, Frame(Kind.PROOF, 0, {"nonce": nonce.hex(), "proof": proof.hex()}))
-        answer = bytes.fromhex(wire.receive(connection).fields["proof"])
+        answer = bytes.fromhex(fields_of(wire.receive(connection))["proof"])
     except (KeyError, TypeError, ValueError) as error:
         raise WireError("the enclave's greeting is malformed") from error
     wire.check_proof(key, "enclave", nonce, challenge, answer)

@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
+from enclave_runtime.limits import MAX_WORKERS
 from enclave_runtime.program import DEVICE
 from tempo_jax import _jaxpr
 from tempo_jax._enclave import Enclave
@@ -188,6 +189,11 @@ class Shielded:
         if mesh is not None and len(mesh.axis_names) != 1:
             raise UnsupportedError(
                 f"shield: mesh has the axes {mesh.axis_names}, expected exactly one"
+            )
+        if mesh is not None and mesh.size > MAX_WORKERS:
+            raise UnsupportedError(
+                f"shield: mesh has {mesh.size} devices, expected at most {MAX_WORKERS}, each of "
+                "which the enclave serves on a connection and a thread of its own"
             )
         self._function = function
         self._enclave = enclave

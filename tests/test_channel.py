@@ -2,8 +2,11 @@
 
 import contextlib
 import datetime
+import errno
 import logging
 import os
+import re
+import resource
 import socket
 import ssl
 import tempfile
@@ -20,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import tempo_jax as tempo
-from enclave_runtime import calibration, channel, peers, server, tls, wire
+from enclave_runtime import channel, limits, log, peers, server, tls, wire
 from enclave_runtime.encryption import session_keys
 from enclave_runtime.evidence import make_evidence
 from enclave_runtime.tls import ServerIdentity
@@ -28,15 +31,22 @@ from enclave_runtime.wire import Frame, Kind, WireError
 from tempo_jax import _channel
 from tempo_jax._channel import Channel, dial, parse_address
 from tempo_jax._host_key import read_host_key
-from tempo_jax._loopback import Attachment
+from tempo_jax._loopback import Attachment, fields_of
 from tempo_jax._serving import Served, served
-from tempo_jax.errors import AttestationError, ChannelError, EnclaveDiedError, EnclaveError
+from tempo_jax.errors import (
+    AttestationError,
+    ChannelError,
+    EnclaveDiedError,
+    EnclaveError,
+    SealedValueError,
+    SharedMemoryError,
+    UnprovisionedError,
+)
 from tests.toy_pki import der
 
 INSECURE = tempo.AttestationPolicy(insecure_accept_no_sgx=True)
 DATA = Path(__file__).parent / "data"
 IDENTITY = tempo.ClientIdentity(bytes(range(32)))
-BROKEN = "the connection broke the protocol and is closed"
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +96,7 @@ def test_client_port_refuses_the_hosts_requests(client, kind):
 
 @pytest.mark.parametrize("kind", sorted(REQUESTS - peers.HOST_KINDS), ids=lambda k: k.name)
 def test_host_port_refuses_the_clients_requests(host, kind):
-    match = f"{kind.name} is not a request that the host may make"
-    with pytest.raises(EnclaveError, match=match):
+    with pytest.raises(EnclaveError, match=f"^enclave: {wire.REFUSAL}$"):
         host.request(kind, {})
 
 
@@ -100,8 +109,8 @@ def test_every_kind_is_a_greeting_an_answer_or_somebodys_request():
 
 @pytest.mark.parametrize("kind", [Kind.HELLO, Kind.PROOF, Kind.OWN, Kind.REPLY], ids=str)
 def test_greeting_after_the_greeting_is_no_request(client, host, kind):
-    for line in (client, host):
-        with pytest.raises(EnclaveError, match=f"kind {kind.name} is not a request"):
+    for line, text in ((client, f"kind {kind.name} is not a request"), (host, wire.REFUSAL)):
+        with pytest.raises(EnclaveError, match=text):
             line.request(kind, {}, bytes(32))
 
 
@@ -180,7 +189,7 @@ def breaks(connection: socket.socket, frames: list[bytes]) -> None:
         assert wire.receive(connection).kind is Kind.REPLY
     connection.sendall(frames[-1])
     answer = wire.receive(connection)
-    assert answer == Frame(Kind.ERROR, 0, {"error": "WireError", "text": BROKEN})
+    assert answer == Frame(Kind.ERROR, 0, {"error": "WireError", "text": wire.REFUSAL})
     assert is_closed(connection)
 
 
@@ -302,14 +311,122 @@ def test_proof_counts_for_the_channel_it_was_made_for(enclave_ports, relayed):
             assert wire.receive(connection).kind is Kind.PROOF
 
 
-def test_log_has_the_detail_and_the_peer_has_not(caplog, monkeypatch):
-    monkeypatch.setattr(calibration, "measure", dict)  # it takes long on a busy machine
-    with caplog.at_level(logging.INFO, "enclave_runtime"), in_process() as (port, _):
-        for frames, detail in BREAKING.values():
-            with socket.create_connection(("127.0.0.1", port), 10) as connection:
+# Refusals
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    """A function that raises an error, whatever it is given."""
+
+    def function(*_: Any) -> Any:
+        raise error
+
+    return function
+
+
+# What goes wrong inside, its class for the outside, and whether the host of a serving enclave is
+# told more than that.
+DETAIL = "detail of shape [3, 4]"
+INSIDE: list[tuple[Exception, str, bool]] = [
+    (server.RunError(DETAIL), "RunError", False),
+    (server.RequestError(DETAIL), "RequestError", False),
+    (server.ProgramError(DETAIL), "ProgramError", False),
+    (server.DecryptionError(DETAIL), "DecryptionError", False),
+    (server.UnknownHandleError(DETAIL), "UnknownHandleError", False),
+    (server.WireError(DETAIL), "WireError", False),
+    (KeyError(DETAIL), "RequestError", False),
+    (TypeError(DETAIL), "RequestError", False),
+    (ZeroDivisionError(DETAIL), "InternalError", False),
+    (server.ArenaError(DETAIL), "ArenaError", True),
+    (server.CheckpointError(DETAIL), "CheckpointError", True),
+    (server.IntegrityError(DETAIL), "IntegrityError", True),
+    (server.UnownedError(DETAIL), "UnownedError", True),
+    (server.UnprovisionedError(DETAIL), "UnprovisionedError", True),
+]
+
+
+@pytest.mark.parametrize(("error", "name", "told"), INSIDE, ids=lambda value: type(value).__name__)
+def test_host_of_a_serving_enclave_gets_one_text(monkeypatch, error, name, told):
+    ownership = peers.Ownership("00" * 16)
+    ownership.claim(bytes(32))
+    monkeypatch.setattr(ownership.session, "handle", raises(error))
+    frame = Frame(Kind.CALIBRATE, 7, {})
+    refusal = server._answer(ownership, peers.HOST, frame)
+    text = DETAIL if told else wire.REFUSAL
+    assert refusal == Frame(Kind.ERROR, 7, {"error": name, "text": text})
+    # Who holds the session's secret is told more, but nobody what an error says that was not
+    # written for a peer.
+    for role in (peers.CLIENT, peers.PARENT):
+        shown = server._answer(ownership, role, frame).fields
+        assert shown["error"] == name and shown["text"] != wire.REFUSAL
+        assert (DETAIL in shown["text"]) == (type(error).__name__ == name)
+
+
+def test_host_learns_what_it_can_act_on(host):
+    for kind, fields, error, text in (
+        (Kind.FREE, {}, EnclaveError, f"^enclave: {wire.REFUSAL}$"),
+        (Kind.SEGMENT, {"run": 3}, EnclaveError, f"^enclave: {wire.REFUSAL}$"),
+        (Kind.SEGMENT, {"run": [3]}, EnclaveError, f"^enclave: {wire.REFUSAL}$"),
+        (Kind.FIND, {"digest": "00"}, UnprovisionedError, "the client provisioned no such program"),
+        (Kind.MAP, {"name": "passwd", "size": 3}, SharedMemoryError, "not of the expected form"),
+    ):
+        with pytest.raises(error, match=text):
+            host.request(kind, fields)
+    # Of two classes it is said here what most often causes them.
+    for name, hint in (("UnknownHandleError", "was donated"), ("DecryptionError", "was altered")):
+        frame = Frame(Kind.ERROR, 1, {"error": name, "text": wire.REFUSAL})
+        with pytest.raises(SealedValueError, match=f"^enclave: {wire.REFUSAL}. .*{hint}"):
+            fields_of(frame)
+
+
+def test_log_of_the_enclave_has_the_detail(tmp_path, capfd):
+    with served(host_key=tmp_path / "key") as running:
+        Channel(running.client, INSECURE, IDENTITY).close()
+        _, port = parse_address(running.host)
+        lines = Attachment(port, read_host_key(port, running.host_key))
+        for frames, _ in BREAKING.values():
+            with host_socket(lines) as connection:
                 breaks(connection, frames)
-            assert wait_for(lambda detail=detail: detail in caplog.text), detail
-    assert "Traceback" not in caplog.text
+        for kind, fields in ((Kind.FREE, {}), (Kind.SEGMENT, {"run": 3})):
+            with pytest.raises(EnclaveError, match=wire.REFUSAL):
+                lines.request(kind, fields)
+        # A peer that repeats itself fills nobody's disk.
+        for _ in range(2 * log.BURST):
+            with pytest.raises(UnprovisionedError):
+                lines.request(Kind.FIND, {"digest": "00"})
+        lines.close()
+    written = capfd.readouterr().err
+    for _, detail in BREAKING.values():
+        assert re.search(f"^enclave: closed a connection: .*{detail}", written, re.MULTILINE)
+    assert "enclave: refused SEGMENT: no such run" in written
+    assert "enclave: malformed FREE" in written and "KeyError: 'handles'" in written
+    assert 0 < written.count("refused FIND") <= log.BURST
+
+
+def test_log_is_limited_by_place_and_says_so(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    limit = log.RateLimit()
+
+    def written(line: int) -> str | None:
+        record = logging.LogRecord("enclave_runtime", 30, "f.py", line, "text %s", ("x",), None)
+        return record.getMessage() if limit.filter(record) else None
+
+    assert [written(1) for _ in range(log.BURST + 3)] == ["text x"] * log.BURST + [None] * 3
+    assert written(2) == "text x"  # another place has a budget of its own
+    now[0] += log.SECONDS
+    assert [written(1), written(1)] == ["text x (and 3 like it before, left out)", None]
+    now[0] += log.SECONDS * log.BURST * 2
+    assert [written(1) is None for _ in range(log.BURST + 1)] == [False] * log.BURST + [True]
+
+
+def test_long_records_are_cut():
+    formatter = log.ShortFormatter("%(message)s")
+    for length in (log.MAX_CHARACTERS, log.MAX_CHARACTERS + 1, 1 << 20):
+        text = "a" + "b" * (length - 2) + "c"
+        shown = formatter.format(logging.LogRecord("", 30, "", 1, text, None, None))
+        assert len(shown) <= log.MAX_CHARACTERS + 5
+        assert (shown == text) == (length == log.MAX_CHARACTERS)
+        assert shown[0] == "a" and shown[-1] == "c"
 
 
 def wait_for(condition: Callable[[], bool]) -> bool:
@@ -320,32 +437,141 @@ def wait_for(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
+PROVED = Frame(Kind.PROOF, 0, {})
+
+
 @contextlib.contextmanager
 def in_process(
-    authenticate: Callable[[socket.socket], None] = lambda connection: None,
+    authenticate: server.Authenticate = lambda connection, deadline: PROVED,
     context: ssl.SSLContext | None = None,
-) -> Iterator[tuple[int, Any]]:
+    role: peers.Role = peers.PARENT,
+) -> Iterator[int]:
     """A port of this process, owned by nobody special; gives its number."""
     ownership = peers.Ownership("00" * 16)
     ownership.claim(bytes(32))
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = server._Port(listener, ownership, peers.PARENT, authenticate, context)
-        thread = threading.Thread(target=_until_closed, args=(port,), daemon=True)
+        port = server._Port(listener, ownership, role, authenticate, context)
+        thread = threading.Thread(target=port.serve, daemon=True)
         thread.start()
-        yield port.number, port
+        yield port.number
         listener.shutdown(socket.SHUT_RDWR)
+    # A listener that was closed ends the port without an error.
     thread.join(10)
+    assert not thread.is_alive()
 
 
-def _until_closed(port: Any) -> None:
-    with contextlib.suppress(OSError):
-        port.serve()
+def one_frame(connection: socket.socket, deadline: float) -> Frame:
+    """Takes any frame for a proof."""
+    wire.receive(connection, deadline=deadline)
+    return PROVED
+
+
+# What strangers can bring about
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ECONNABORTED], ids=errno.errorcode.get)
+def test_accept_that_fails_does_not_end_a_port(monkeypatch, number):
+    accept, failures = socket.socket.accept, [OSError(number, os.strerror(number))] * 3
+
+    def failing(listener: socket.socket) -> Any:
+        if failures:
+            raise failures.pop()
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", failing)
+    with in_process(one_frame) as port:
+        assert wait_for(lambda: accepts(port))
+    assert not failures
+
+
+def test_thread_that_does_not_start_does_not_end_a_port(monkeypatch):
+    monkeypatch.setattr(server, "MAX_STRANGERS", 1)
+    start, failures = threading.Thread.start, [RuntimeError("can't start new thread")] * 3
+
+    def failing(thread: Any) -> None:
+        if failures and thread._target.__name__ == "_welcome":
+            raise failures.pop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    with in_process(one_frame) as port:
+        for left in (2, 1, 0):
+            with socket.create_connection(("127.0.0.1", port), 10) as connection:
+                assert is_closed(connection) and len(failures) == left
+        # Nor did they keep their places, of which there is one.
+        assert wait_for(lambda: accepts(port))
+
+
+def test_strangers_do_not_end_an_enclave_that_runs_out_of_descriptors(tmp_path):
+    with served(host_key=tmp_path / "key") as running:
+        Channel(running.client, INSECURE, IDENTITY).close()
+        resource.prlimit(running.child.process.pid, resource.RLIMIT_NOFILE, (24, 24))
+        for address in (running.client, running.host):
+            with contextlib.ExitStack() as stack:
+                for _ in range(40):
+                    stack.enter_context(socket.create_connection(parse_address(address), 10))
+                time.sleep(0.5)
+                assert running.child.process.poll() is None
+        assert wait_for(lambda: comes_back(running))
+
+
+def comes_back(running: Served) -> bool:
+    """Whether the enclave answers its owner."""
+    try:
+        still_serves(running)
+    except ChannelError:
+        return False
+    return True
+
+
+def threads_of(running: Served) -> int:
+    """How many threads an enclave has."""
+    status = Path(f"/proc/{running.child.process.pid}/status").read_text()
+    return int(re.findall(r"^Threads:\s+(\d+)$", status, re.MULTILINE)[0])
+
+
+def test_connections_are_as_many_threads_and_limited(tmp_path):
+    with served(host_key=tmp_path / "key") as running, contextlib.ExitStack() as stack:
+        Channel(running.client, INSECURE, IDENTITY).close()
+        _, port = parse_address(running.host)
+        lines = Attachment(port, read_host_key(port, running.host_key))
+        time.sleep(0.5)
+        at_rest = threads_of(running)
+        for _ in range(limits.CLIENT_CONNECTIONS):
+            stack.callback(Channel(running.client, INSECURE, IDENTITY).close)
+        for _ in range(limits.HOST_CONNECTIONS):
+            stack.enter_context(host_socket(lines))
+        full = "serves {} connections of the {} at a time, and all are open; close some first"
+        with pytest.raises(EnclaveError, match=full.format(limits.CLIENT_CONNECTIONS, "client")):
+            Channel(running.client, INSECURE, IDENTITY)
+        with pytest.raises(EnclaveError, match=full.format(limits.HOST_CONNECTIONS, "host")):
+            lines.request(Kind.STATISTICS, {})
+        for address in (running.client, running.host):
+            for _ in range(limits.MAX_STRANGERS + 8):
+                stack.enter_context(socket.create_connection(parse_address(address), 10))
+        assert wait_for(lambda: threads_of(running) == at_rest + limits.CONNECTIONS)
+        time.sleep(0.5)
+        assert threads_of(running) == at_rest + limits.CONNECTIONS
+        # Those that leave make room.
+        stack.close()
+        assert wait_for(lambda: comes_back(running))
+        assert lines.request(Kind.STATISTICS, {})["runs"] == 0
+        lines.close()
+
+
+def test_peer_that_vanished_is_noticed():
+    with in_process() as port, socket.create_connection(("127.0.0.1", port), 10) as near:
+        assert wire.receive(near) == PROVED
+        table = Path("/proc/self/net/tcp").read_text().splitlines()[1:]
+        local = f":{port:04X}"
+        (row,) = [r.split() for r in table if r.split()[1].endswith(local) and " 01 " in r]
+        assert row[5].startswith("02:"), "no timer for keeping the connection alive"
 
 
 def test_stranger_that_trickles_is_disconnected(monkeypatch):
     monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 0.5)
     for context in (None, ServerIdentity().context()):
-        with in_process(lambda c: wire.receive(c) and None, context) as (port, _):
+        with in_process(one_frame, context) as port:
             start = time.monotonic()
             with socket.create_connection(("127.0.0.1", port), 10) as connection:
                 # One byte at a time, more slowly than a frame can ever be complete.
@@ -359,7 +585,7 @@ def test_stranger_that_trickles_is_disconnected(monkeypatch):
 
 def test_too_many_strangers_are_turned_away(monkeypatch):
     monkeypatch.setattr(server, "MAX_STRANGERS", 2)
-    with in_process(lambda c: wire.receive(c) and None) as (port, _):
+    with in_process(one_frame) as port:
         with contextlib.ExitStack() as stack:
             waiting = [
                 stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
@@ -378,6 +604,7 @@ def accepts(port: int) -> bool:
         try:
             wire.send(connection, Frame(Kind.PROOF, 0, {}))
             wire.send(connection, Frame(Kind.STATISTICS, 1, {}))
+            assert wire.receive(connection) == PROVED
             return wire.receive(connection).kind is Kind.REPLY
         except OSError:
             return False
@@ -692,13 +919,13 @@ def test_evidence_without_a_quote_is_refused_by_default(enclave_ports):
 @pytest.mark.parametrize("over_tls", [False, True])
 def test_reflected_proof_does_not_pass_as_the_enclaves(over_tls):
     # A server without the key sends the peer's own proof back.
-    def reflect(connection: socket.socket) -> None:
+    def reflect(connection: socket.socket, deadline: float) -> Frame:
         fields = {"challenge": "00" * 32, "session": "00" * 16, "owned": True}
         wire.send(connection, Frame(Kind.HELLO, 0, fields))
-        wire.send(connection, wire.receive(connection))
+        return wire.receive(connection, deadline=deadline)
 
     context = ServerIdentity().context() if over_tls else None
-    with in_process(reflect, context) as (port, _):
+    with in_process(reflect, context) as port:
         with pytest.raises(ChannelError, match="refused this client|accepts this host") as caught:
             if over_tls:
                 Channel(f"127.0.0.1:{port}", INSECURE, IDENTITY)

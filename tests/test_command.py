@@ -1,6 +1,10 @@
 """The command `tempo-jax`, as a host's administrator and a curious client use it."""
 
+import hashlib
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +14,11 @@ from pathlib import Path
 import pytest
 
 import tempo_jax as tempo
-from tempo_jax import _inspection
+from tempo_jax import _inspection, _launch
 from tempo_jax._command import main
 from tempo_jax._serving import Served, served
 from tests.test_enclave import is_running, wait_until
+from tests.test_launch import stand_in, write_manifest
 
 INSECURE = tempo.AttestationPolicy(insecure_accept_no_sgx=True)
 
@@ -49,6 +54,51 @@ def test_inspection_of_this_machine(capsys):
     assert json.loads(capsys.readouterr().out)["platform"] == "process"
 
 
+def sigstruct(mrenclave: bytes, modulus: bytes, product_id: int, svn: int) -> bytes:
+    """What Gramine's tool leaves as a signature, as far as it is read (Intel SDM, volume 3D)."""
+    content = bytearray(1808)
+    content[:16] = bytes.fromhex("06000000e10000000000010000000000")
+    content[128:512] = modulus
+    content[960:992] = mrenclave
+    content[1024:1028] = product_id.to_bytes(2, "little") + svn.to_bytes(2, "little")
+    return bytes(content)
+
+
+@pytest.fixture
+def signed(monkeypatch, tmp_path) -> Path:
+    """A built and signed folder, and stand-ins for Gramine's loaders."""
+    folder = tmp_path / "built"
+    write_manifest(folder)
+    shutil.copy(folder / "enclave.manifest", folder / "enclave.manifest.sgx")
+    (folder / "enclave.sig").write_bytes(sigstruct(b"\1" * 32, b"\2" * 384, 3, 5))
+    for name in ("gramine-direct", "gramine-sgx"):
+        stand_in(tmp_path, name)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", _launch._root(), prepend=os.pathsep)
+    return folder
+
+
+def test_inspection_of_a_build_shows_what_was_signed(signed, capsys):
+    options = ["enclave", "inspect", "--local", "--kind", "gramine-sgx", "--directory", str(signed)]
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    mrsigner = hashlib.sha256(b"\2" * 384).hexdigest()
+    for line in (
+        rf"signed mrenclave +{'01' * 32}",
+        rf"signed mrsigner +{mrsigner}",
+        r"signed product_id +3",
+        r"signed svn +5",
+    ):
+        assert re.search(f"^{line}$", printed, re.MULTILINE), printed
+    # It is the loader's enclave that answered; this one stands in for Gramine and has no quote.
+    assert "It shows no SGX quote and proves nothing" in printed
+    assert main([*options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["signed_build"]["mrenclave"] == "01" * 32
+    (signed / "enclave.sig").write_bytes(bytes(1808))
+    assert main(options) == 1
+    assert "enclave.sig is not the signature of an enclave" in capsys.readouterr().err
+
+
 def test_inspection_reads_the_measurement_out_of_a_quote():
     quote = (Path(__file__).parent / "data" / "sgx_quote").read_bytes()
     evidence = _inspection.Evidence("gramine-sgx", quote=quote)
@@ -71,6 +121,9 @@ def test_inspection_reads_the_measurement_out_of_a_quote():
     [
         (["enclave", "inspect", "127.0.0.1:1"], 1, "nothing answers at 127.0.0.1:1"),
         (["enclave", "inspect", "nowhere"], 1, "expected HOST:PORT"),
+        (["enclave", "inspect", "a:1", "--kind", "gramine-sgx"], 1, "give them with --local"),
+        (["enclave", "inspect", "a:1", "--directory", "."], 1, "give them with --local"),
+        (["enclave", "inspect", "--local", "--directory", "."], 1, "runs from no directory"),
         (["enclave", "inspect"], 2, "one of the arguments ADDRESS --local is required"),
         (["enclave", "serve", "--client-port", "65536"], 2, "'65536' is not the number of a port"),
         (["enclave", "serve", "--host-port", "x"], 2, "'x' is not the number of a port"),

@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ from flax.training.train_state import TrainState
 
 import enclave_runtime
 import tempo_jax as tempo
+from enclave_runtime import dumps, evidence
+from enclave_runtime.evidence import Platform
 from enclave_runtime.memory import DIRECTORY
 from enclave_runtime.schemes import SCHEMES
 from tempo_jax import _connection
@@ -225,6 +228,52 @@ def test_process_without_the_secret_does_not_pass_as_the_enclave(enclave, monkey
             enclave.statistics()
     finally:
         connection._idle = idle
+
+
+# Core dumps
+
+
+def test_enclave_leaves_no_core_file(enclave):
+    limits = Path(f"/proc/{enclave.connection.process.pid}/limits").read_text()
+    assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
+
+
+DUMPABLE = """
+import ctypes, runpy
+from enclave_runtime import dumps, server
+
+def show():
+    print(ctypes.CDLL(None).prctl(dumps.PR_GET_DUMPABLE, 0, 0, 0, 0))
+
+show()
+server.serve = show
+runpy.run_module("enclave_runtime", run_name="__main__")
+"""
+
+
+def test_enclave_is_not_dumpable_when_it_serves():
+    # A limit on core files does not bind a handler to which the kernel pipes dumps (core(5)).
+    run = subprocess.run(
+        [sys.executable, "-c", DUMPABLE], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert run.stdout.split() == ["1", "0"], run.stderr
+
+
+@pytest.mark.parametrize("platform", get_args(Platform))
+def test_kernel_that_would_dump_is_refused(monkeypatch, platform):
+    class Refusing:
+        @staticmethod
+        def prctl(*_: int) -> int:
+            return -1
+
+    monkeypatch.setattr(dumps.ctypes, "CDLL", lambda *_, **__: Refusing)
+    monkeypatch.setattr(dumps.resource, "setrlimit", lambda *_: None)
+    monkeypatch.setattr(evidence, "detect_platform", lambda: platform)
+    if platform == "process":
+        with pytest.raises(dumps.DumpError, match="core dumps stay possible"):
+            dumps.forbid_dumps()
+    else:  # Gramine dumps nothing itself
+        dumps.forbid_dumps()
 
 
 # Sealed values
@@ -547,7 +596,7 @@ def test_host_imports_only_the_shared_modules_of_the_enclave():
         f"enclave_runtime.{name}"
         for name in (
             *("wire", "fields", "products", "updates", "program", "encryption", "memory"),
-            *("checkpoint", "channel", "configuration", "environment", "evidence"),
+            *("checkpoint", "channel", "configuration", "environment", "evidence", "limits"),
         )
     }
     for module, sources in _imported("tempo_jax").items():

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +38,7 @@ from tempo_jax.errors import (
     SharedMemoryError,
     TempoError,
 )
+from tests.boundary import mappings
 from tests.interpreter import plan
 from tests.steps import assert_close, shield_all, uniform
 from tests.steps import momentum_state as initial_state
@@ -208,8 +208,7 @@ def _program(shielded: tempo.Shielded, state: Any) -> Any:
 
 def mapped(enclave: tempo.Enclave) -> int:
     """How many pieces of shared memory the enclave has mapped."""
-    maps = Path(f"/proc/{enclave.connection.process.pid}/maps").read_text()
-    return maps.count("/dev/shm/tempo_jax-")
+    return mappings(enclave.connection.process.pid).count("/dev/shm/tempo_jax-")
 
 
 @pytest.mark.parametrize("what", [Kind.BEGIN, 0, 2, Kind.COMMIT], ids=str)

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 import enclave_runtime
 import tempo_jax as tempo
-from enclave_runtime import session
+from enclave_runtime import limits, session
 from enclave_runtime.gramine import __main__ as cli
 from enclave_runtime.gramine import building, closure, manifest, rules, staging
 from enclave_runtime.gramine.building import BuildError, Options, build
@@ -27,8 +28,10 @@ from tempo_jax._connection import Connection
 from tempo_jax._launch import Command
 from tempo_jax._serving import served
 from tempo_jax.errors import EnclaveDiedError
+from tests.boundary import mappings
 from tests.steps import uniform
 
+START_SECONDS = 10.0  # until an enclave takes requests, under `gramine-direct` too
 ROOT = Path(enclave_runtime.__file__).parent.parent
 
 
@@ -134,7 +137,7 @@ def test_options_reach_the_manifest(directory):
     template = manifest.own_part(directory, enclave_size="16G", cpus=8, product_id=3, svn=5)
     sgx = tomllib.loads(manifest.render(template))["sgx"]
     assert (sgx["enclave_size"], sgx["isvprodid"], sgx["isvsvn"]) == ("16G", 3, 5)
-    assert sgx["max_threads"] == 16 + 4 * 8 + 4 + manifest.CONNECTIONS
+    assert sgx["max_threads"] == 16 + 2 + 4 * 8 + 4 + limits.CONNECTIONS
 
 
 # The rules
@@ -259,7 +262,7 @@ OTHER_RUNTIME = [{"path": path, "uri": "file:/tmp"} for path in ("/lib", "/lib64
         (put("sgx.enclave_size", "12G"), "a power of two of at least 8G"),
         (put("sgx.enclave_size", "much"), "enclave_size is 'much'"),
         (put("sgx.enclave_size", 8 << 30), "enclave_size is 8589934592"),
-        (put("sgx.max_threads", 16), "max_threads is 16, expected at least 88 for 1"),
+        (put("sgx.max_threads", 16), "max_threads is 16, expected at least 162 for 1"),
         (drop("sgx.max_threads"), "max_threads is None"),
     ],
 )
@@ -350,6 +353,37 @@ def test_build_uses_the_tools_that_are_there(small, tools, tmp_path):
     assert mounts[1]["uri"] == "file:/g/runtime/glibc"
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("s#sgx.debug = false#sgx.debug = true#", "sgx.debug is True, expected False"),
+        ("s#/dev/shm#/dev#", "fs.mounts shows something else"),
+        ("s#[0-9a-f]\\{64\\}#" + "00" * 32 + "#", "has changed since it was staged"),
+    ],
+)
+def test_what_is_signed_is_what_is_checked(small, tools, tmp_path, change, words):
+    signing = 'cp "$4" "$6" && touch enclave.sig'
+    script(tools, "gramine-sgx-sign", signing)
+    key, out = tmp_path / "key.pem", tmp_path / "out"
+    key.touch()
+    build(out, Options(key=key))
+    assert building.check(out) == []
+    # The manifest beside it is sound all the while, and `gramine-sgx` does not look at it.
+    signed = out / "enclave.manifest.sgx"
+    subprocess.run(["/bin/sed", "-i", change, signed], check=True)
+    broken = building.check(out)
+    assert broken and all(sentence.startswith("enclave.manifest.sgx: ") for sentence in broken)
+    assert any(words in sentence for sentence in broken)
+    assert cli.main(["check", str(out)]) == 1
+    # What the tree holds is not looked at where Gramine does so itself.
+    in_tree = "has changed" in words
+    assert bool(building.check(out, files=False)) == (not in_tree)
+    assert cli.main(["check", "--manifests-only", str(out)]) == (0 if in_tree else 1)
+    script(tools, "gramine-sgx-sign", f"{signing} && sed -i '{change}' \"$6\"")
+    with pytest.raises(BuildError, match="what was signed breaks rules:\n  enclave.manifest.sgx: "):
+        build(out, Options(key=key))
+
+
 def test_build_without_a_key_is_not_signed(small, tools, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     script(tools, "gramine-sgx-sign", "exit 1")
@@ -403,7 +437,7 @@ def test_the_command(small, tools, tmp_path, capsys):
     assert cli.main(["current", out]) == 0
     capsys.readouterr()
     assert cli.main(["check", out, "--cpus", "64"]) == 1
-    assert "expected at least 340 for 64 processors" in capsys.readouterr().out
+    assert "expected at least 414 for 64 processors" in capsys.readouterr().out
     (tmp_path / "out/enclave.manifest").write_text("no = toml = here")
     assert cli.main(["check", out]) == 1
     assert "is not TOML" in capsys.readouterr().err
@@ -494,14 +528,16 @@ def shielded_step(enclave: tempo.Enclave, **options: Any) -> None:
 @pytest.mark.slow
 def test_the_staged_tree_runs_and_loads_nothing_else(built):
     """As near to Gramine as a machine without it gets: the tree alone, under its options."""
+    start = time.monotonic()
     with tempo.Enclave(Connection(staged_command(built))) as enclave:
+        assert time.monotonic() - start < START_SECONDS
         shielded_step(enclave, verify=True)
         shielded_step(enclave, scheme=tempo.schemes.SignedPermutation())
         enclave.use_checkpoint_key(tempo.CheckpointKey.generate())
         state = {"step": jnp.arange(3.0)}
         restored = enclave.restore(enclave.checkpoint(enclave.seal(state)), like=state)
         np.testing.assert_array_equal(enclave.open(restored)["step"], [0, 1, 2])
-        maps = Path(f"/proc/{enclave.connection.process.pid}/maps").read_text()
+        maps = mappings(enclave.connection.process.pid)
     objects = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if ".so" in line}
     assert len(objects) > 80
     foreign = {Path(o).name for o in objects if not o.startswith(f"{built}/tree/")}
@@ -558,7 +594,9 @@ def test_peak_memory_where_gramine_tells_only_what_was_mapped(tmp_path):
 @pytest.mark.gramine
 @pytest.mark.slow
 def test_shielded_call_under_gramine(built):
+    start = time.monotonic()
     with tempo.Enclave.launch(kind="gramine-direct", directory=built) as enclave:
+        assert time.monotonic() - start < START_SECONDS
         shielded_step(enclave)
         assert enclave.statistics()["peak_memory_bytes"] > 0
 

@@ -4,7 +4,9 @@ The tests of uniformity run on a fixed key, so they repeat; each also runs on a 
 that is biased the way such code tends to be, and must reject it.
 """
 
+import copy
 import itertools
+import pickle
 from collections.abc import Callable
 
 import hypothesis.strategies as st
@@ -15,9 +17,12 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from hypothesis import given
 from scipy import stats
 
+from enclave_runtime.configuration import Launched, Serving
+from enclave_runtime.encryption import session_keys
 from enclave_runtime.keys import KeySchedule, KeyStream
 from enclave_runtime.program import ArrayType, KeyClass, Layout
-from enclave_runtime.schemes import SignedPermutation
+from enclave_runtime.schemes import Mixing, SignedPermutation, Tempo
+from enclave_runtime.schemes.mixing import TensorSecret
 from enclave_runtime.store import Blinded, KeyUses, Resident
 
 KEY = bytes(range(32))
@@ -294,3 +299,34 @@ def test_representations_show_nothing():
     for text, secret in secrets.items():
         assert repr(secret) == str(secret) == f"{secret}" == text
         assert repr([secret]) == f"[{text}]"
+
+
+SIGNED = SignedPermutation().draw(KeyClass(5), KeyStream(KEY))
+ARRAY = ArrayType((5,), "float64")
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        session_keys(KEY),
+        Launched(KEY),
+        Serving("127.0.0.1", 0, 0, KEY),
+        KeySchedule(),
+        SIGNED,
+        Tempo().draw(KeyClass(5), KeyStream(KEY)),
+        Mixing().draw(KeyClass(128), KeyStream(KEY)),
+        TensorSecret(1.0, None, 1.0),
+        Resident(ARRAY, jnp.arange(5.0)),
+        Blinded(
+            *(ARRAY, SignedPermutation(), Layout((0,), (1,))),
+            *({0: SIGNED}, {0: False}, {0: KeyUses()}),
+        ),
+    ],
+    ids=lambda secret: type(secret).__name__,
+)
+@pytest.mark.parametrize("convert", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_secrets_are_not_pickled(secret, convert):
+    with pytest.raises(TypeError, match="holds secrets and cannot be pickled or copied"):
+        convert(secret)
+    with pytest.raises(TypeError, match="holds secrets"):
+        (convert if convert is not copy.copy else copy.deepcopy)({"among others": [secret]})

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import tempo_jax as tempo
-from enclave_runtime.wire import Kind
+from enclave_runtime.wire import REFUSAL, Kind
 from tempo_jax._channel import dial
 from tempo_jax._cost import CostModel
 from tempo_jax._host_key import default_path, read_host_key, write_host_key
@@ -140,10 +140,74 @@ def test_program_that_was_not_provisioned_is_refused(roles):
 
 @pytest.mark.parametrize("digest", ["", "00" * 32, 3, None, []], ids=repr)
 def test_unknown_digest_is_refused(roles, digest):
-    with pytest.raises(EnclaveError, match="provisioned no such program|malformed FIND"):
+    with pytest.raises(EnclaveError, match=f"provisioned no such program|^enclave: {REFUSAL}$"):
         roles.host.connection.request(Kind.FIND, {"digest": digest})
-    with pytest.raises(EnclaveError, match="malformed FIND"):
+    with pytest.raises(EnclaveError, match=f"^enclave: {REFUSAL}$"):
         roles.host.connection.request(Kind.FIND, {})
+
+
+OUT_OF_ORDER: dict[str, tuple[Kind, dict[str, Any]]] = {
+    "a later segment": (Kind.SEGMENT, {"segment": 1, "worker": 0}),
+    "an unknown worker": (Kind.SEGMENT, {"segment": 0, "worker": 1}),
+    "no segment": (Kind.SEGMENT, {}),
+    "an early commit": (Kind.COMMIT, {"donate": []}),
+    "a commit of nothing": (Kind.COMMIT, {}),
+    "a commit of others": (Kind.COMMIT, {"donate": [99]}),
+    "an input that is not awaited": (Kind.SETTLE, {"offsets": {"0": 0}, "blind_at": {"0": 0}}),
+    "an input without a number": (Kind.SETTLE, {"offsets": {"x": 0}, "blind_at": {}}),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_ORDER)
+def test_host_that_does_not_follow_its_run_loses_it(roles, name):
+    owned, shielded = (shield_all(train_step, enclave=e) for e in (roles.client, roles.host))
+    owned.provision(initial_state(), X, Y)
+    arguments = roles.client.seal((initial_state(), X, Y))
+    runtime = shielded._runtime(shielded._program(shielded._signature(arguments, {})))
+    inputs = jax.tree.leaves(arguments, is_leaf=_is_sealed)
+    request = roles.host.connection.request
+    with roles.host.arena(runtime._program.arena_bytes) as (name_of_arena, arena):
+        run, _ = runtime._begin(name_of_arena, arena, inputs, raises=False)
+        assert roles.host.statistics()["runs"] == 1
+        kind, fields = OUT_OF_ORDER[name]
+        with pytest.raises(EnclaveError, match=f"^enclave: {REFUSAL}$"):
+            request(kind, {"run": run.number, **fields})
+        assert roles.host.statistics()["runs"] == 0
+        # Nor does what would have been right now serve any more.
+        with pytest.raises(EnclaveError, match=f"^enclave: {REFUSAL}$"):
+            request(Kind.SEGMENT, {"run": run.number, "segment": 0, "worker": 0})
+    # The state stands, and the next run is as good as ever.
+    _, loss = shielded(*arguments)
+    assert_close(loss, jax.jit(train_step)(initial_state(), X, Y)[1])
+
+
+def test_host_that_repeats_a_segment_with_other_bytes_loses_the_run(roles):
+    owned, shielded = (shield_all(train_step, enclave=e) for e in (roles.client, roles.host))
+    owned.provision(initial_state(), X, Y)
+    arguments = roles.client.seal((initial_state(), X, Y))
+    runtime = shielded._runtime(shielded._program(shielded._signature(arguments, {})))
+    inputs = jax.tree.leaves(arguments, is_leaf=_is_sealed)
+    request = roles.host.connection.request
+    with roles.host.arena(runtime._program.arena_bytes) as (name, arena):
+        run, _ = runtime._begin(name, arena, inputs, raises=False)
+        for segment in (0, 1):
+            request(Kind.SEGMENT, {"run": run.number, "segment": segment, "worker": 0})
+        (changed, *_) = runtime._program.segments[1].uploads
+        view = arena.view(changed.blinded, changed.offset)
+        view[...] = view + 1
+        with pytest.raises(EnclaveError, match=f"^enclave: {REFUSAL}$"):
+            request(Kind.SEGMENT, {"run": run.number, "segment": 1, "worker": 0})
+    assert roles.host.statistics()["runs"] == 0
+
+
+def test_donated_value_is_explained_to_the_host(roles):
+    shield_all(train_step, enclave=roles.client).provision(initial_state(), X, Y)
+    state, x, y = roles.client.seal((initial_state(), X, Y))
+    shielded = shield_all(train_step, enclave=roles.host)
+    first, _ = shielded(state, x, y)
+    shielded(first, x, y)
+    with pytest.raises(SealedValueError, match="was donated|deleted"):
+        shielded(first, x, y)
 
 
 def scaled(x, y):

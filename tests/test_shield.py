@@ -148,6 +148,14 @@ def test_unknown_option_is_refused(enclave, options, text):
         tempo.shield(lambda x, y: x, **{"enclave": enclave, **options})
 
 
+def test_mesh_that_the_enclave_cannot_serve_is_refused(enclave, monkeypatch):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("a",))
+    tempo.shield(lambda x: x, enclave=enclave, mesh=mesh)
+    monkeypatch.setattr(_shield, "MAX_WORKERS", 3)
+    with pytest.raises(UnsupportedError, match="mesh has 4 devices, expected at most 3"):
+        tempo.shield(lambda x: x, enclave=enclave, mesh=mesh)
+
+
 # Public and secret
 
 

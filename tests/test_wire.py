@@ -75,6 +75,16 @@ def test_kinds_are_frozen():  # numbers on the wire; append, never renumber
     assert [int(kind) for kind in Kind] == list(range(len(Kind)))
 
 
+def test_frame_shows_sizes_and_no_content():
+    secret = bytes(range(32))
+    for frame in (
+        Frame(Kind.OWN, 3, {"proof": secret.hex()}, secret),
+        decode(Frame(Kind.OWN, 3, {"proof": secret.hex()}, secret).encode()),
+    ):
+        for shown in (repr(frame), str(frame), f"{frame}"):
+            assert shown == "Frame(OWN, 3, 1 fields, 32 bytes)"
+
+
 @given(frame=FRAMES)
 def test_decoding_inverts_encoding(frame):
     assert decode(frame.encode()) == frame

@@ -22,6 +22,7 @@ from enclave_runtime.gramine import manifest, rules, staging
 from enclave_runtime.gramine.manifest import APPLICATION, MANIFEST, TEMPLATE, TREE
 from enclave_runtime.gramine.staging import Staged
 
+SIGNED = f"{MANIFEST}.sgx"  # as Gramine's signing tool leaves it
 FINGERPRINT = f"{APPLICATION}.source"
 SIGNING_KEY = Path("~/.config/gramine/enclave-key.pem")  # where Gramine's tool generates it
 
@@ -124,6 +125,9 @@ def build(directory: Path, options: Options | None = None) -> Built:
     if broken:
         raise BuildError("the manifest breaks rules:\n  " + "\n  ".join(broken))
     signed = _sign(directory, options.key, skipped)
+    broken = check(directory, options.cpus) if signed else []
+    if broken:
+        raise BuildError("what was signed breaks rules:\n  " + "\n  ".join(broken))
     (directory / FINGERPRINT).write_text(fingerprint())
     entries = len(read_manifest(directory)["sgx"]["trusted_files"])
     return Built(directory, staged, entries, signed, tuple(skipped))
@@ -149,36 +153,51 @@ def is_current(directory: Path) -> bool:
     return path.exists() and path.read_text() == fingerprint()
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The parsed manifest of a folder.
+def read_manifest(directory: Path, name: str = MANIFEST) -> dict[str, Any]:
+    """A parsed manifest of a folder.
+
+    Args:
+      directory: of the build.
+      name: `MANIFEST`, which `gramine-direct` starts, or `SIGNED`.
 
     Raises:
       BuildError: there is none, or it is not TOML.
     """
-    path = directory / MANIFEST
+    path = directory / name
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError as error:
         raise BuildError(
-            f"{directory} has no {MANIFEST}: build it with `python -m enclave_runtime.gramine "
+            f"{directory} has no {name}: build it with `python -m enclave_runtime.gramine "
             f"build --out {directory}`"
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BuildError(f"{path} is not TOML: {error}") from error
 
 
-def check(directory: Path, cpus: int | None = None) -> list[str]:
+def check(directory: Path, cpus: int | None = None, *, files: bool = True) -> list[str]:
     """Every rule that a built folder breaks, as sentences.
+
+    The manifest and, where there is one, what was signed are held against the rules alike:
+    `gramine-sgx` starts the latter and does not look at the former.
 
     Args:
       directory: of the build.
       cpus: of the machine that will run it; None asks for no more than one needs.
+      files: whether the tree is read too, and not the manifests alone.
 
     Raises:
-      BuildError: there is no manifest.
+      BuildError: there is no manifest, or one that cannot be read.
     """
-    parsed = read_manifest(directory)
-    return rules.breaches(parsed, cpus or 1) or rules.stale_files(parsed, directory)
+    broken = []
+    signed = (directory / SIGNED).exists()
+    for name in (MANIFEST, SIGNED) if signed else (MANIFEST,):
+        parsed = read_manifest(directory, name)
+        found = rules.breaches(parsed, cpus or 1)
+        if files and not found:
+            found = rules.stale_files(parsed, directory)
+        broken += [f"{name}: {sentence}" for sentence in found]
+    return broken
 
 
 def _clear(directory: Path) -> None:
@@ -210,7 +229,7 @@ def _sign(directory: Path, key: Path | None, skipped: list[str]) -> bool:
         return False
     _run(
         directory,
-        *(tool, "--key", str(chosen), "--manifest", MANIFEST, "--output", f"{MANIFEST}.sgx"),
+        *(tool, "--key", str(chosen), "--manifest", MANIFEST, "--output", SIGNED),
     )
     return True
 

@@ -23,6 +23,7 @@ from enclave_runtime.gramine.staging import (
     enclave_environment,
     files_of,
 )
+from enclave_runtime.limits import CONNECTIONS
 
 TREE = "tree"  # the staged tree's folder beside the manifest
 MOUNT = "/enclave"  # where the enclave sees it
@@ -34,7 +35,6 @@ MANIFEST = f"{APPLICATION}.manifest"
 GRAMINE_FOLDER = "/usr/lib/x86_64-linux-gnu/gramine"
 
 ENCLAVE_SIZE = "8G"
-CONNECTIONS = 64  # each is a thread; peers that have not proved themselves take up to 32 a port
 _GRAMINE = re.compile(r"\{\{\s*(gramine\.[a-z.()]+)\s*\}\}")
 
 
@@ -42,9 +42,9 @@ def max_threads(cpus: int) -> int:
     """How many threads the enclave may need on a machine with so many processors.
 
     >>> max_threads(2)
-    92
+    166
     """
-    return 16 + 4 * cpus + 4 + CONNECTIONS
+    return 16 + 2 + 4 * cpus + 4 + CONNECTIONS
 
 
 def environment() -> dict[str, str]:

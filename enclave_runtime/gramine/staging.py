@@ -156,7 +156,6 @@ def enclave_environment(tree: Path | str) -> dict[str, str]:
         "MALLOC_ARENA_MAX": "8",
         "HOME": "/tmp",
         "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
         "PYTHONHOME": str(tree),
         "PYTHONPATH": f"{tree}/{PACKAGE_FOLDER}",
     }

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from enclave_runtime import hadamard
+from enclave_runtime.encryption import refuse_pickling
 from enclave_runtime.hadamard import AxisMap
 from enclave_runtime.keys import KeyStream
 from enclave_runtime.program import ArrayType, KeyClass, Layout
@@ -48,6 +49,8 @@ class MixingKey(NamedTuple):
     def __repr__(self) -> str:
         return "MixingKey(<secret>)"
 
+    __reduce__ = refuse_pickling
+
 
 class TensorSecret(NamedTuple):
     """What `unblind` needs to know of one blinded tensor.
@@ -68,6 +71,8 @@ class TensorSecret(NamedTuple):
 
     def __repr__(self) -> str:
         return "TensorSecret(<secret>)"
+
+    __reduce__ = refuse_pickling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from enclave_runtime.encryption import refuse_pickling
 from enclave_runtime.keys import KeyStream
 from enclave_runtime.program import ArrayType, KeyClass, Layout
 from enclave_runtime.schemes.contract import Group, Scheme, keyed_axes
@@ -29,6 +30,8 @@ class SignedPermutationKey(NamedTuple):
 
     def __repr__(self) -> str:
         return "SignedPermutationKey(<secret>)"
+
+    __reduce__ = refuse_pickling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from enclave_runtime.encryption import refuse_pickling
 from enclave_runtime.keys import KeyStream
 from enclave_runtime.program import ArrayType, KeyClass, Layout
 from enclave_runtime.schemes.contract import Group, Scheme, keyed_axes
@@ -38,6 +39,8 @@ class TempoKey(NamedTuple):
 
     def __repr__(self) -> str:
         return "TempoKey(<secret>)"
+
+    __reduce__ = refuse_pickling
 
 
 @dataclasses.dataclass(frozen=True)

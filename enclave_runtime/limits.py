@@ -1,0 +1,16 @@
+"""How many connections an enclave serves; each is served by a thread of its own.
+
+The server holds these limits, and the Gramine manifest counts threads by them. Holds no secret.
+"""
+
+from __future__ import annotations
+
+MAX_STRANGERS = 32  # connections of one port that have not proved themselves yet
+CLIENT_CONNECTIONS = 8  # of an owner, who needs one for each process that it connects from
+HOST_CONNECTIONS = 64  # of a host, which needs one for each request at a time
+# Devices of a mesh, which all wait in the enclave at once. Below the host's connections: whoever
+# aborts the run meanwhile needs one too, and a second run has its own.
+MAX_WORKERS = HOST_CONNECTIONS // 2
+
+# With all of them open on both ports.
+CONNECTIONS = 2 * MAX_STRANGERS + CLIENT_CONNECTIONS + HOST_CONNECTIONS

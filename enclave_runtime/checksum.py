@@ -34,9 +34,9 @@ in every run that is open, and the leaf can only be brought in, in at most `MAX_
 attempts. What is below the tolerance counts by the *leaf*: an error in one element of an update
 is noticed from about ``5 n u √w`` of the RMS of the weight's row on (n runs, w columns; 3·10⁻⁵
 for 8 and 128), and errors in all of a row together from ``5 n u`` of its norm on, not from a
-share of the update.
-Where a sketch or an operand is not finite, or its squares leave float64, nothing can be compared
-and the run stops; nothing passes against a tolerance that is not finite.
+share of the update. Where a sketch or an operand is not finite, or their product may leave
+float64, nothing can be compared and the run stops; nothing passes against a tolerance that is
+not finite.
 
 Trusted; called by `run` and `session`.
 """

@@ -56,6 +56,12 @@ def permutation_key(rng: np.random.Generator, size: int) -> Key:
     return Key(size, (Stage(rng.permutation(size), np.ones(size), None),))
 
 
+def plain_key(rng: np.random.Generator, size: int) -> Key:
+    """No key: nothing is drawn."""
+    del rng
+    return Key(size, ())
+
+
 def signed_key(rng: np.random.Generator, size: int) -> Key:
     """A uniform signed permutation."""
     return Key(size, (Stage(rng.permutation(size), rng.choice([-1.0, 1.0], size), None),))
@@ -107,6 +113,7 @@ def _haar(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 GROUPS = {
+    "plain": plain_key,
     "permutation": permutation_key,
     "signed": signed_key,
     "scaled": scaled_key,
@@ -164,6 +171,7 @@ CONTROLS = {
     "kept_orthogonal": Blinding("orthogonal", "orthogonal", FOREVER),
     "fresh_orthogonal": Blinding("orthogonal", "orthogonal", 1),
     "permuted_rows": Blinding("permutation", "orthogonal", FOREVER),
+    "plain_features": Blinding("orthogonal", "plain", FOREVER),
     "shared_rows": Blinding("orthogonal", "orthogonal", FOREVER, shared_rows=True),
     "mixing_without_decoys": dataclasses.replace(_MIXING, decoys="none", masked=False),
     "mixing_uncoupled": dataclasses.replace(_MIXING, decoys="x", masked=False),

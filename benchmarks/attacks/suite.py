@@ -121,6 +121,7 @@ def plans(*, quick: bool) -> list[Plan]:
             (("signed_permutation", "transformer", "columns linked", 0.9, False),),
         ),
         Plan("S2", rows.attack, dense, few, (("permuted_rows", "mlp", "stolen", 0.905, False),)),
+        *([] if quick else _stealing_from_wider(few, several)),
         Plan("S3", align, mlps, many, (("kept_orthogonal", "mlp", "stolen, max", 0.85, False),)),
         *([] if quick else [Plan("S3", align, wider, several)]),
         Plan(
@@ -203,6 +204,32 @@ def plans(*, quick: bool) -> list[Plan]:
             some,
             few,
             (("signed_permutation", "mlp", "bits, sorted columns", 3, False),),
+        ),
+    ]
+
+
+def _stealing_from_wider(few: Setting, several: Setting) -> list[Plan]:
+    """S2, S9 and theft on victims that are no perceptrons, and the control of S3 on them."""
+    # Fewer frames, since each is trained through convolutions.
+    shoot = functools.partial(few_shot.attack, restarts=2, steps=2)
+    return [
+        Plan(
+            "S2",
+            rows.attack,
+            ("cnn", "transformer"),
+            few,
+            (
+                ("permuted_rows", "cnn", "stolen", 0.6, False),
+                ("shared_rows", "cnn", "stolen", 0.75, False),
+                ("permuted_rows", "transformer", "stolen", 0.35, False),
+            ),
+        ),
+        Plan(
+            "S9",
+            shoot,
+            ("cnn", "transformer"),
+            few,
+            (("kept_orthogonal", "cnn", "stolen", 0.2, False),),
         ),
     ]
 

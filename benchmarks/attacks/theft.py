@@ -161,7 +161,7 @@ def name_classes(trace: Trace, start: Parameters, inputs: np.ndarray, labels: np
 
 
 def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
-    """Builds substitutes of an MLP and compares them with the baselines.
+    """Builds substitutes and compares them with the baselines.
 
     The best of all ways to build one is reported, as if the host could tell.
 
@@ -170,14 +170,13 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
       rng: draws labelled examples and fresh weights.
     """
     victim, data = trace.model, trace.model.data()
-    if not trace.victim.startswith("mlp"):
-        return []
     accuracies: dict[str, list[float]] = {}
+    examples = max(1, LABELS * len(data.labels) // data.labels.size)
     # Pixels are matched from random starts, and a mirrored match is hard to leave.
     names = [name_columns(trace, rng) for _ in range(RESTARTS)]
     for _ in range(DRAWS):
-        chosen = rng.choice(len(data.inputs), LABELS, replace=False)
-        examples = data.inputs[chosen], data.labels[chosen]
+        chosen = rng.choice(len(data.inputs), examples, replace=False)
+        owned = data.inputs[chosen], data.labels[chosen]
         fresh = victim.initialize(rng)
         starts = {"black-box": fresh, "as seen": as_seen(trace, fresh)}
         for i, named in enumerate(names):
@@ -185,11 +184,11 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
                 continue
             starts[f"linked {i}"] = linked = fresh | named
             if "head" in named:
-                name_classes(trace, linked, *examples)
+                name_classes(trace, linked, *owned)
                 untrained = victim.accuracy(linked)
                 accuracies.setdefault(f"linked {i}, not trained", []).append(untrained)
         for name, start in starts.items():
-            accuracy = train_substitute(trace.victim, start, *examples)
+            accuracy = train_substitute(trace.victim, start, *owned)
             accuracies.setdefault(name, []).append(accuracy)
     means = {name: float(np.mean(values)) for name, values in accuracies.items()}
     baseline, white_box = means.pop("black-box"), victim.accuracy(trace.parameters)

@@ -21,8 +21,9 @@ SINGLES = 3
 ITERATIONS = 120
 COMBINATIONS = 5  # of the fluctuations of each kind of Gram
 LINKS = 3
-# What passes of the mean and of the best, and where chance is beyond it, as in a residual model,
+# What passes of the mean and of the best; in a residual model, whose chance is beyond `RESIDUAL`,
 # the share of what accuracy there is to gain.
+RESIDUAL = 0.25
 STOLEN = (("mean", np.mean, 0.25, 0.15), ("max", np.max, 0.35, 0.25))
 Family = list[tuple[np.ndarray, np.ndarray]]
 
@@ -262,7 +263,7 @@ def attack(
                     float(reduce(stolen[length])),
                     chance=chance,
                     threshold=limit
-                    if chance < limit
+                    if chance < RESIDUAL
                     else chance + scoring.margin(trace, chance, limit, share),
                     note=f"T = {length}, {len(stolen[length])} restarts",
                 )

@@ -138,7 +138,8 @@ def attack(
             for i, gains in enumerate(GAINS):
                 kept[gains].append(best_fit(part[:, i], len(maps)))
     best = max(GAINS, key=lambda n: np.mean(stolen[n]) - np.mean(control[n]))
-    chance = float(np.mean(control[best]))
+    # In a residual model a random frame may be worse than none.
+    chance = max(float(np.mean(control[best])), scoring.left_out(trace, total - 1, link))
     every = ", ".join(f"{np.mean(stolen[n]):.2f}/{np.mean(control[n]):.2f}" for n in GAINS)
     return [
         measure(

@@ -27,7 +27,10 @@ from benchmarks.attacks import (
     labels,
     linkage,
     rows,
+    scales,
+    spectra,
     store,
+    structure,
     traces,
 )
 from benchmarks.attacks.results import Control, Measurement, Row
@@ -83,6 +86,12 @@ class Plan:
     controls: tuple[tuple[str, str, str, float, bool], ...] = ()
 
 
+_WIDER_ALIGNED = (
+    ("kept_orthogonal", "cnn", "stolen, max", 0.8, False),
+    ("kept_orthogonal", "transformer", "stolen, max", 0.345, False),
+)
+
+
 def _module(name: str) -> Run:
     """The attack of a module of this package."""
     return importlib.import_module(f"benchmarks.attacks.{name}").attack
@@ -120,10 +129,29 @@ def plans(*, quick: bool) -> list[Plan]:
             several,
             (("signed_permutation", "transformer", "columns linked", 0.9, False),),
         ),
+        Plan(
+            "S1", scales.attack, mlps, many, (("tempo", "mlp", "scales of columns", 0.85, False),)
+        ),
         Plan("S2", rows.attack, dense, few, (("permuted_rows", "mlp", "stolen", 0.905, False),)),
-        *([] if quick else _stealing_from_wider(few, several)),
+        *([] if quick else _stealing_from_wider(few)),
         Plan("S3", align, mlps, many, (("kept_orthogonal", "mlp", "stolen, max", 0.85, False),)),
-        *([] if quick else [Plan("S3", align, wider, several)]),
+        *([] if quick else [Plan("S3", align, wider, several, _WIDER_ALIGNED)]),
+        Plan(
+            "S4",
+            spectra.attack if not quick else functools.partial(spectra.attack, others=1, draws=8),
+            mlps,
+            many,
+            (("fresh_orthogonal", "mlp", "spectrum told from near ones, T = 1", 0.9, False),),
+        ),
+        Plan(
+            "S4",
+            functools.partial(structure.attack_library, sizes=(96, 192))
+            if quick
+            else structure.attack_library,
+            ("mlp",),
+            dataclasses.replace(few, simulate=True),
+            (("mixing_two_rounds", "mlp", "blocks of keys of 192", 0.9, False),),
+        ),
         Plan(
             "S4",
             _module("steps"),
@@ -147,7 +175,7 @@ def plans(*, quick: bool) -> list[Plan]:
         ),
         Plan(
             "S4",
-            _module("structure"),
+            structure.attack,
             some,
             dataclasses.replace(few, simulate=True),
             (("mixing_two_rounds", "mlp", "blocks of row keys", 0.9, False),),
@@ -208,9 +236,9 @@ def plans(*, quick: bool) -> list[Plan]:
     ]
 
 
-def _stealing_from_wider(few: Setting, several: Setting) -> list[Plan]:
-    """S2, S9 and theft on victims that are no perceptrons, and the control of S3 on them."""
-    # Fewer frames, since each is trained through convolutions.
+def _stealing_from_wider(few: Setting) -> list[Plan]:
+    """S2 and S9 on victims that are no perceptrons."""
+    # Fewer frames, since gains are trained through all pixels and characters.
     shoot = functools.partial(few_shot.attack, restarts=2, steps=2)
     return [
         Plan(
@@ -229,7 +257,10 @@ def _stealing_from_wider(few: Setting, several: Setting) -> list[Plan]:
             shoot,
             ("cnn", "transformer"),
             few,
-            (("kept_orthogonal", "cnn", "stolen", 0.2, False),),
+            (
+                ("fresh_orthogonal", "cnn", "stolen", 0.2, False),
+                ("kept_orthogonal", "transformer", "stolen", 0.03, False),
+            ),
         ),
     ]
 

@@ -167,6 +167,14 @@ def test_a_substitute_of_signed_permutations_is_the_victim():
     assert found.value >= found.best - 0.02
 
 
+def test_a_substitute_of_convolutions_starts_from_what_was_seen(monkeypatch):
+    monkeypatch.setattr(theft, "DRAWS", 1)
+    monkeypatch.setattr(theft, "STEPS", 10)
+    weak = run(theft, "plain_features", "cnn", 2)["substitute's accuracy"]
+    assert weak.value >= 0.85 and not weak.passed
+    assert run(theft, "mixing", "cnn", 2)["substitute's accuracy"].passed
+
+
 def test_a_substitute_of_mixing_is_no_better_than_black_box():
     assert run(theft, "mixing")["substitute's accuracy"].passed
 

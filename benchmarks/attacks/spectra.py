@@ -96,7 +96,7 @@ def attack(
         measure(
             "S4",
             f"spectrum told from near ones, T = {length}",
-            np.mean(values),
+            float(np.mean(values)),
             chance=0.5,
             # Nobody promised that spectra are hidden: the figure says what they give away.
             threshold=1.0,

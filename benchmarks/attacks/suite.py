@@ -237,7 +237,7 @@ def plans(*, quick: bool) -> list[Plan]:
 
 
 def _stealing_from_wider(few: Setting) -> list[Plan]:
-    """S2 and S9 on victims that are no perceptrons."""
+    """S2, S9 and theft on victims that are no perceptrons."""
     # Fewer frames, since gains are trained through all pixels and characters.
     shoot = functools.partial(few_shot.attack, restarts=2, steps=2)
     return [
@@ -261,6 +261,13 @@ def _stealing_from_wider(few: Setting) -> list[Plan]:
                 ("fresh_orthogonal", "cnn", "stolen", 0.2, False),
                 ("kept_orthogonal", "transformer", "stolen", 0.03, False),
             ),
+        ),
+        Plan(
+            "theft",
+            _module("theft"),
+            ("cnn",),
+            few,
+            (("plain_features", "cnn", "substitute's accuracy", 0.85, False),),
         ),
     ]
 

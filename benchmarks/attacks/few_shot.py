@@ -6,7 +6,7 @@ and an offset, is trained on public labels through the blinded weights. The cont
 gains on random frames: what labels alone give. Both keep the frame that fits the public labels
 best, so chance is the expectation of the best of as many random frames as the attack estimates,
 taken over more of them; the attack's own figure still scatters by 0.03, and `best` picks among
-three. Of text as many windows are public as have about a hundred labels, one at least.
+three. Of text 16 windows are public: a hundred characters only spoil a link that was right.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from benchmarks.attacks.results import Measurement, measure
 from benchmarks.attacks.traces import Trace
 
 LABELS = 100
+WINDOWS = 16  # of text, whose next characters are labels that cost nothing
 STEPS = 6
 POOLED = 4  # steps from which the link is estimated, where feature keys are kept
 RESTARTS = 6
@@ -124,8 +125,7 @@ def attack(
         return []
     link, total = links[0], len(trace.views)
     labels = trace.model.data().labels
-    # A window of text has a label for every character.
-    examples = max(1, LABELS * len(labels) // labels.size)
+    examples = LABELS if labels.ndim == 1 else WINDOWS
     stolen: dict[int, list[float]] = {gains: [] for gains in GAINS}
     control: dict[int, list[float]] = {gains: [] for gains in GAINS}
     for step in range(max(0, total - steps), total):

@@ -259,7 +259,7 @@ def _stealing_from_wider(few: Setting) -> list[Plan]:
             few,
             (
                 ("fresh_orthogonal", "cnn", "stolen", 0.2, False),
-                ("kept_orthogonal", "transformer", "stolen", 0.03, False),
+                ("kept_orthogonal", "transformer", "stolen", 0.025, False),
             ),
         ),
         Plan(

@@ -23,8 +23,11 @@ from benchmarks.attacks import (
     linkage,
     results,
     rows,
+    scales,
     scoring,
+    spectra,
     store,
+    structure,
     suite,
     traces,
 )
@@ -112,9 +115,9 @@ def test_the_scheme_is_exact_and_rounds_as_little_as_it_says(monkeypatch):
     monkeypatch.setattr(exactness, "blinding_costs", lambda: costs)
     found = exactness.attack(trace("mixing"), np.random.default_rng(0))
     assert [m.metric for m in found if not m.passed] == []
-    assert {"deviation in float64", "float32 error of dw", "bfloat16 error of y", "cost"} <= {
-        m.metric for m in found
-    }
+    expected = {"deviation in float64", "float32 error of dw", "bfloat16 error of y", "cost"}
+    expected |= {"float16 error of dx", "float32 error of y, x after ReLU", "cost of a family"}
+    assert expected <= {m.metric for m in found}
     assert exactness.attack(trace("kept_orthogonal"), np.random.default_rng(0)) == []
 
 
@@ -223,6 +226,79 @@ def test_the_right_columns_and_directions_count():
     assert scoring.directions_linked(kept, 0, link, c, np.roll(b, 1, axis=1)) == 0
 
 
+@functools.cache
+def wider(scheme: str) -> Any:
+    """The convolutional network under one of the schemes, for the attacks on its one link."""
+    victim = traces.VICTIMS["cnn"]
+    return traces.blind_history(traces.train(victim, 0, 2), victim, scheme, 0)
+
+
+def test_the_link_of_two_convolutions_is_stolen_from_shared_rows():
+    (found,) = rows.attack(wider("shared_rows"), np.random.default_rng(0))
+    assert found.value >= 0.75 and not found.passed
+    link = ("conv1", "conv2")
+    assert scoring.convolves(wider("shared_rows"), link)
+    assert scoring.left_out(wider("shared_rows"), 1, link) < 0.2
+
+
+def test_a_convolution_is_replaced_by_the_right_rows():
+    link, plain = ("conv1", "conv2"), wider("shared_rows")
+    c, _ = scoring.frames(plain, 1, link)
+    width = plain.truth[1]["conv2"].w.shape[1]
+    seen = []
+
+    def predict(rows):
+        seen.append(np.asarray(rows))
+        return np.zeros((len(rows), width))
+
+    inputs = np.asarray(plain.inputs[1])
+    products = scoring.Replaced(plain, 1, link, predict)
+    plain.model.apply(plain.parameters, jax.numpy.asarray(inputs), products)
+    np.testing.assert_allclose(seen[0], plain.truth[1]["conv1"].y @ c.T, rtol=1e-9, atol=1e-9)
+
+
+def test_a_residual_model_is_judged_by_what_the_link_adds():
+    accuracy = trace("mixing").model.accuracy(trace("mixing").parameters)
+    assert scoring.margin(trace("mixing"), 0.1, 0.05, 0.25) == 0.05
+    margin = scoring.margin(trace("mixing"), accuracy - 0.08, 0.05, 0.25)
+    assert margin == pytest.approx(0.02)
+
+
+def test_attention_heads_have_no_weights_to_steal():
+    made = trace("mixing")
+    heads = dataclasses.replace(made, names=("qk.0.0", "pv.0.0"))
+    assert scoring.stealable(made) == [("dense1", "dense2")]
+    assert scoring.stealable(heads) == []
+
+
+@pytest.mark.parametrize(("rounds", "found"), [(2, True), (3, False)])
+def test_blocks_of_the_librarys_keys_show_under_two_rounds_alone(rounds, found):
+    for size in (160, 192):
+        value, chance = structure.find_library_blocks(size, rounds, np.random.default_rng(0))
+        assert (value > chance + 0.2) == found
+        assert abs(value - chance) <= structure.MARGIN or found
+
+
+def test_blocks_of_mixing_are_measured_and_not_taken_for_chance():
+    found = structure.attack_library(trace("mixing"), np.random.default_rng(0), sizes=(96,))
+    found += structure.attack(trace("mixing"), np.random.default_rng(0))
+    assert len(found) == 4 and all(m.passed for m in found)
+    assert any(m.value != m.chance for m in found)
+
+
+def test_a_second_polarity_gives_the_scales_of_columns_away():
+    (found,) = scales.attack(trace("tempo"), np.random.default_rng(0))
+    assert found.value >= 0.85 and not found.passed
+    assert scales.attack(trace("mixing"), np.random.default_rng(0)) == []
+
+
+def test_spectra_name_the_model_where_keys_do_not_blur_them():
+    found = spectra.attack(trace("fresh_orthogonal"), np.random.default_rng(0), others=1, draws=2)
+    assert [m.value >= 0.9 for m in found] == [True, True]
+    blurred = spectra.attack(trace("mixing"), np.random.default_rng(0), others=1, draws=4)
+    assert blurred[0].value < found[0].value
+
+
 # The suite
 
 
@@ -311,9 +387,7 @@ def test_every_kind_of_victim_has_controls(kind):
     plans = suite.plans(quick=False)
     attacked = {plan.attack for plan in plans if kind in plan.victims}
     controlled = {plan.attack for plan in plans for c in plan.controls if c[1] == kind}
-    # What has no control there: S10 is no attack; aligning attention's Grams is too slow.
-    without = {"mlp": {"S10"}, "cnn": set(), "transformer": {"S10", "S3"}}[kind]
-    assert attacked - controlled == without
+    assert attacked - controlled <= {"S10"}, "which is no attack"
 
 
 def test_luck_is_no_leak():

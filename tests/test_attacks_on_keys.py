@@ -151,7 +151,7 @@ def test_blocks_of_two_round_keys_are_found(size):
     b, c = two_round_key(rng, size), two_round_key(rng, size)
     seen_w = c.apply(b.apply(w, polar=True).T).T
     found = structure.find_blocks([b.apply(x.T)], [seen_w], rng)
-    truth = structure.true_blocks(b)
+    truth = structure.outer_blocks(b)
     assert truth is not None
     assert structure.share_right(found, truth) >= 0.95
 
@@ -162,16 +162,24 @@ def test_blocks_are_not_found_behind_another_round():
     outer, inner, c = (two_round_key(rng, size, condition) for condition in (1.0, 4.0, 4.0))
     # The inner key's last stage and the outer key's first make one: permutation after permutation.
     key = Key(size, (*inner.stages, *outer.stages[1:]))
-    assert structure.true_blocks(key) is None
     w, x = rng.normal(size=(size, size)), rng.normal(size=(2 * size, size))
     seen_w = c.apply(key.apply(w, polar=True).T).T
     found = structure.find_blocks([key.apply(x.T)], [seen_w], rng)
-    assert structure.share_right(found, key.stages[-1].permutation // BLOCK) <= 0.25
+    truth = structure.outer_blocks(key)
+    assert truth is not None and structure.share_right(found, truth) <= 0.25
 
 
 def test_a_substitute_of_signed_permutations_is_the_victim():
     found = run(theft, "signed_permutation")["substitute's accuracy"]
     assert found.value >= found.best - 0.02
+
+
+def test_a_substitute_of_convolutions_starts_from_what_was_seen(monkeypatch):
+    monkeypatch.setattr(theft, "DRAWS", 1)
+    monkeypatch.setattr(theft, "STEPS", 10)
+    weak = run(theft, "plain_features", "cnn", 2)["substitute's accuracy"]
+    assert weak.value >= 0.85 and not weak.passed
+    assert run(theft, "mixing", "cnn", 2)["substitute's accuracy"].passed
 
 
 def test_a_substitute_of_mixing_is_no_better_than_black_box():

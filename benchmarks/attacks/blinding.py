@@ -57,6 +57,12 @@ def permutation_key(rng: np.random.Generator, size: int) -> Key:
     return Key(size, (Stage(rng.permutation(size), np.ones(size), None),))
 
 
+def plain_key(rng: np.random.Generator, size: int) -> Key:
+    """No key: nothing is drawn."""
+    del rng
+    return Key(size, ())
+
+
 def signed_key(rng: np.random.Generator, size: int) -> Key:
     """A uniform signed permutation."""
     return Key(size, (Stage(rng.permutation(size), rng.choice([-1.0, 1.0], size), None),))
@@ -120,6 +126,7 @@ def _haar(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 GROUPS = {
+    "plain": plain_key,
     "permutation": permutation_key,
     "signed": signed_key,
     "scaled": scaled_key,
@@ -178,6 +185,7 @@ CONTROLS = {
     "kept_orthogonal": Blinding("orthogonal", "orthogonal", FOREVER),
     "fresh_orthogonal": Blinding("orthogonal", "orthogonal", 1),
     "permuted_rows": Blinding("permutation", "orthogonal", FOREVER),
+    "plain_features": Blinding("orthogonal", "plain", FOREVER),
     "shared_rows": Blinding("orthogonal", "orthogonal", FOREVER, shared_rows=True),
     "direct_convolution": Blinding("invertible", "channels", 1),
     "mixing_without_decoys": dataclasses.replace(_MIXING, decoys="none", masked=False),

@@ -21,6 +21,10 @@ SINGLES = 3
 ITERATIONS = 120
 COMBINATIONS = 5  # of the fluctuations of each kind of Gram
 LINKS = 3
+# What passes of the mean and of the best; in a residual model, whose chance is beyond `RESIDUAL`,
+# the share of what accuracy there is to gain.
+RESIDUAL = 0.25
+STOLEN = (("mean", np.mean, 0.25, 0.15), ("max", np.max, 0.35, 0.25))
 Family = list[tuple[np.ndarray, np.ndarray]]
 
 
@@ -229,7 +233,7 @@ def attack(
             for kept, m in [(True, m) for m in maps] + [(False, m) for m in guesses]:
                 count = count_directions(trace, span[-1], link, m)
                 (counts.setdefault(len(span), []) if kept else chances[0]).append(count)
-                if scoring.can_steal(trace):
+                if link in scoring.stealable(trace):
                     accuracy = steal(trace, span[-1], link, m)
                     (stolen.setdefault(len(span), []) if kept else chances[1]).append(accuracy)
     found = []
@@ -248,15 +252,19 @@ def attack(
             )
         )
     if stolen:
-        for name, reduce, threshold in (("mean", np.mean, 0.25), ("max", np.max, 0.35)):
+        link = scoring.stealable(trace)[0]
+        chance = max(float(np.mean(chances[1])), scoring.left_out(trace, total - 1, link))
+        for name, reduce, limit, share in STOLEN:
             length = max(stolen, key=lambda t: reduce(stolen[t]))
             found.append(
                 measure(
                     "S3",
                     f"stolen, {name}",
                     float(reduce(stolen[length])),
-                    chance=float(np.mean(chances[1])),
-                    threshold=threshold,
+                    chance=chance,
+                    threshold=limit
+                    if chance < RESIDUAL
+                    else chance + scoring.margin(trace, chance, limit, share),
                     note=f"T = {length}, {len(stolen[length])} restarts",
                 )
             )

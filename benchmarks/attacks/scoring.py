@@ -4,6 +4,10 @@ An attack hands over what it believes of the host's own coordinates; only these 
 keys. "Stolen" is the test accuracy of the victim with the second of two adjacent products fed by
 the attacker's guess; the keys of the first's input and of the second's output, and everything
 else of the model, are given away. That isolates whether the attacker can link layers.
+
+The second of two convolutions takes nine neighbouring pixels; pairs of rows do not say which rows
+are neighbours, so that a guess is made from the pixel in the middle, or from the mean of the nine.
+A residual model works without the link as well, only worse (`left_out`), which is chance there.
 """
 
 from __future__ import annotations
@@ -126,9 +130,19 @@ def weight(trace: Trace, step: int, link: Link) -> np.ndarray:
 class Replaced(Plain):
     """Plain products, but the second of a link is what an attacker predicts of it."""
 
-    def __init__(self, trace: Trace, step: int, link: Link, predict: Surrogate):
-        """`predict` maps rows in the blinded frame of the first's y to plain rows of the second."""
-        self.link, self.predict = link, predict
+    def __init__(
+        self, trace: Trace, step: int, link: Link, predict: Surrogate, *, blur: bool = False
+    ):
+        """Takes the first's frame from the keys.
+
+        Args:
+          trace: with keys.
+          step: whose frame it is.
+          link: two products of weights.
+          predict: maps rows in the blinded frame of the first's y to plain rows of the second.
+          blur: whether pixels are replaced by the mean of the nine about them.
+        """
+        self.link, self.predict, self.blur = link, predict, blur
         first = trace.truth[step][link[0]]
         c, _ = frames(trace, step, link)
         self.into = c.T * (first.scales[0] * first.scales[1])
@@ -143,21 +157,60 @@ class Replaced(Plain):
             self.y = y
         return y
 
+    def convolve(self, name: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        """See `Products`."""
+        if name == self.link[1]:
+            rows = self.y.reshape(-1, self.y.shape[-1])
+            return jnp.asarray(self.predict(rows @ self.into)).reshape(*x.shape[:3], -1)
+        y = super().convolve(name, x, w)
+        if name == self.link[0]:
+            self.y = _mean_of_nine(y) if self.blur else y
+        return y
+
+
+def _mean_of_nine(y: jax.Array) -> jax.Array:
+    size, stride = (1, 3, 3, 1), (1, 1, 1, 1)
+    return jax.lax.reduce_window(y, np.zeros((), y.dtype), jax.lax.add, size, stride, "SAME") / 9
+
 
 def stolen(trace: Trace, step: int, link: Link, surrogate: Surrogate) -> float:
     """Test accuracy of the model that the attacker builds, see the module's docstring.
 
+    Of a convolution the better of what the middle pixel and the mean of nine give.
+
     Args:
       trace: with keys.
       step: whose blinded weights it takes.
-      link: two dense products of an MLP.
+      link: two products of weights.
       surrogate: maps rows in the blinded frame of the first's y to rows in that of the second's x.
     """
     second = weight(trace, step, link)
-    products = Replaced(trace, step, link, lambda rows: surrogate(rows) @ second)
+
+    def accuracy(*, blur: bool) -> float:
+        products = Replaced(trace, step, link, lambda rows: surrogate(rows) @ second, blur=blur)
+        return trace.model.accuracy(trace.parameters, products)
+
+    return max(accuracy(blur=b) for b in ((False, True) if convolves(trace, link) else (False,)))
+
+
+def convolves(trace: Trace, link: Link) -> bool:
+    """Whether the second product of a link is a convolution."""
+    weight = trace.parameters.get(link[1])
+    return weight is not None and weight.ndim == 4
+
+
+def left_out(trace: Trace, step: int, link: Link) -> float:
+    """Test accuracy without the second product: what needs no link at all."""
+    width = trace.truth[step][link[1]].w.shape[1]
+    products = Replaced(trace, step, link, lambda rows: jnp.zeros((len(rows), width)))
     return trace.model.accuracy(trace.parameters, products)
 
 
-def can_steal(trace: Trace) -> bool:
-    """Whether `stolen` is defined: in a residual model the rest does the work without the link."""
-    return trace.victim.startswith("mlp")
+def margin(trace: Trace, chance: float, points: float, share: float) -> float:
+    """Accuracy over chance that passes: `points`, or a share of all there is to gain, if less."""
+    return min(points, share * max(0.0, trace.model.accuracy(trace.parameters) - chance))
+
+
+def stealable(trace: Trace) -> list[Link]:
+    """Links between two weights; a head of attention multiplies activations, which end with it."""
+    return [link for link in trace.links() if "." not in link[0]]

@@ -27,7 +27,10 @@ from benchmarks.attacks import (
     labels,
     linkage,
     rows,
+    scales,
+    spectra,
     store,
+    structure,
     traces,
 )
 from benchmarks.attacks.results import Control, Measurement, Row, measure
@@ -129,14 +132,36 @@ def plans(*, quick: bool) -> list[Plan]:
                 ("signed_permutation", "transformer", "columns linked", 0.9),
             ),
         ),
+        Plan("S1", scales.attack, mlps, many, (("tempo", "mlp", "scales of columns", 0.85),)),
         Plan("S2", rows.attack, dense, few, (("permuted_rows", "mlp", "stolen", 0.905),)),
+        *([] if quick else _stealing_from_wider(few)),
         Plan("S3", align, mlps, many, (("kept_orthogonal", "mlp", "stolen, max", 0.85),)),
         Plan(
             "S3",
             align_wide,
             () if quick else wider,
             several,
-            (("kept_orthogonal", "cnn", "directions linked", 5),),
+            (
+                ("kept_orthogonal", "cnn", "directions linked", 5),
+                ("kept_orthogonal", "cnn", "stolen, max", 0.8),
+                ("kept_orthogonal", "transformer", "stolen, max", 0.345),
+            ),
+        ),
+        Plan(
+            "S4",
+            spectra.attack if not quick else functools.partial(spectra.attack, others=1, draws=8),
+            mlps,
+            many,
+            (("fresh_orthogonal", "mlp", "spectrum told from near ones, T = 1", 0.9),),
+        ),
+        Plan(
+            "S4",
+            functools.partial(structure.attack_library, sizes=(96, 192))
+            if quick
+            else structure.attack_library,
+            ("mlp",),
+            dataclasses.replace(few, simulate=True),
+            (("mixing_two_rounds", "mlp", "blocks of keys of 192", 0.9),),
         ),
         Plan(
             "S4",
@@ -167,7 +192,7 @@ def plans(*, quick: bool) -> list[Plan]:
         ),
         Plan(
             "S4",
-            _module("structure"),
+            structure.attack,
             some,
             dataclasses.replace(few, simulate=True),
             (("mixing_two_rounds", "mlp", "blocks of row keys", 0.9),),
@@ -279,6 +304,42 @@ def _without_idle_controls(plan: Plan) -> Plan:
     return dataclasses.replace(
         plan, controls=tuple(c for c in plan.controls if c[1] in plan.victims)
     )
+
+
+def _stealing_from_wider(few: Setting) -> list[Plan]:
+    """S2, S9 and theft on victims that are no perceptrons."""
+    # Fewer frames, since gains are trained through all pixels and characters.
+    shoot = functools.partial(few_shot.attack, restarts=2, steps=2)
+    return [
+        Plan(
+            "S2",
+            rows.attack,
+            ("cnn", "transformer"),
+            few,
+            (
+                ("permuted_rows", "cnn", "stolen", 0.6),
+                ("shared_rows", "cnn", "stolen", 0.75),
+                ("permuted_rows", "transformer", "stolen", 0.35),
+            ),
+        ),
+        Plan(
+            "S9",
+            shoot,
+            ("cnn", "transformer"),
+            few,
+            (
+                ("fresh_orthogonal", "cnn", "stolen", 0.2),
+                ("kept_orthogonal", "transformer", "stolen", 0.025),
+            ),
+        ),
+        Plan(
+            "theft",
+            _module("theft"),
+            ("cnn",),
+            few,
+            (("plain_features", "cnn", "substitute's accuracy", 0.85),),
+        ),
+    ]
 
 
 def restrict(plan: Plan, victims: Sequence[str]) -> Plan:

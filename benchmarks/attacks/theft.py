@@ -30,6 +30,7 @@ from benchmarks.attacks.traces import Trace
 from benchmarks.attacks.victims import VICTIMS, Parameters, Plain
 
 LABELS = 100
+FEW_LABELS = {"cnn": 20}  # where a hundred teach a substitute all that the victim knows
 RESTARTS = 4
 DRAWS = 3  # sets of labelled examples, over which accuracies are averaged
 STEPS = 200
@@ -161,35 +162,41 @@ def name_classes(trace: Trace, start: Parameters, inputs: np.ndarray, labels: np
 
 
 def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
-    """Builds substitutes of an MLP and compares them with the baselines.
+    """Builds substitutes of an image classifier and compares them with the baselines.
 
-    The best of all ways to build one is reported, as if the host could tell.
+    The best of all ways to build one is reported, as if the host could tell. Of a language model
+    nothing is reported, since no control could succeed: embeddings, which are in no product, are
+    not seen, and without them a substitute gains next to nothing from the plain weights of all
+    products.
 
     Args:
       trace: whose first step the weights are taken from.
       rng: draws labelled examples and fresh weights.
     """
     victim, data = trace.model, trace.model.data()
-    if not trace.victim.startswith("mlp"):
-        return []
     accuracies: dict[str, list[float]] = {}
+    if data.labels.ndim > 1:
+        return []
+    count = FEW_LABELS.get(trace.victim, LABELS)
     # Pixels are matched from random starts, and a mirrored match is hard to leave.
     names = [name_columns(trace, rng) for _ in range(RESTARTS)]
     for _ in range(DRAWS):
-        chosen = rng.choice(len(data.inputs), LABELS, replace=False)
-        examples = data.inputs[chosen], data.labels[chosen]
+        chosen = rng.choice(len(data.inputs), count, replace=False)
+        owned = data.inputs[chosen], data.labels[chosen]
         fresh = victim.initialize(rng)
         starts = {"black-box": fresh, "as seen": as_seen(trace, fresh)}
+        untrained = victim.accuracy(starts["as seen"])
+        accuracies.setdefault("as seen, not trained", []).append(untrained)
         for i, named in enumerate(names):
             if named is None:
                 continue
             starts[f"linked {i}"] = linked = fresh | named
             if "head" in named:
-                name_classes(trace, linked, *examples)
+                name_classes(trace, linked, *owned)
                 untrained = victim.accuracy(linked)
                 accuracies.setdefault(f"linked {i}, not trained", []).append(untrained)
         for name, start in starts.items():
-            accuracy = train_substitute(trace.victim, start, *examples)
+            accuracy = train_substitute(trace.victim, start, *owned)
             accuracies.setdefault(name, []).append(accuracy)
     means = {name: float(np.mean(values)) for name, values in accuracies.items()}
     baseline, white_box = means.pop("black-box"), victim.accuracy(trace.parameters)
@@ -202,6 +209,6 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
             chance=baseline,
             threshold=baseline + 0.05,
             best=white_box,
-            note=f"{best}, {LABELS} labels; chance: black-box; white-box {white_box:.3f}",
+            note=f"{best}, {count} labels; chance: black-box; white-box {white_box:.3f}",
         )
     ]

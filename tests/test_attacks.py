@@ -320,13 +320,18 @@ def test_what_is_not_a_number_does_not_pass():
 
 def test_an_attack_that_could_not_succeed_is_no_evidence():
     def made(value, attainable):
-        return measure("S1", "linked", value, chance=0.1, threshold=0.3, attainable=attainable)
+        threshold = np.float64(0.3)
+        return measure(
+            "S1", "linked", value, chance=0.1, threshold=threshold, attainable=attainable
+        )
 
     assert made(0.1, None).applies and made(0.1, 0.5).applies
     assert not made(0.1, 0.2).applies and made(0.1, 0.2).leak == 0
     assert made(0.4, 0.2).applies, "what succeeded did apply"
     text = results.table([Row("mixing", "mlp", 0, made(0.1, 0.2))], [])
     assert "cannot apply: 0.2 with keys known" in text and "passes |" not in text
+    numpys = Row("mixing", "mlp", 0, made(np.float64(0.1), np.float64(0.2)))
+    assert json.loads(results.to_json([numpys], [], {}))["rows"][0]["applies"] is False
 
 
 def test_a_missed_control_makes_the_run_void():

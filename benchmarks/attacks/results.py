@@ -66,7 +66,7 @@ def measure(
 ) -> Measurement:
     """A measurement, judged against its threshold; what is not a number does not pass."""
     value = float(value)
-    passed = value <= threshold
+    passed = bool(value <= threshold)
     return Measurement(
         attack,
         metric,
@@ -76,7 +76,7 @@ def measure(
         passed,
         note,
         best,
-        attainable,
+        None if attainable is None else float(attainable),
     )
 
 

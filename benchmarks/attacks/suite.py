@@ -77,6 +77,7 @@ class Plan:
       setting: of the traces.
       controls: (control, victim, metric, reach) for each metric that must reach a value on a weak
         control; a metric's beginning is enough.
+      schemes: the only ones that have what it attacks; None for all.
     """
 
     attack: str
@@ -84,6 +85,7 @@ class Plan:
     victims: tuple[str, ...]
     setting: Setting
     controls: tuple[tuple[str, str, str, float], ...] = ()
+    schemes: tuple[str, ...] | None = None
 
 
 def _module(name: str) -> Run:
@@ -132,7 +134,14 @@ def plans(*, quick: bool) -> list[Plan]:
                 ("signed_permutation", "transformer", "columns linked", 0.9),
             ),
         ),
-        Plan("S1", scales.attack, mlps, many, (("tempo", "mlp", "scales of columns", 0.85),)),
+        Plan(
+            "S1",
+            scales.attack,
+            mlps,
+            many,
+            (("tempo", "mlp", "scales of columns", 0.5),),
+            schemes=("tempo",),
+        ),
         Plan("S2", rows.attack, dense, few, (("permuted_rows", "mlp", "stolen", 0.905),)),
         *([] if quick else _stealing_from_wider(few)),
         Plan("S3", align, mlps, many, (("kept_orthogonal", "mlp", "stolen, max", 0.85),)),
@@ -424,7 +433,8 @@ def _jobs(
     """Groups plans that share traces, so that every trace is made once."""
     groups: dict[tuple[str, str, Setting], list[Plan]] = {}
     for plan in chosen:
-        wanted = {(scheme, victim) for scheme in schemes for victim in plan.victims}
+        having = [s for s in schemes if plan.schemes is None or s in plan.schemes]
+        wanted = {(scheme, victim) for scheme in having for victim in plan.victims}
         wanted |= {(control[0], control[1]) for control in plan.controls}
         for scheme, victim in sorted(wanted):
             groups.setdefault((scheme, victim, plan.setting), []).append(plan)

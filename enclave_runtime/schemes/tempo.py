@@ -54,7 +54,7 @@ class Tempo(Scheme):
     it lies. **It does not protect against a host that tries**: what breaks signed permutations
     breaks it, after the scales are taken off by normalising rows and columns. The copies share
     their columns' permutation with what they copy, so that the host sees each column both over c
-    and times c. The ratio of its energies gives two thirds and more of the powers of two away, up to one
+    and times c. The ratio of its energies gives two thirds of the powers of two away, up to one
     factor for all: what is hidden are the names of rows and columns, and hardly their scales.
 
     Attributes:

@@ -45,6 +45,7 @@ def test_figures_of_fewer_cores_are_others(measured, monkeypatch):
 def test_launched_enclaves_know_their_kind(monkeypatch, tmp_path):
     (tmp_path / "enclave.manifest").touch()
     monkeypatch.setattr(_launch.shutil, "which", lambda _: "/usr/bin/true")
+    monkeypatch.setattr(_launch, "_check", lambda _: None)  # an empty manifest breaks every rule
     assert _launch.command("gramine-direct", tmp_path).kind == "gramine-direct"
     connection = Connection()
     assert connection.kind == "process"

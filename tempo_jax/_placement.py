@@ -141,7 +141,6 @@ class _Placer:
         self.outputs = question.jaxpr.outvars
         self.order = {v: n for n, eqn in enumerate(self.eqns) for v in eqn.outvars}
         self.cheap = self._cheap_values()
-        self.uses = self._product_uses()
         self.to_update = feeds_update(self.eqns)
         products = [n for n, eqn in enumerate(self.eqns) if is_product(eqn)]
         decided = zip(products, question.stays, strict=True)
@@ -159,9 +158,10 @@ class _Placer:
         return cheap
 
     def _product_uses(self) -> dict[Var, int]:
+        """How many products that may go out use a value."""
         uses: dict[Var, int] = {}
-        for eqn in self.eqns:
-            if is_product(eqn):
+        for number, eqn in enumerate(self.eqns):
+            if is_product(eqn) and number not in self.banned:
                 for v in set(_variables(eqn)):
                     uses[v] = uses.get(v, 0) + 1
         return uses
@@ -190,7 +190,12 @@ class _Placer:
 
     def solve(self) -> Placement:
         while True:
+            # Products that go out share operands: each that stays makes others dearer.
+            self.uses = self._product_uses()
             walk = _Walk(self)
+            if walk.too_dear:
+                self.banned.update(walk.too_dear)
+                continue
             demoted = walk.demotions()
             if demoted:
                 self._demote(demoted)
@@ -273,6 +278,7 @@ class _Walk:
         self.leaves: dict[Var, frozenset[int]] = {}  # values made of resident leaves alone
         self.kept_inside: dict[int, str] = {}
         self.refused: dict[Var, str] = {}
+        self.too_dear: dict[int, str] = {}  # products that cost more outside than inside
         self.sent: set[int] = set()  # products with an operand that the enclave blinds
         self.followed: set[Var] = set()  # what a checksum can follow
         for index in sorted(placer.resident):
@@ -381,7 +387,8 @@ class _Walk:
                 outside += costs.crossing(out.aval, scheme)
             inside = costs.inside(eqn)
             if not costs.worthwhile(inside, outside):
-                raise NotEquivariantError(too_cheap(inside, outside))
+                self.too_dear[number] = too_cheap(inside, outside)
+                raise NotEquivariantError(self.too_dear[number])
         if question.verify and any(v in self.host for v in _variables(eqn)):
             if any(v in self.host and v not in self.leaves for v in _variables(eqn)):
                 raise NotEquivariantError("verify=True checks products of what was sent alone")

@@ -651,3 +651,24 @@ def test_report_runs_nothing(enclave):
     report = tempo.shield(function, enclave=enclave).explain(X)
     assert len(calls) == 1 and isinstance(calls[0], Tracer)
     assert repr(report.plan) and enclave.statistics()["programs"] == before["programs"]
+
+
+def test_a_product_that_stays_makes_those_that_shared_its_operand_dearer(enclave):
+    # Half an operand is cheap enough to send for dW alone, but nobody shares it any more.
+    rows, width = 384, 512
+
+    def loss(weights, x):
+        for weight in weights:
+            x = jnp.tanh(x @ weight)
+        return jnp.mean(x**2)
+
+    tx = tempo.cheap_update(optax.sgd(0.1))
+
+    def step(weights, x):
+        updates, _ = tx.update(jax.grad(loss)(weights, x), tx.init(weights), weights)
+        return optax.apply_updates(weights, updates)
+
+    weights = [jnp.ones((width, width), jnp.float32)] * 3
+    shielded = tempo.shield(step, enclave=enclave, scheme=tempo.schemes.Orthogonal())
+    report = shielded.explain(weights, jnp.ones((rows, width), jnp.float32))
+    assert report.offloaded_work[0] == 0

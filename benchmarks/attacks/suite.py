@@ -236,8 +236,7 @@ def plans(*, quick: bool) -> list[Plan]:
                 ("signed_permutation", "transformer", "columns matched, qkv", 0.9),
                 ("signed_permutation", "mlp", "images by matching", 0.95),
                 ("signed_permutation", "mlp", "labels by nearest image", 0.9),
-                ("permuted_rows", "mlp", "labels by nearest image", 0.3),
-                ("permuted_rows", "mlp", "columns separated, dense1", 0.2),
+                ("permuted_rows", "mlp", "columns separated, dense1", 0.1),
             ),
         ),
         Plan(

@@ -187,6 +187,8 @@ CONTROLS = {
     "permuted_rows": Blinding("permutation", "orthogonal", FOREVER),
     "plain_features": Blinding("orthogonal", "plain", FOREVER),
     "shared_rows": Blinding("orthogonal", "orthogonal", FOREVER, shared_rows=True),
+    # On patches, while the library's scheme sends convolutions as they are.
+    "signed_patches": Blinding("signed", "signed", FOREVER),
     "direct_convolution": Blinding("invertible", "channels", 1),
     "mixing_without_decoys": dataclasses.replace(_MIXING, decoys="none", masked=False),
     "mixing_uncoupled": dataclasses.replace(_MIXING, decoys="x", masked=False),

@@ -116,6 +116,11 @@ def plans(*, quick: bool) -> list[Plan]:
         shoot = functools.partial(few_shot.attack, restarts=4, steps=4)
     # To align 128 columns with 576 takes many times as long.
     align_wide: Run = functools.partial(congruence.attack, lengths=(4, 10), restarts=4, singles=1)
+    permuted = {
+        "mlp": "signed_permutation",
+        "cnn": "signed_patches",
+        "transformer": "signed_permutation",
+    }
     found = [
         Plan(
             "S1",
@@ -130,7 +135,7 @@ def plans(*, quick: bool) -> list[Plan]:
             wider,
             several,
             (
-                ("signed_permutation", "cnn", "columns linked", 0.5),
+                ("signed_patches", "cnn", "columns linked", 0.5),
                 ("signed_permutation", "transformer", "columns linked", 0.9),
             ),
         ),
@@ -214,9 +219,9 @@ def plans(*, quick: bool) -> list[Plan]:
             (
                 *(
                     control
-                    for victim in ("mlp", "cnn", "transformer")
+                    for victim, scheme in permuted.items()
                     for control in (
-                        ("signed_permutation", victim, "key rows and columns, 0%", 0.9),
+                        (scheme, victim, "key rows and columns, 0%", 0.9),
                         ("fresh_orthogonal", victim, "w directions by rank, 0%", 30),
                         ("fresh_orthogonal", victim, "key directions with signs, 0%", 120),
                     )
@@ -232,7 +237,7 @@ def plans(*, quick: bool) -> list[Plan]:
             few,
             (
                 ("signed_permutation", "mlp", "columns matched, dense1", 0.9),
-                ("signed_permutation", "cnn", "columns matched, conv1", 0.9),
+                ("signed_patches", "cnn", "columns matched, conv1", 0.9),
                 ("signed_permutation", "transformer", "columns matched, qkv", 0.9),
                 ("signed_permutation", "mlp", "images by matching", 0.95),
                 ("signed_permutation", "mlp", "labels by nearest image", 0.9),
@@ -246,7 +251,7 @@ def plans(*, quick: bool) -> list[Plan]:
             few,
             (
                 ("signed_permutation", "mlp", "labels", 0.4),
-                ("signed_permutation", "cnn", "labels", 0.9),
+                ("signed_patches", "cnn", "labels", 0.9),
                 ("signed_permutation", "transformer", "labels", 0.6),
             ),
         ),
@@ -299,8 +304,7 @@ def plans(*, quick: bool) -> list[Plan]:
             some,
             few,
             tuple(
-                ("signed_permutation", victim, "bits, sorted columns", 3)
-                for victim in ("mlp", "cnn", "transformer")
+                (scheme, victim, "bits, sorted columns", 3) for victim, scheme in permuted.items()
             ),
         ),
     ]

@@ -168,7 +168,7 @@ def test_devices_are_asked_for_every_digit():
 
 def test_checking_counts_when_products_are_placed(enclave):
     # Worth sending out, but not worth sending out and checking.
-    x, w = jnp.zeros((2048, 256), jnp.float32), jnp.zeros((256, 256), jnp.float32)
+    x, w = jnp.zeros((2048, 352), jnp.float32), jnp.zeros((352, 352), jnp.float32)
     for verify, count in ((False, 1), (True, 0)):
         shielded = tempo.shield(
             lambda x, w: jnp.tanh(x @ w),

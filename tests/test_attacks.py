@@ -233,9 +233,7 @@ def wider(scheme: str) -> Any:
     return traces.blind_history(traces.train(victim, 0, 2), victim, scheme, 0)
 
 
-def test_the_link_of_two_convolutions_is_stolen_from_shared_rows():
-    (found,) = rows.attack(wider("shared_rows"), np.random.default_rng(0))
-    assert found.value >= 0.75 and not found.passed
+def test_a_convolution_matters_to_the_accuracy_that_is_stolen():
     link = ("conv1", "conv2")
     assert scoring.convolves(wider("shared_rows"), link)
     assert scoring.left_out(wider("shared_rows"), 1, link) < 0.2

@@ -69,6 +69,8 @@ _LIGHT = {
     prims.transpose_p,
     prims.xor_p,
 }
+# JAX 0.12: what tanh's derivative became.
+_LIGHT |= {p for p in [getattr(prims, "one_minus_square_p", None)] if p is not None}
 # Transcendental functions: worth computing again only instead of keeping more than a few bytes.
 _HEAVY = {
     prims.cbrt_p,

@@ -136,30 +136,26 @@ def is_product(eqn: JaxprEqn) -> bool:
 
 def products_above(jaxpr: Jaxpr) -> dict[Var, int]:
     """For each variable the products that it depends on, as a bit set over equations."""
-    above: dict[Var, int] = {}
-    for number, eqn in enumerate(jaxpr.eqns):
-        bits = 0
-        for v in eqn.invars:
-            if isinstance(v, Var):
-                bits |= above.get(v, 0)
-        if is_product(eqn):
-            bits |= 1 << number
-        for v in eqn.outvars:
-            above[v] = bits
-    return above
+    return _products_reached(jaxpr, lambda number, before: before | 1 << number)
 
 
 def near_products(jaxpr: Jaxpr) -> dict[Var, int]:
     """For each variable the products on which it depends through no other, as a bit set."""
-    near: dict[Var, int] = {}
+    return _products_reached(jaxpr, lambda number, _: 1 << number)
+
+
+def _products_reached(jaxpr: Jaxpr, after: Callable[[int, int], int]) -> dict[Var, int]:
+    """Bit sets of products by variable; `after` gives a product's result from its operands'."""
+    reached: dict[Var, int] = {}
     for number, eqn in enumerate(jaxpr.eqns):
         bits = 0
         for v in eqn.invars:
             if isinstance(v, Var):
-                bits |= near.get(v, 0)
-        for v in eqn.outvars:
-            near[v] = 1 << number if is_product(eqn) else bits
-    return near
+                bits |= reached.get(v, 0)
+        if is_product(eqn):
+            bits = after(number, bits)
+        reached |= dict.fromkeys(eqn.outvars, bits)
+    return reached
 
 
 def kept_products(jaxpr: Jaxpr) -> frozenset[int]:

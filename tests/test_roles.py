@@ -158,13 +158,18 @@ OUT_OF_ORDER: dict[str, tuple[Kind, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", OUT_OF_ORDER)
-def test_host_that_does_not_follow_its_run_loses_it(roles, name):
+def provisioned_step(roles) -> tuple[Any, Any, Any, list[Any]]:
+    """The host's step, its sealed arguments, what runs it, and the arguments' leaves."""
     owned, shielded = (shield_all(train_step, enclave=e) for e in (roles.client, roles.host))
     owned.provision(initial_state(), X, Y)
     arguments = roles.client.seal((initial_state(), X, Y))
     runtime = shielded._runtime(shielded._program(shielded._signature(arguments, {})))
-    inputs = jax.tree.leaves(arguments, is_leaf=_is_sealed)
+    return shielded, arguments, runtime, jax.tree.leaves(arguments, is_leaf=_is_sealed)
+
+
+@pytest.mark.parametrize("name", OUT_OF_ORDER)
+def test_host_that_does_not_follow_its_run_loses_it(roles, name):
+    shielded, arguments, runtime, inputs = provisioned_step(roles)
     request = roles.host.connection.request
     with roles.host.arena(runtime._program.arena_bytes) as (name_of_arena, arena):
         run, _ = runtime._begin(name_of_arena, arena, inputs, raises=False)
@@ -182,11 +187,7 @@ def test_host_that_does_not_follow_its_run_loses_it(roles, name):
 
 
 def test_host_that_repeats_a_segment_with_other_bytes_loses_the_run(roles):
-    owned, shielded = (shield_all(train_step, enclave=e) for e in (roles.client, roles.host))
-    owned.provision(initial_state(), X, Y)
-    arguments = roles.client.seal((initial_state(), X, Y))
-    runtime = shielded._runtime(shielded._program(shielded._signature(arguments, {})))
-    inputs = jax.tree.leaves(arguments, is_leaf=_is_sealed)
+    _, _, runtime, inputs = provisioned_step(roles)
     request = roles.host.connection.request
     with roles.host.arena(runtime._program.arena_bytes) as (name, arena):
         run, _ = runtime._begin(name, arena, inputs, raises=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import pathlib
 import sys
 import time
@@ -21,16 +20,22 @@ from sklearn.exceptions import ConvergenceWarning
 import tempo_jax as tempo
 from benchmarks.attacks import (
     blinding,
+    checkpoint,
     congruence,
     exactness,
     few_shot,
+    information,
+    inputs,
     labels,
     linkage,
+    plaintext,
     rows,
     scales,
     spectra,
+    steps,
     store,
     structure,
+    theft,
     traces,
 )
 from benchmarks.attacks.results import Control, Measurement, Row, measure
@@ -86,11 +91,6 @@ class Plan:
     setting: Setting
     controls: tuple[tuple[str, str, str, float], ...] = ()
     schemes: tuple[str, ...] | None = None
-
-
-def _module(name: str) -> Run:
-    """The attack of a module of this package."""
-    return importlib.import_module(f"benchmarks.attacks.{name}").attack
 
 
 def plans(*, quick: bool) -> list[Plan]:
@@ -179,7 +179,7 @@ def plans(*, quick: bool) -> list[Plan]:
         ),
         Plan(
             "S4",
-            _module("steps"),
+            steps.attack,
             some,
             few,
             (
@@ -192,14 +192,14 @@ def plans(*, quick: bool) -> list[Plan]:
         ),
         Plan(
             "S4",
-            _module("steps"),
+            steps.attack,
             ("mlp",),
             large,
             (("mixing_without_decoys", "mlp", "dual subspace", 0.93),),
         ),
         Plan(
             "S4",
-            _module("steps"),
+            steps.attack,
             ("mlp",),
             repeated,
             (("mixing_without_decoys", "mlp", "eig directions linked by oracle", 15),),
@@ -213,7 +213,7 @@ def plans(*, quick: bool) -> list[Plan]:
         ),
         Plan(
             "S5",
-            _module("checkpoint"),
+            checkpoint.attack,
             some,
             few,
             (
@@ -232,7 +232,7 @@ def plans(*, quick: bool) -> list[Plan]:
         ),
         Plan(
             "S6",
-            _module("inputs"),
+            inputs.attack,
             some,
             few,
             (
@@ -258,7 +258,7 @@ def plans(*, quick: bool) -> list[Plan]:
         *(
             Plan(
                 "S8",
-                _module("plaintext"),
+                plaintext.attack,
                 victims,
                 setting,
                 (
@@ -293,14 +293,14 @@ def plans(*, quick: bool) -> list[Plan]:
         Plan("S10", exactness.attack, some[:1] if quick else ("mlp", "transformer"), few),
         Plan(
             "theft",
-            _module("theft"),
+            theft.attack,
             some[:1] if quick else MLPS,
             few,
             (("signed_permutation", "mlp", "substitute's accuracy", 0.95),),
         ),
         Plan(
             "information",
-            _module("information"),
+            information.attack,
             some,
             few,
             tuple(
@@ -346,7 +346,7 @@ def _stealing_from_wider(few: Setting) -> list[Plan]:
         ),
         Plan(
             "theft",
-            _module("theft"),
+            theft.attack,
             ("cnn",),
             few,
             (("plain_features", "cnn", "substitute's accuracy", 0.85),),

@@ -19,8 +19,10 @@ from benchmarks.attacks import (
     congruence,
     exactness,
     few_shot,
+    inputs,
     labels,
     linkage,
+    plans,
     results,
     rows,
     scales,
@@ -182,6 +184,7 @@ CASES = [
     (linkage.attack, "signed_permutation", "columns linked", 0.85),
     (rows.attack, "permuted_rows", "stolen", 0.9),
     (rows.attack, "shared_rows", "stolen", 0.9),
+    (inputs.attack, "permuted_rows", "labels by nearest image", 0.9),
     (labels.attack, "signed_permutation", "labels", 0.9),
     (
         functools.partial(congruence.attack, lengths=(4,), restarts=2, singles=0),
@@ -201,6 +204,15 @@ def test_an_attack_succeeds_on_its_control_and_fails_on_mixing(attack, control, 
     strong = strongest(attack, "mixing", metric)
     # A single step is luckier than the mean that the suite judges.
     assert strong.value < strong.chance + 0.3 < weak.value
+
+
+def test_rows_that_are_only_permuted_come_back_from_an_orthogonal_key():
+    truth, data = trace("permuted_rows").truth[0]["dense1"], traces.VICTIMS["mlp"].data()
+    seen = [view["dense1"].x for view in trace("permuted_rows").views]
+    aligned = inputs.align_by_pca(np.concatenate(seen), data.test_inputs)[: len(truth.x)]
+    plain = truth.x[truth.a.argmax(1)]
+    correlations = [np.corrcoef(a, b)[0, 1] for a, b in zip(aligned, plain, strict=True)]
+    assert np.mean(correlations) > 0.9
 
 
 def test_the_right_link_steals_everything_and_a_wrong_one_nothing():
@@ -353,7 +365,7 @@ def test_controls_are_run_and_judged(monkeypatch, tmp_path):
 
     monkeypatch.setattr(suite, "make_trace", lambda scheme, *_, **__: trace(scheme))
     controls = (("signed_permutation", "mlp", "linked", 0.9),)
-    plan = suite.Plan("S1", attack, ("mlp",), suite.Setting(STEPS), controls)
+    plan = plans.Plan("S1", attack, ("mlp",), plans.Setting(STEPS), controls)
     kept = []
     found, judged = suite.run(
         [plan],
@@ -370,7 +382,7 @@ def test_controls_are_run_and_judged(monkeypatch, tmp_path):
 
 def test_an_attack_that_measures_nothing_does_not_pass(monkeypatch, tmp_path):
     monkeypatch.setattr(suite, "make_trace", lambda scheme, *_, **__: trace(scheme))
-    plan = suite.Plan("S1", lambda *_: [], ("mlp",), suite.Setting(STEPS))
+    plan = plans.Plan("S1", lambda *_: [], ("mlp",), plans.Setting(STEPS))
     found, judged = suite.run([plan], ["mixing"], [0], tmp_path, simulate=True)
     assert __main__.status(found, judged) == 1
 
@@ -382,14 +394,14 @@ def test_a_product_that_vanished_is_refused(monkeypatch, tmp_path):
     lacking = dataclasses.replace(whole, views=views)
     monkeypatch.setattr(suite, "make_trace", lambda *_, **__: lacking)
     with pytest.raises(RuntimeError, match="mlp, dense2: not in every step"):
-        suite.run(suite.plans(quick=True)[:1], ["mixing"], [0], tmp_path, simulate=True)
+        suite.run(plans.all_plans(quick=True)[:1], ["mixing"], [0], tmp_path, simulate=True)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn", "transformer"])
 def test_every_kind_of_victim_has_controls(kind):
-    plans = suite.plans(quick=False)
-    attacked = {plan.attack for plan in plans if kind in plan.victims}
-    controlled = {plan.attack for plan in plans for c in plan.controls if c[1] == kind}
+    every = plans.all_plans(quick=False)
+    attacked = {plan.attack for plan in every if kind in plan.victims}
+    controlled = {plan.attack for plan in every for c in plan.controls if c[1] == kind}
     assert attacked - controlled <= {"S10"}, "which is no attack"
 
 
@@ -408,9 +420,9 @@ def test_options():
 
 def test_every_attack_has_a_control():
     for quick in (True, False):
-        plans = suite.plans(quick=quick)
-        controlled = {plan.attack for plan in plans if plan.controls}
-        assert {plan.attack for plan in plans} == set(__main__.ATTACKS)
+        every = plans.all_plans(quick=quick)
+        controlled = {plan.attack for plan in every if plan.controls}
+        assert {plan.attack for plan in every} == set(__main__.ATTACKS)
         assert set(__main__.ATTACKS) - controlled == {"S10"}, "which measures cost, not leaks"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import threadpoolctl
 
-from benchmarks.attacks import suite, traces
+from benchmarks.attacks import plans, suite, traces
 from benchmarks.attacks.exactness import blinding_costs
 from benchmarks.attacks.results import Control, Row, plot, table, to_json
 from benchmarks.machine import environment
@@ -68,9 +68,9 @@ def status(rows: Sequence[Row], controls: Sequence[Control]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the suite and returns the exit status."""
     options = parse_options(arguments)
-    chosen = [p for p in suite.plans(quick=options.quick) if p.attack in options.attacks]
+    chosen = [p for p in plans.all_plans(quick=options.quick) if p.attack in options.attacks]
     if "victims" in options:
-        chosen = [suite.restrict(plan, options.victims) for plan in chosen]
+        chosen = [plans.restrict(plan, options.victims) for plan in chosen]
 
     def save(rows: Sequence[Row], controls: Sequence[Control]) -> None:
         if options.json:

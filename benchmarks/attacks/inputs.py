@@ -2,9 +2,10 @@
 
 Three attacks, each aimed at one kind of key. *Matching* names the columns of X̂ by their sorted
 magnitudes and then by their correlations: it undoes permutations, with signs and scales. *PCA*
-names the principal axes by rank and gives them signs by third moments: it undoes orthogonal feature
-keys. *ICA* looks for non-Gaussian directions, of features (which undoes any feature key as long as
-rows are merely permuted) and of rows (which would undo row keys).
+names the principal axes by rank, gives them signs by third moments and turns the rows onto public
+ones from there: it undoes orthogonal feature keys as long as rows are merely permuted. *ICA* looks
+for non-Gaussian directions, of features (which undoes any feature key as long as rows are merely
+permuted) and of rows (which would undo row keys).
 
 Patches of a convolution hold every channel nine times, shifted, and neighbouring rows share most
 entries; both show in the covariance of the attacker's own patches, which PCA and matching use as a
@@ -28,7 +29,10 @@ from benchmarks.attacks.traces import ProductTruth, Trace
 
 QUANTILES = 64
 MATCHING_ROUNDS = 12
-STARTS, MAX_RESTARTED = 8, 128  # starts, and columns up to which there is more than one
+STARTS = 8  # of matching columns
+FLIPPED = 6  # principal axes whose signs are tried, both, as starts
+MAX_RESTARTED = 128  # columns up to which there is more than one start
+TURNS = 20  # rounds of turning rows onto public ones
 WEIGHTS = (0.1, 0.3, 1.0, 3.0)  # of magnitudes beside correlations
 ICA_ROUNDS = 60
 COMPONENTS = 32  # directions that ICA separates
@@ -114,17 +118,27 @@ def _columns_that_belong(trace: Trace, step: int, name: str) -> np.ndarray:
     return linear_sum_assignment(-np.abs(unit(rows).T @ unit(truth.x)))[1]
 
 
-def align_by_pca(x: np.ndarray, public: np.ndarray, count: int | None = None) -> np.ndarray:
-    """Rows of X̂ in the plain frame, as far as principal axes of equal rank correspond.
+def align_by_pca(x: np.ndarray, public: np.ndarray) -> np.ndarray:
+    """Rows of X̂ in the plain frame, as far as an orthogonal key can be undone.
 
-    Signs come from third moments of the scores; where rows are mixed these are gone.
+    Principal axes of equal rank are taken for each other. Signs come from third moments of the
+    scores; where rows are mixed these are gone. From there, and from other signs of the strongest
+    axes, rows are turned onto the public rows that they come nearest to, again and again.
+
+    Args:
+      x: (rows, n), blinded.
+      public: plain rows of the same kind.
 
     Returns:
       (rows, n) estimates; their rows are still in the frame of the row key.
+
+    References:
+      Besl and McKay, A method for registration of 3-D shapes, 1992. Grave et al., Unsupervised
+      alignment of embeddings with Wasserstein Procrustes, https://arxiv.org/abs/1805.11222
     """
     x = x * np.linalg.norm(public) / np.sqrt(len(public)) / np.linalg.norm(x) * np.sqrt(len(x))
     x = fix_signs(x)
-    axes = [np.linalg.eigh(v.T @ v)[1][:, ::-1][:, :count] for v in (x, public)]
+    axes = [np.linalg.eigh(v.T @ v)[1][:, ::-1] for v in (x, public)]
     scores = x @ axes[0], public @ axes[1]
     # A row key leaves signs of rows open; the first axis, the mean input, settles them.
     weights = [np.sign(s[:, :1]) for s in scores]
@@ -133,7 +147,30 @@ def align_by_pca(x: np.ndarray, public: np.ndarray, count: int | None = None) ->
     evidence = third[0] * third[1] / (third[1] ** 2 + 1e-300) ** 0.5
     evidence = evidence + first[0] * first[1] * 0.1
     signs = np.where(evidence < 0, -1.0, 1.0)
-    return (scores[0] * signs) @ axes[1].T
+    flipped = FLIPPED if x.shape[1] <= MAX_RESTARTED else 0
+    found = []
+    for flips in itertools.product((1.0, -1.0), repeat=flipped):
+        tried = signs.copy()
+        tried[1 : 1 + flipped] *= flips
+        found.append(_turn_onto(x, public, axes[0] * tried @ axes[1].T))
+    return min(found, key=lambda f: f[1])[0]
+
+
+def _turn_onto(x: np.ndarray, public: np.ndarray, turn: np.ndarray) -> tuple[np.ndarray, float]:
+    """Refines an orthogonal `turn` of the rows of `x` towards their nearest public rows.
+
+    Returns:
+      The turned rows, and how far they stay from public ones, up to a constant.
+    """
+    squares = (public**2).sum(1)
+    for _ in range(TURNS):
+        nearest = public[(squares - 2 * x @ turn @ public.T).argmin(1)]
+        left, _, right = np.linalg.svd(x.T @ nearest)
+        previous, turn = turn, left @ right
+        if np.allclose(previous, turn):
+            break
+    turned = x @ turn
+    return turned, float((squares - 2 * turned @ public.T).min(1).mean())
 
 
 def separate(x: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -216,7 +253,7 @@ def nearest_labels(guesses: np.ndarray, public: np.ndarray, labels: np.ndarray) 
 
 
 def reconstruct(
-    x: np.ndarray,
+    seen: list[np.ndarray],
     public: np.ndarray,
     order: np.ndarray,
     rng: np.random.Generator,
@@ -226,7 +263,7 @@ def reconstruct(
     """Guesses at plain rows of X by every attack.
 
     Args:
-      x: blinded rows.
+      seen: blinded rows, and those of later steps under the same feature key.
       public: plain rows of the same kind.
       order: what `match_columns` found.
       rng: starts ICA.
@@ -235,12 +272,12 @@ def reconstruct(
     Returns:
       For each attack (guesses, n), those of `matching` and `pca` in the order of X̂'s rows.
     """
-    size = np.linalg.norm(public) / np.sqrt(len(public))
+    x, size = seen[0], np.linalg.norm(public) / np.sqrt(len(public))
     matched = np.zeros((len(x), public.shape[1]))
     # Signs of columns: those that make the columns agree with their mean.
     signed = fix_signs(fix_signs(balance(x) if scaled else x).T).T
     matched[:, order] = signed * size / np.linalg.norm(signed) * np.sqrt(len(x))
-    aligned = align_by_pca(x, public)
+    aligned = align_by_pca(np.concatenate(seen), public)[: len(x)]
     count = min(COMPONENTS, *aligned.shape)
     # Columns are the samples here: which mixtures of rows look least like mixtures?
     rows = (aligned.T @ separate(aligned.T, count, rng)).T
@@ -264,6 +301,12 @@ def _public(trace: Trace, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return steps[-1][:half], steps[0][half:], np.zeros(0)
 
 
+def _seen(trace: Trace, steps: range, name: str) -> list[np.ndarray]:
+    """X̂ of each step."""
+    found = [trace.views[t][name].x for t in steps]
+    return [x for x in found if x is not None]
+
+
 def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     """Attacks the inputs of the first product outside, and the columns of all.
 
@@ -276,15 +319,15 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     # Not the last step, whose rows the attacker may have of a hidden layer.
     windows = scoring.windows(trace, MAX_STEPS)[: min(MAX_STEPS, len(trace.views) - 1)]
     for i, name in enumerate(attacked(trace)):
-        view, truth = trace.views[0][name], trace.truth[0][name]
-        assert view.x is not None and truth.b is not None
+        truth = trace.truth[0][name]
+        assert truth.b is not None
         public, others, labels = _public(trace, name)
         base = name.split(".")[0]
+        # As long as feature keys are kept, every step adds rows.
+        seen = [_seen(trace, window, name) for window in windows]
         orders = []
-        for window in windows:
-            # As long as feature keys are kept, every step adds rows.
-            seen = [trace.views[t][name].x for t in window]
-            rows = np.concatenate([x for x in seen if x is not None])
+        for window, views in zip(windows, seen, strict=True):
+            rows = np.concatenate(views)
             orders.append(match_columns(rows, public, rng, scaled=scaled))
             there = trace.truth[window[0]][name]
             assert there.b is not None
@@ -293,10 +336,9 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
                 _columns_that_belong(trace, window[0], name), there.b, there.x
             )
             matched.setdefault(base, []).append((*found, attainable[0], truth.x.shape[1]))
-        order = orders[0]
-        separated.setdefault(base, []).append(features_separated(view.x, truth.b, rng))
+        separated.setdefault(base, []).append(features_separated(seen[0][0], truth.b, rng))
         if i == 0:
-            guesses = reconstruct(view.x, public, order, rng, scaled=scaled)
+            guesses = reconstruct(seen[0], public, orders[0], rng, scaled=scaled)
             measurements += _score_images(trace, name, guesses, (public, others), rng)
             if len(labels):
                 measurements.append(_score_labels(trace, truth, guesses, public, labels))

@@ -6,6 +6,10 @@ to start are tried. *As seen*: blinded weights where plain ones belong. *Linked*
 first layer named by the host's own images, columns of the next by S1's methods, signs and biases by
 sorted values, as far as the victim is an MLP.
 
+A transformer's embeddings are in no product, so nobody sees them, and without them the plain
+weights of all products gain next to nothing. The host is granted them, as from a public model of
+which the victim is a descendant; so is the black-box substitute.
+
 References:
   Tempo: Confidentiality Preservation in Cloud-Based Neural Network Training,
   https://arxiv.org/abs/2401.11531
@@ -30,12 +34,15 @@ from benchmarks.attacks.traces import Trace
 from benchmarks.attacks.victims import VICTIMS, Parameters, Plain
 
 LABELS = 100
-FEW_LABELS = {"cnn": 20}  # where a hundred teach a substitute all that the victim knows
+# Where a hundred images teach a substitute all that the victim knows, or labels cost nothing.
+FEW_LABELS = {"cnn": 20, "transformer": 16}
+GRANTED = {"transformer": ("tokens", "positions")}
 RESTARTS = 4
 DRAWS = 3  # sets of labelled examples, over which accuracies are averaged
 STEPS = 200
 LEARNING_RATE = 1e-3
 MAX_STEPS = 4  # whose rows are joined
+POINTS, SHARE = 0.05, 0.5  # of accuracy over chance that pass, see `scoring.margin`
 
 
 @functools.cache
@@ -162,12 +169,9 @@ def name_classes(trace: Trace, start: Parameters, inputs: np.ndarray, labels: np
 
 
 def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
-    """Builds substitutes of an image classifier and compares them with the baselines.
+    """Builds substitutes and compares them with the baselines.
 
-    The best of all ways to build one is reported, as if the host could tell. Of a language model
-    nothing is reported, since no control could succeed: embeddings, which are in no product, are
-    not seen, and without them a substitute gains next to nothing from the plain weights of all
-    products.
+    The best of all ways to build one is reported, as if the host could tell.
 
     Args:
       trace: whose first step the weights are taken from.
@@ -175,15 +179,14 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     """
     victim, data = trace.model, trace.model.data()
     accuracies: dict[str, list[float]] = {}
-    if data.labels.ndim > 1:
-        return []
     count = FEW_LABELS.get(trace.victim, LABELS)
     # Pixels are matched from random starts, and a mirrored match is hard to leave.
     names = [name_columns(trace, rng) for _ in range(RESTARTS)]
     for _ in range(DRAWS):
         chosen = rng.choice(len(data.inputs), count, replace=False)
         owned = data.inputs[chosen], data.labels[chosen]
-        fresh = victim.initialize(rng)
+        granted = {name: trace.parameters[name] for name in GRANTED.get(trace.victim, ())}
+        fresh = victim.initialize(rng) | granted
         starts = {"black-box": fresh, "as seen": as_seen(trace, fresh)}
         untrained = victim.accuracy(starts["as seen"])
         accuracies.setdefault("as seen, not trained", []).append(untrained)
@@ -207,8 +210,8 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
             "substitute's accuracy",
             means[best],
             chance=baseline,
-            threshold=baseline + 0.05,
+            threshold=baseline + scoring.margin(trace, baseline, POINTS, SHARE),
             best=white_box,
-            note=f"{best}, {count} labels; chance: black-box; white-box {white_box:.3f}",
+            note=f"{best}, {count} examples; chance: black-box; white-box {white_box:.3f}",
         )
     ]

@@ -20,7 +20,7 @@ from enclave_runtime.program import ArrayType, Crossing, Layout
 from enclave_runtime.schemes import Scheme, make_scheme
 from tempo_jax import _jaxpr
 from tempo_jax._plan import Plan, Request, array_type, make_plan
-from tests.steps import SIGNED_PERMUTATION
+from tests.steps import PLAIN_OPTIONS, SIGNED_PERMUTATION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ class _Interpreter:
             for v, crossing in zip(segment.uploads, described.uploads, strict=True):
                 self.receive(v, crossing)
             seen = {v: self.inside[v] for v in segment.inputs}
-            outputs = _jaxpr.evaluate(segment.eqns, seen, segment.outputs)
+            outputs = run_segment(segment, seen)
             self.inside.update(zip(segment.outputs, outputs, strict=True))
             for v, crossing in zip(segment.downloads, described.downloads, strict=True):
                 self.send(v, crossing)
@@ -197,6 +197,18 @@ class _Interpreter:
         if places[position].place == "device":
             return self.unblind(self.computed[variable], places[position].layout)
         return self.inside[variable]
+
+
+def run_segment(segment: Any, seen: dict[Any, Any]) -> list[Any]:
+    """Runs a segment as one compiled function: to compile its equations one by one takes longer."""
+    variables = list(seen)
+
+    @functools.partial(jax.jit, compiler_options=PLAIN_OPTIONS)
+    def run(*values: Any) -> list[Any]:
+        env = dict(zip(variables, values, strict=True))
+        return _jaxpr.evaluate(segment.eqns, env, segment.outputs)
+
+    return run(*seen.values())
 
 
 def is_variable(atom: Any) -> bool:

@@ -25,29 +25,42 @@ QUICK_WIDTHS = (64, 256, 1024)
 GOAL = 1.05  # the enclave's busy time over that of computing everything inside
 
 
-def measure(width: int, scheme_name: str, steps: int, enclaves: dict[str, Enclave]) -> Json:
-    """Trains one width under one scheme, all variants in turn.
+def measure(width: int, scheme_name: str, steps: int, launches: int) -> Json:
+    """Trains one width under one scheme, all variants in turn, in enclaves launched several times.
+
+    Processes differ in speed for as long as they live, so one launch does not tell.
 
     Returns:
-      Medians: `busy`, the enclave's seconds in a step for both placements; `seconds`, of a whole
-      step for all variants; `offloaded`, the share of the products' arithmetic that goes out.
+      Medians of the launches' medians: `busy`, the enclave's seconds in a step for both
+      placements; `seconds`, of a whole step for all variants. `offloaded`: the share of the
+      products' arithmetic that goes out.
     """
     train_step, state = build(width)
     examples = batch(width)
     scheme = common.SCHEMES[scheme_name]()
-    contenders = {
-        variant: Contender(train_step, state, scheme, variant, enclaves.get(variant))
-        for variant in (PLAIN, SHIELDED, ENCLAVE)
-    }
-    seconds, busy = train_in_turn(contenders, enclaves, examples, steps)
-    report = contenders[SHIELDED].step.explain(contenders[SHIELDED].state, examples)
-    outside, total = report.offloaded_work
+    seconds: dict[str, list[float]] = {}
+    busy: dict[str, list[float]] = {}
+    share = 0.0
+    for _ in range(launches):
+        with Enclave.launch() as shielded, Enclave.launch() as inside:
+            enclaves = {SHIELDED: shielded, ENCLAVE: inside}
+            contenders = {
+                variant: Contender(train_step, state, scheme, variant, enclaves.get(variant))
+                for variant in (PLAIN, SHIELDED, ENCLAVE)
+            }
+            made = train_in_turn(contenders, enclaves, examples, steps)
+            for kept, found in zip((seconds, busy), made, strict=True):
+                for variant, values in found.items():
+                    kept.setdefault(variant, []).append(float(np.median(values)))
+            report = contenders[SHIELDED].step.explain(contenders[SHIELDED].state, examples)
+            outside, total = report.offloaded_work
+            share = outside / total
     return {
         "width": width,
         "scheme": scheme_name,
         "busy": {v: float(np.median(s)) for v, s in busy.items()},
         "seconds": {v: float(np.median(s)) for v, s in seconds.items()},
-        "offloaded": outside / total,
+        "offloaded": share,
     }
 
 
@@ -60,7 +73,8 @@ def table(results: Json) -> str:
     """Returns the results as a line on the machine and a Markdown table."""
     lines = [
         f"{describe(results['environment'])}; {ROWS} rows, "
-        f"medians of {results['steps']} steps. Goal for the enclave's work: at most {GOAL}.",
+        f"medians of {results['steps']} steps in each of {results['launches']} launches. "
+        f"Goal for the enclave's work: at most {GOAL}.",
         "",
         "| scheme | width | enclave's work ÷ all inside | products' arithmetic sent out "
         "| step ÷ plain's | all inside ÷ plain's |",
@@ -100,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--schemes", nargs="+", choices=sorted(common.SCHEMES), default=sorted(common.SCHEMES)
     )
     parser.add_argument("--steps", type=common.positive, default=5, help="steps that count")
-    parser.add_argument("--quick", action="store_true", help="fewer widths, 3 steps")
+    parser.add_argument("--launches", type=common.positive, default=3, help="of the enclaves")
+    parser.add_argument("--quick", action="store_true", help="fewer widths, 3 steps, one launch")
     parser.add_argument(
         "--out",
         type=pathlib.Path,
@@ -110,11 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     if options.quick:
-        options.widths, options.steps = list(QUICK_WIDTHS), 3
+        options.widths, options.steps, options.launches = list(QUICK_WIDTHS), 3, 1
     results: Json = {
         "environment": environment(),
         "rows": ROWS,
         "steps": options.steps,
+        "launches": options.launches,
         "schemes": options.schemes,
         "results": [],
     }
@@ -122,9 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for width in options.widths:
         for scheme in options.schemes:
             print(f"width {width}: {scheme}", file=sys.stderr, flush=True)
-            with Enclave.launch() as shielded, Enclave.launch() as inside:
-                enclaves = {SHIELDED: shielded, ENCLAVE: inside}
-                results["results"].append(measure(width, scheme, options.steps, enclaves))
+            results["results"].append(measure(width, scheme, options.steps, options.launches))
             text = json.dumps(results, indent=2) + "\n"
             (options.out / "placement.json").write_text(text)
     plot(results, options.out / "placement.png")

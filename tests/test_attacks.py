@@ -405,6 +405,18 @@ def test_every_kind_of_victim_has_controls(kind):
     assert attacked - controlled <= {"S10"}, "which is no attack"
 
 
+OTHER = (("permuted_rows", "mlp", "stolen", 0.9),)
+
+
+def test_plans_are_restricted_with_the_controls_that_speak_for_them():
+    near = (("permuted_rows", "cnn", "stolen", 0.6),)
+    both = plans.Plan("S2", rows.attack, ("mlp", "cnn"), plans.Setting(2), (*OTHER, *near))
+    lone = plans.Plan("S9", few_shot.attack, ("mlp", "cnn"), plans.Setting(2), OTHER)
+    found = plans.restrict([both, lone], ["cnn"])
+    assert [(p.victims, p.controls) for p in found] == [(("cnn",), near), (("cnn",), OTHER)]
+    assert not plans.restrict([both], ["transformer"])
+
+
 def test_luck_is_no_leak():
     assert scoring.twice_chance(0.01, 10_000) == pytest.approx(0.02)
     assert scoring.twice_chance(0.01, 100) == pytest.approx(0.04)

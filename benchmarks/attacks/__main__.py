@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     chosen = [p for p in plans.all_plans(quick=options.quick) if p.attack in options.attacks]
     if "victims" in options:
-        chosen = [plans.restrict(plan, options.victims) for plan in chosen]
+        chosen = plans.restrict(chosen, options.victims)
 
     def save(rows: Sequence[Row], controls: Sequence[Control]) -> None:
         if options.json:

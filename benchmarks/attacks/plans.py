@@ -340,6 +340,14 @@ def _stealing_from_wider(few: Setting) -> list[Plan]:
     ]
 
 
-def restrict(plan: Plan, victims: Sequence[str]) -> Plan:
-    """The same attack on those of its victims that are named; its controls stay."""
-    return dataclasses.replace(plan, victims=tuple(v for v in plan.victims if v in victims))
+def restrict(chosen: Sequence[Plan], victims: Sequence[str]) -> list[Plan]:
+    """The same attacks on those of their victims that are named.
+
+    Controls on these stay; where an attack has none there, those on other victims speak for them.
+    """
+    found = []
+    for plan in chosen:
+        kept = tuple(v for v in plan.victims if v in victims)
+        near = _without_idle_controls(dataclasses.replace(plan, victims=kept))
+        found.append(near if near.controls else dataclasses.replace(plan, victims=kept))
+    return [plan for plan in found if plan.victims]

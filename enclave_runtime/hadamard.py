@@ -26,28 +26,33 @@ import functools
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic, models, register_model
 
 from enclave_runtime.keys import KeyStream, compiled
+from enclave_runtime.vectors import (
+    TILE_BYTES,
+    VECTOR,
+    butterflies,
+    gather,
+    lane_count,
+    load,
+    offset,
+    pointer,
+    store,
+    transposed,
+)
 
 BLOCK = 64  # positions in a Hadamard block; two passes of radix 8
-TILE_BYTES = 64  # of a row of a tile: one cache line
 STRIPS = 4  # side by side, copied together: far rows cost less in runs of 256 bytes
-VECTOR = 8  # elements of a vector register, or of two for float64
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 # Below this many elements, handing work to another thread (0.1 to 0.3 ms, mostly until it
 # wakes and gets the GIL) costs more than it saves.
 PARALLEL_ELEMENTS = 1 << 19
 THREADS = os.cpu_count() or 1
 
-# Pyright sees the undecorated function, whose first argument Numba supplies.
-_intrinsic: Any = intrinsic
 _pool = concurrent.futures.ThreadPoolExecutor(THREADS, "hadamard")
 
 
@@ -169,218 +174,55 @@ def _dense_transform(size: int, tail_first: bool) -> np.ndarray:
     return blocks @ tail if tail_first else tail @ blocks
 
 
-# Vectors: what Numba lacks, and what its loops would leave to LLVM's judgement. Addresses are
-# pointer and offset in elements; nothing is checked.
-
-
-class _Vector(types.Type):
-    """`VECTOR` elements of a float type, in registers."""
-
-    def __init__(self, dtype: types.Type):
-        self.dtype = dtype
-        super().__init__(f"Vector({dtype})")
-
-
-@register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, kind: Any):
-        element = manager.lookup(kind.dtype).get_value_type()
-        super().__init__(manager, kind, ir.VectorType(element, VECTOR))
-
-
-@_intrinsic
-def _pointer(_, array):
-    """The address of an array's first element."""
-
-    def emit(context, builder, signature, arguments):
-        return context.make_array(array)(context, builder, arguments[0]).data
-
-    return types.CPointer(array.dtype)(array), emit
-
-
-@_intrinsic
-def _offset(_, pointer, by):
-    """The address of the element `by` places on."""
-
-    def emit(context, builder, signature, arguments):
-        return builder.gep(arguments[0], [arguments[1]])
-
-    return pointer(pointer, types.intp), emit
-
-
-@_intrinsic
-def _lanes(_, pointer):
-    """How many elements make a row of a tile; a constant."""
-
-    def emit(context, builder, signature, arguments):
-        return context.get_constant(types.intp, TILE_BYTES * 8 // pointer.dtype.bitwidth)
-
-    return types.intp(pointer), emit
-
-
-def _vector_at(context: Any, builder: Any, pointer: Any, kind: Any) -> Any:
-    """The vector at an address, aligned as its elements are."""
-    vector = builder.load(builder.bitcast(pointer, context.get_value_type(kind).as_pointer()))
-    vector.align = kind.dtype.bitwidth // 8
-    return vector
-
-
-@_intrinsic(prefer_literal=True)
-def _load(_, pointer, at, stride, count):
-    """A tuple of `count` vectors, `stride` elements apart."""
-    kind, many = _Vector(pointer.dtype), count.literal_value
-
-    def emit(context, builder, signature, arguments):
-        address = builder.gep(arguments[0], [arguments[1]])
-        vectors = []
-        for _ in range(many):
-            vectors.append(_vector_at(context, builder, address, kind))
-            address = builder.gep(address, [arguments[2]])
-        return context.make_tuple(builder, signature.return_type, vectors)
-
-    return types.UniTuple(kind, many)(pointer, types.intp, types.intp, count), emit
-
-
-@_intrinsic
-def _store(_, pointer, at, stride, vectors):
-    """Writes a tuple of vectors, `stride` elements apart."""
-
-    def emit(context, builder, signature, arguments):
-        address = builder.gep(arguments[0], [arguments[1]])
-        target = context.get_value_type(vectors.dtype).as_pointer()
-        for vector in cgutils.unpack_tuple(builder, arguments[3]):
-            store = builder.store(vector, builder.bitcast(address, target))
-            store.align = pointer.dtype.bitwidth // 8
-            address = builder.gep(address, [arguments[2]])
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.intp, types.intp, vectors), emit
-
-
-@_intrinsic(prefer_literal=True)
-def _gather(_, tile, lane, order, scale, first, count):
-    """The vectors ``scale[i] * tile[order[i], lane:]``, for `count` values of i from `first`."""
-    kind, many = _Vector(tile.dtype), count.literal_value
-
-    def emit(context, builder, signature, arguments):
-        start, *tables = (
-            builder.gep(arguments[table], [arguments[offset]])
-            for table, offset in ((0, 1), (2, 4), (3, 4))
-        )
-        lanes = context.get_constant(types.intp, TILE_BYTES * 8 // tile.dtype.bitwidth)
-        zero, zeros = (
-            ir.Constant(ir.IntType(32), 0),
-            ir.Constant(ir.VectorType(ir.IntType(32), VECTOR), [0] * VECTOR),
-        )
-        vectors = []
-        for i in range(many):
-            step = [context.get_constant(types.intp, i)]
-            row, factor = (builder.load(builder.gep(table, step)) for table in tables)
-            row = builder.mul(builder.zext(row, lanes.type), lanes)
-            vector = _vector_at(context, builder, builder.gep(start, [row]), kind)
-            factor = builder.insert_element(ir.Constant(vector.type, ir.Undefined), factor, zero)
-            factor = builder.shuffle_vector(factor, factor, zeros)
-            vectors.append(builder.fmul(vector, factor))
-        return context.make_tuple(builder, signature.return_type, vectors)
-
-    result = types.UniTuple(kind, many)
-    return result(tile, types.intp, order, scale, types.intp, count), emit
-
-
-def _pairwise(vectors: Any, combine: Callable[..., Any]) -> Any:
-    """An intrinsic that combines vectors 1, then 2, 4, ... apart, in place."""
-
-    def emit(context, builder, signature, arguments):
-        values = cgutils.unpack_tuple(builder, arguments[0])
-        distance = 1
-        while distance < len(values):
-            for i in range(len(values)):
-                if not i & distance:
-                    pair = values[i], values[i + distance]
-                    values[i], values[i + distance] = combine(builder, *pair, distance)
-            distance *= 2
-        return context.make_tuple(builder, signature.return_type, values)
-
-    return vectors(vectors), emit
-
-
-@_intrinsic
-def _butterflies(_, vectors):
-    """Hadamard transform, not normalised, across a tuple of 2**k vectors."""
-
-    def combine(builder, x, y, distance):
-        return builder.fadd(x, y), builder.fsub(x, y)
-
-    return _pairwise(vectors, combine)
-
-
-@_intrinsic
-def _transposed(_, vectors):
-    """Transposes the square that `VECTOR` vectors form."""
-
-    def combine(builder, x, y, distance):
-        # Exchanges x's odd runs of `distance` elements with y's even ones.
-        lanes = range(VECTOR)
-        even = [i + VECTOR - distance if i & distance else i for i in lanes]
-        odd = [i + VECTOR if i & distance else i + distance for i in lanes]
-        kind = ir.VectorType(ir.IntType(32), VECTOR)
-        return (
-            builder.shuffle_vector(x, y, ir.Constant(kind, even)),
-            builder.shuffle_vector(x, y, ir.Constant(kind, odd)),
-        )
-
-    return _pairwise(vectors, combine)
-
-
 # Kernels
 
 
 @compiled
 def _transform_block(source, order, scale, block, buffer, target):
     """One gather and transform of `block` rows; `target` is where the first is written."""
-    lanes = _lanes(target)
+    lanes = lane_count(target)
     if block == 64:
         for i in range(0, 64, 8):
             for v in range(0, lanes, VECTOR):
-                rows = _butterflies(_gather(source, v, order, scale, i, 8))
-                _store(buffer, i * lanes + v, lanes, rows)
+                rows = butterflies(gather(source, v, order, scale, i, 8))
+                store(buffer, i * lanes + v, lanes, rows)
         for i in range(8):
             for v in range(0, lanes, VECTOR):
-                rows = _butterflies(_load(buffer, i * lanes + v, 8 * lanes, 8))
-                _store(target, i * lanes + v, 8 * lanes, rows)
+                rows = butterflies(load(buffer, i * lanes + v, 8 * lanes, 8))
+                store(target, i * lanes + v, 8 * lanes, rows)
         return
     for i in range(block):
         for v in range(0, lanes, VECTOR):
-            _store(buffer, i * lanes + v, lanes, _gather(source, v, order, scale, i, 1))
+            store(buffer, i * lanes + v, lanes, gather(source, v, order, scale, i, 1))
     distance = 1
     while distance < block:
         for i in range(block):
             if not i & distance:
                 for v in range(0, lanes, VECTOR):
                     place, apart = i * lanes + v, distance * lanes
-                    _store(buffer, place, apart, _butterflies(_load(buffer, place, apart, 2)))
+                    store(buffer, place, apart, butterflies(load(buffer, place, apart, 2)))
         distance *= 2
     for at in range(0, block * lanes, VECTOR):
-        _store(target, at, lanes, _load(buffer, at, lanes, 1))
+        store(target, at, lanes, load(buffer, at, lanes, 1))
 
 
 @compiled
 def _round(source, size, order, scale, plan, level, same, buffer, target):
     """One gather and one H, from tile to tile; see `_Prepared`."""
-    lanes = _lanes(target)
+    lanes = lane_count(target)
     block, last, bare, overlapping = plan
     tail = size % block
     blocks = size // block
     for number in range(blocks):
         at = number * block if number < blocks - 1 else last
-        orders, scales, place = _offset(order, at), _offset(scale, at), _offset(target, at * lanes)
+        orders, scales, place = offset(order, at), offset(scale, at), offset(target, at * lanes)
         _transform_block(source, orders, scales, block, buffer, place)
     if tail:
         for i in range(bare, bare + tail):
             for v in range(0, lanes, VECTOR):
-                _store(target, i * lanes + v, lanes, _gather(source, v, order, scale, i, 1))
+                store(target, i * lanes + v, lanes, gather(source, v, order, scale, i, 1))
         # In place: a block is gathered into the buffer before any of it is written.
-        place = _offset(target, overlapping * lanes)
+        place = offset(target, overlapping * lanes)
         _transform_block(place, same, level, block, buffer, place)
 
 
@@ -390,13 +232,13 @@ def _copy_rows(source, row, strip, target, target_row, target_strip, count, widt
 
     Rows are `row` elements apart in the source, and a row's strips are `strip` apart.
     """
-    lanes = _lanes(source)
+    lanes = lane_count(source)
     whole = width // lanes
     for i in range(count):
         for u in range(whole):
             for v in range(0, lanes, VECTOR):
-                vectors = _load(source, i * row + u * strip + v, lanes, 1)
-                _store(target, i * target_row + u * target_strip + v, lanes, vectors)
+                vectors = load(source, i * row + u * strip + v, lanes, 1)
+                store(target, i * target_row + u * target_strip + v, lanes, vectors)
         for v in range(width - whole * lanes):
             element = source[i * row + whole * strip + v]
             target[i * target_row + whole * target_strip + v] = element
@@ -411,34 +253,34 @@ def _mix_strips(source, extra, target, rows, kept, inner, prepared, scratch, sta
     """
     order, scale, plan, level, same = prepared
     copies, gathers, size = order.shape
-    orders, scales, level, same = _pointer(order), _pointer(scale), _pointer(level), _pointer(same)
+    orders, scales, level, same = pointer(order), pointer(scale), pointer(level), pointer(same)
     outer, more = target.size // (kept * inner), size - rows
-    source, extra, target = _pointer(source), _pointer(extra), _pointer(target)
-    first, second = _pointer(scratch[0]), _pointer(scratch[1])
-    buffer, tiles = _pointer(scratch[2]), _pointer(scratch[3])
-    lanes = _lanes(target)
+    source, extra, target = pointer(source), pointer(extra), pointer(target)
+    first, second = pointer(scratch[0]), pointer(scratch[1])
+    buffer, tiles = pointer(scratch[2]), pointer(scratch[3])
+    lanes = lane_count(target)
     group, apart = STRIPS * lanes, size * lanes
     groups = (inner + group - 1) // group
     for task in range(start, stop):
         index, column = task // groups, task % groups * group
         table = index * copies // outer * gathers * size
         width = min(group, inner - column)
-        place = _offset(source, index * rows * inner + column)
+        place = offset(source, index * rows * inner + column)
         _copy_rows(place, inner, lanes, tiles, lanes, apart, rows, width)
-        place, below = _offset(extra, index * more * inner + column), _offset(tiles, rows * lanes)
+        place, below = offset(extra, index * more * inner + column), offset(tiles, rows * lanes)
         _copy_rows(place, inner, lanes, below, lanes, apart, more, width)
         for strip in range(0, width, lanes):
-            tile = _offset(tiles, strip * size)
-            order, scale = _offset(orders, table), _offset(scales, table)
+            tile = offset(tiles, strip * size)
+            order, scale = offset(orders, table), offset(scales, table)
             mixed, spare, current = first, second, tile
             for _ in range(gathers - 1):
                 _round(current, size, order, scale, plan, level, same, buffer, mixed)
                 current, mixed, spare = mixed, spare, mixed
-                order, scale = _offset(order, size), _offset(scale, size)
+                order, scale = offset(order, size), offset(scale, size)
             for i in range(kept):
                 for v in range(0, lanes, VECTOR):
-                    _store(tile, i * lanes + v, lanes, _gather(current, v, order, scale, i, 1))
-        place = _offset(target, index * kept * inner + column)
+                    store(tile, i * lanes + v, lanes, gather(current, v, order, scale, i, 1))
+        place = offset(target, index * kept * inner + column)
         _copy_rows(tiles, lanes, apart, place, inner, lanes, kept, width)
 
 
@@ -450,10 +292,10 @@ def _mix_rows(source, target, rows, prepared, scratch, start, stop):
     """
     order, scale, plan, level, same = prepared
     _, gathers, size = order.shape
-    orders, scales, level, same = _pointer(order), _pointer(scale), _pointer(level), _pointer(same)
-    source, target = _pointer(source), _pointer(target)
-    first, second, buffer = _pointer(scratch[0]), _pointer(scratch[1]), _pointer(scratch[2])
-    lanes = _lanes(target)
+    orders, scales, level, same = pointer(order), pointer(scale), pointer(level), pointer(same)
+    source, target = pointer(source), pointer(target)
+    first, second, buffer = pointer(scratch[0]), pointer(scratch[1]), pointer(scratch[2])
+    lanes = lane_count(target)
     groups = (rows + lanes - 1) // lanes
     for task in range(start, stop):
         copy, row = task // groups, task % groups * lanes
@@ -461,12 +303,12 @@ def _mix_rows(source, target, rows, prepared, scratch, start, stop):
         height = min(lanes, rows - row)
         whole = size - size % lanes if height == lanes else 0
         table = copy * gathers * size
-        order, scale = _offset(orders, table), _offset(scales, table)
+        order, scale = offset(orders, table), offset(scales, table)
         for j in range(0, whole, lanes):
             for v in range(0, lanes, VECTOR):
                 for u in range(j, j + lanes, VECTOR):
-                    square = _transposed(_load(source, base + v * size + u, size, VECTOR))
-                    _store(second, u * lanes + v, lanes, square)
+                    square = transposed(load(source, base + v * size + u, size, VECTOR))
+                    store(second, u * lanes + v, lanes, square)
         for v in range(height):
             for j in range(whole, size):
                 second[j * lanes + v] = source[base + v * size + j]
@@ -474,12 +316,12 @@ def _mix_rows(source, target, rows, prepared, scratch, start, stop):
         for _ in range(gathers - 1):
             _round(current, size, order, scale, plan, level, same, buffer, mixed)
             current, mixed, spare = mixed, spare, mixed
-            order, scale = _offset(order, size), _offset(scale, size)
+            order, scale = offset(order, size), offset(scale, size)
         for j in range(0, whole, lanes):
             for v in range(0, lanes, VECTOR):
                 for u in range(j, j + lanes, VECTOR):
-                    square = _gather(current, v, order, scale, u, VECTOR)
-                    _store(target, base + v * size + u, size, _transposed(square))
+                    square = gather(current, v, order, scale, u, VECTOR)
+                    store(target, base + v * size + u, size, transposed(square))
         for j in range(whole, size):
             for v in range(height):
                 target[base + v * size + j] = current[order[j] * lanes + v] * scale[j]

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax.numpy as jnp
 from jax.extend.core import primitives as prims
 
-from tempo_jax._families import TO_INPUT, TO_WEIGHT, Axes, Family, Form
+from tempo_jax._families import TO_INPUT, TO_WEIGHT, Family
+from tempo_jax._forms import Axes, Form
 from tempo_jax._jaxpr import Jaxpr, JaxprEqn, Var
 from tempo_jax._products import is_product, near_products
 

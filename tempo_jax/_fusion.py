@@ -17,15 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from tempo_jax._families import (
-    CONTRACTED,
-    FORWARD,
-    TO_INPUT,
-    TO_WEIGHT,
-    Family,
-    Form,
-    Operand,
-)
+from tempo_jax._families import CONTRACTED, FORWARD, TO_INPUT, TO_WEIGHT, Family, Operand
+from tempo_jax._forms import Form
 from tempo_jax._jaxpr import Jaxpr, JaxprEqn, Literal, Var
 
 _ADDITIONS = (prims.add_p, prims.add_jaxvals_p)

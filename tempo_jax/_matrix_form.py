@@ -26,14 +26,8 @@ from jax import lax
 from tempo_jax import _jaxpr
 from tempo_jax._classifier import find_backward, flow, last_products
 from tempo_jax._cost import CostModel
-from tempo_jax._families import (
-    FORWARD,
-    TO_INPUT,
-    TO_WEIGHT,
-    Family,
-    Patches,
-    find_families,
-)
+from tempo_jax._families import FORWARD, TO_INPUT, TO_WEIGHT, Family, find_families
+from tempo_jax._forms import Patches
 from tempo_jax._fusion import Fused, contracted, fuse, order
 from tempo_jax._jaxpr import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, blind_p, cheap_p
 from tempo_jax._placement import feeds_update, too_cheap

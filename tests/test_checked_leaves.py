@@ -40,9 +40,9 @@ def on_devices(state: Any) -> int:
     return sum(leaf.form == "blinded" for leaf in leaves)
 
 
-def falling_rate(count: jax.Array) -> jax.Array:
+def falling_rate(count: Any) -> jax.Array:
     """A schedule in float64; in float32, like those of optax, two programs round differently."""
-    return 0.1 - 0.009 * jnp.minimum(count.astype(jnp.float64), 10)
+    return 0.1 - 0.009 * jnp.minimum(jnp.asarray(count, jnp.float64), 10)
 
 
 @pytest.mark.parametrize("scheme", [SignedPermutation(), Tempo(), Orthogonal(5)])

@@ -184,6 +184,7 @@ SCHEMES = {
 CONTROLS = {
     "kept_orthogonal": Blinding("orthogonal", "orthogonal", FOREVER),
     "fresh_orthogonal": Blinding("orthogonal", "orthogonal", 1),
+    "kept_invertible": Blinding("orthogonal", "invertible", FOREVER),
     "permuted_rows": Blinding("permutation", "orthogonal", FOREVER),
     "plain_features": Blinding("orthogonal", "plain", FOREVER),
     "shared_rows": Blinding("orthogonal", "orthogonal", FOREVER, shared_rows=True),
@@ -200,6 +201,16 @@ CONTROLS = {
     "mixing_kept": dataclasses.replace(_MIXING, lifetime=FOREVER),
 }
 BLINDINGS = SCHEMES | CONTROLS
+
+
+def blind_gradient(how: Blinding, g: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Ĝ under keys and decoys drawn for nothing else, as a host draws them: schemes are public."""
+    if how.decoys != "none":
+        draw = matched_decoys if how.decoys == "matched" else draw_decoys
+        decoys = draw(rng, g, decoy_count(len(g)))
+        g = np.concatenate([g, np.zeros_like(decoys) if how.decoys == "x" else decoys])
+    a, c = GROUPS[how.rows](rng, len(g)), GROUPS[how.features](rng, g.shape[1])
+    return c.apply(a.apply(g, polar=True).T, polar=True).T
 
 
 def decoy_count(rows: int) -> int:

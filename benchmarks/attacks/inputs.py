@@ -147,6 +147,8 @@ def align_by_pca(x: np.ndarray, public: np.ndarray) -> np.ndarray:
     evidence = third[0] * third[1] / (third[1] ** 2 + 1e-300) ** 0.5
     evidence = evidence + first[0] * first[1] * 0.1
     signs = np.where(evidence < 0, -1.0, 1.0)
+    # Which way the first axes point is chance, and the mean input lies along both.
+    signs[0] = np.sign(scores[0][:, 0].sum() * scores[1][:, 0].sum()) or 1.0
     flipped = FLIPPED if x.shape[1] <= MAX_RESTARTED else 0
     found = []
     for flips in itertools.product((1.0, -1.0), repeat=flipped):

@@ -5,7 +5,9 @@ which*: the known rows and a guess at the rest give X's principal axes, and thos
 rank are the same under an orthogonal key. *What is the row that is missing*: with all rows but one
 known, the eigenvalues before and after that row give its share of every axis (the secular
 equation). *Was this batch used*: with a checkpoint and a candidate batch the host computes the
-spectrum of ``W dWᵀ``, which no key changes, and compares.
+spectrum of ``W dWᵀ``, which no key changes, and compares; or it blinds the candidate's gradients
+under keys of its own, many times over, and asks under which candidate the singular values of Ĝ are
+likely.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 
+from benchmarks.attacks.blinding import BLINDINGS, blind_gradient
 from benchmarks.attacks.results import Measurement, measure
+from benchmarks.attacks.spectra import spectrum as log_spectrum
 from benchmarks.attacks.steps import attacked, links, unblind_directions
 from benchmarks.attacks.traces import ProductTruth, ProductView, Trace
 
@@ -23,6 +27,9 @@ MISSING_ROWS = 12  # over which the secular equation is averaged
 MAX_WIDTH = 256  # of the secular equation, whose products need all eigenvalues
 EIGENVALUES = 32
 MEMBERSHIP_STEPS, UNUSED = 20, 8  # steps, and batches that each is compared with
+LIKELIHOOD_STEPS, LIKELIHOOD_PRODUCTS, LIKELIHOOD_UNUSED = 4, 2, 3
+DRAWS = 24  # keys with which a candidate's gradients are blinded
+SHRINKAGE = 0.3  # of the draws' covariance towards its diagonal
 SIGMAS = 3  # beyond which membership is no luck
 WINDOW = 9  # eigenvalues over which a trend is taken off
 
@@ -158,6 +165,45 @@ def membership(trace: Trace, name: str, rng: np.random.Generator) -> list[float]
     return shares
 
 
+def likelihood(
+    trace: Trace, name: str, rng: np.random.Generator, *, unknown: float = 0.0
+) -> list[float]:
+    """Compares the singular values of Ĝ with those of every candidate, blinded by the host itself.
+
+    Args:
+      trace: of at least two steps.
+      name: the product.
+      rng: chooses the other steps and draws the host's own keys.
+      unknown: share of each candidate's rows that are another batch's.
+
+    Returns:
+      As `membership`. Distances are Mahalanobis', with the covariance of all candidates' draws.
+    """
+    how, shares = BLINDINGS[trace.scheme], []
+    for step in range(min(len(trace.views), LIKELIHOOD_STEPS)):
+        seen = trace.views[step][name].g
+        assert seen is not None
+        others = rng.permutation([i for i in range(len(trace.views)) if i != step])
+        templates, scatter = [], []
+        for number, i in enumerate((step, *others[:LIKELIHOOD_UNUSED])):
+            rows = trace.truth[i][name].g.copy()
+            foreign = rng.choice(len(rows), int(unknown * len(rows)), replace=False)
+            third = others[(number + LIKELIHOOD_UNUSED) % len(others)]
+            rows[foreign] = trace.truth[third][name].g[foreign]
+            draws = np.array([log_spectrum(blind_gradient(how, rows, rng)) for _ in range(DRAWS)])
+            templates.append(draws.mean(0))
+            scatter.append(draws - draws.mean(0))
+        spread = np.concatenate(scatter)
+        covariance = spread.T @ spread / (len(spread) - len(templates))
+        covariance *= 1 - SHRINKAGE + SHRINKAGE * np.eye(len(covariance))
+        # Orthogonal keys do not blur at all.
+        precision = np.linalg.inv(covariance + 1e-9 * np.eye(len(covariance)))
+        gaps = np.array(templates) - log_spectrum(seen)
+        used, *fits = np.einsum("ij,jk,ik->i", gaps, precision, gaps)
+        shares.append(float(np.mean([(used < unused) + (used == unused) / 2 for unused in fits])))
+    return shares
+
+
 def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     """Attacks every product: keys and rows in the first step, membership in all.
 
@@ -219,4 +265,29 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
                 note=f"batches told from unused ones (AUC), {len(shares)} comparisons",
             )
         )
-    return measurements
+    return measurements + _judge_likelihood(trace, [n for n in names if "." not in n], rng)
+
+
+def _judge_likelihood(
+    trace: Trace, names: list[str], rng: np.random.Generator
+) -> list[Measurement]:
+    """Reported and not judged: no key of bounded condition hides a spectrum."""
+    found = []
+    for unknown, whose in ((0.0, "all rows known"), (0.5, "half the rows known")):
+        shares = [
+            share
+            for name in names[:LIKELIHOOD_PRODUCTS]
+            for share in likelihood(trace, name, rng, unknown=unknown)
+        ]
+        if shares:
+            found.append(
+                measure(
+                    "S8",
+                    f"batch told by likelihood, {whose}",
+                    float(np.mean(shares)),
+                    chance=0.5,
+                    threshold=1.0,
+                    note=f"reported, not judged; AUC, {len(shares)} steps and products",
+                )
+            )
+    return found

@@ -130,7 +130,17 @@ def all_plans(*, quick: bool) -> list[Plan]:
         ),
         Plan("S2", rows.attack, dense, few, (("permuted_rows", "mlp", "stolen", 0.905),)),
         *([] if quick else _stealing_from_wider(few)),
-        Plan("S3", align, mlps, many, (("kept_orthogonal", "mlp", "stolen, max", 0.85),)),
+        Plan(
+            "S3",
+            align,
+            mlps,
+            many,
+            (
+                ("kept_orthogonal", "mlp", "stolen, max", 0.85),
+                # Whose Grams have to be whitened first.
+                *([] if quick else [("kept_invertible", "mlp", "stolen, max", 0.85)]),
+            ),
+        ),
         Plan(
             "S3",
             align_wide,
@@ -165,6 +175,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
             few,
             (
                 ("fresh_orthogonal", "mlp", "w directions linked by rank", 30),
+                ("fresh_orthogonal", "mlp", "w subspace", 0.99),
                 ("fresh_orthogonal", "cnn", "w directions linked by rank", 30),
                 ("fresh_orthogonal", "cnn", "gram directions linked by rank", 2),
                 ("fresh_orthogonal", "transformer", "w directions linked by rank", 30),
@@ -251,6 +262,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
                         for control in (
                             ("fresh_orthogonal", victim, "key directions, 127", 26),
                             ("fresh_orthogonal", victim, "membership", 0.99),
+                            ("fresh_orthogonal", victim, "batch told by likelihood, all", 0.99),
                         )
                     ),
                     # The rows of a convolution are too wide for the secular equation.
@@ -343,11 +355,17 @@ def _stealing_from_wider(few: Setting) -> list[Plan]:
 def restrict(chosen: Sequence[Plan], victims: Sequence[str]) -> list[Plan]:
     """The same attacks on those of their victims that are named.
 
-    Controls on these stay; where an attack has none there, those on other victims speak for them.
+    Controls on these stay; for metrics that have none there, those on other victims speak.
     """
     found = []
     for plan in chosen:
         kept = tuple(v for v in plan.victims if v in victims)
-        near = _without_idle_controls(dataclasses.replace(plan, victims=kept))
-        found.append(near if near.controls else dataclasses.replace(plan, victims=kept))
+        near = {_what(c) for c in plan.controls if c[1] in kept}
+        controls = tuple(c for c in plan.controls if c[1] in kept or _what(c) not in near)
+        found.append(dataclasses.replace(plan, victims=kept, controls=controls))
     return [plan for plan in found if plan.victims]
+
+
+def _what(control: tuple[str, str, str, float]) -> str:
+    """The metric of a control, without the product that it names."""
+    return control[2].partition(",")[0]

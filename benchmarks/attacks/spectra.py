@@ -24,7 +24,7 @@ from benchmarks.attacks.victims import VICTIMS
 
 OTHERS = 4  # models trained from other seeds
 EARLIER = (0.5, 0.9)  # stages of the victim's own training, as shares of its steps
-DRAWS = 24  # keys with which a candidate is blinded
+DRAWS = 60  # keys with which a candidate is blinded
 SEEDS = 1000  # of the others, away from those of traces
 
 

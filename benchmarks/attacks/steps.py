@@ -21,6 +21,7 @@ from benchmarks.attacks.traces import ProductTruth, ProductView, Trace
 
 DIRECTIONS = 32  # leading directions that are counted
 SUBSPACE = 12  # leading directions whose span is compared
+WIDE_SUBSPACE = 48  # the same, beyond those that a mask can trade
 COSINE = 0.9  # from which two directions count as one
 WIDTH = 2 * DIRECTIONS  # a narrower axis has too few directions to tell linked from lucky
 PAIRS = 3  # pairs of steps over which a count is averaged
@@ -144,13 +145,20 @@ def counted(item: str, whole: np.ndarray) -> int:
     return whole.shape[1] if item == "eig" else DIRECTIONS
 
 
-def compare_steps(trace: Trace, name: str) -> dict[str, tuple[float, float, float, float]]:
+def _over_chance(first: np.ndarray, second: np.ndarray) -> float:
+    """Overlap of wide leading subspaces, 0 by chance and 1 if they are one."""
+    chance = WIDE_SUBSPACE / len(first)
+    return (overlap(first, second, WIDE_SUBSPACE) - chance) / (1 - chance)
+
+
+def compare_steps(trace: Trace, name: str) -> dict[str, tuple[float, ...]]:
     """Links directions of consecutive steps.
 
     Returns:
       For each of `ITEMS` the directions linked by rank and by oracle and the overlap of the leading
-      subspaces between steps, each a mean over steps and the worse of the two axes; last the
-      overlap with W's own leading subspace, chance for all but `w`.
+      subspaces between steps, each a mean over steps and the worse of the two axes; then the
+      overlap with W's own leading subspace, chance for all but `w`; last that of `WIDE_SUBSPACE`
+      directions between steps, as a share of what chance leaves.
     """
     steps = range(min(len(trace.views), PAIRS + 1))
     totals: dict[str, list[np.ndarray]] = {item: [] for item in ITEMS}
@@ -169,6 +177,7 @@ def compare_steps(trace: Trace, name: str) -> dict[str, tuple[float, float, floa
                     *links(seen[t][item], seen[t + 1][item], counted(item, own[t])),
                     overlap(seen[t][item], seen[t + 1][item]),
                     overlap(seen[t][item], own[t]),
+                    _over_chance(seen[t][item], seen[t + 1][item]),
                 )
                 for t in steps[:-1]
             ]
@@ -229,6 +238,18 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
                 chance=SUBSPACE / min(trace.truth[0][worst].w.shape),
                 threshold=threshold,
                 note=note + (f"; of W's own {own:.2f}" if item == "w" else ""),
+            )
+        )
+    if weights:
+        worst = max(weights, key=lambda name: found[name]["w"][4])
+        measurements.append(
+            measure(
+                "S4",
+                f"w subspace of {WIDE_SUBSPACE}, over chance",
+                found[worst]["w"][4],
+                chance=0,
+                threshold=1.0,
+                note=f"reported, not judged; between steps, worst in {worst}",
             )
         )
     return measurements

@@ -35,12 +35,12 @@ from enclave_runtime.keys import KeyStream, compiled
 from enclave_runtime.vectors import (
     TILE_BYTES,
     VECTOR,
+    address_of,
     butterflies,
     gather,
     lane_count,
     load,
-    offset,
-    pointer,
+    shifted,
     store,
     transposed,
 )
@@ -215,14 +215,14 @@ def _round(source, size, order, scale, plan, level, same, buffer, target):
     blocks = size // block
     for number in range(blocks):
         at = number * block if number < blocks - 1 else last
-        orders, scales, place = offset(order, at), offset(scale, at), offset(target, at * lanes)
+        orders, scales, place = shifted(order, at), shifted(scale, at), shifted(target, at * lanes)
         _transform_block(source, orders, scales, block, buffer, place)
     if tail:
         for i in range(bare, bare + tail):
             for v in range(0, lanes, VECTOR):
                 store(target, i * lanes + v, lanes, gather(source, v, order, scale, i, 1))
         # In place: a block is gathered into the buffer before any of it is written.
-        place = offset(target, overlapping * lanes)
+        place = shifted(target, overlapping * lanes)
         _transform_block(place, same, level, block, buffer, place)
 
 
@@ -253,11 +253,16 @@ def _mix_strips(source, extra, target, rows, kept, inner, prepared, scratch, sta
     """
     order, scale, plan, level, same = prepared
     copies, gathers, size = order.shape
-    orders, scales, level, same = pointer(order), pointer(scale), pointer(level), pointer(same)
+    orders, scales, level, same = (
+        address_of(order),
+        address_of(scale),
+        address_of(level),
+        address_of(same),
+    )
     outer, more = target.size // (kept * inner), size - rows
-    source, extra, target = pointer(source), pointer(extra), pointer(target)
-    first, second = pointer(scratch[0]), pointer(scratch[1])
-    buffer, tiles = pointer(scratch[2]), pointer(scratch[3])
+    source, extra, target = address_of(source), address_of(extra), address_of(target)
+    first, second = address_of(scratch[0]), address_of(scratch[1])
+    buffer, tiles = address_of(scratch[2]), address_of(scratch[3])
     lanes = lane_count(target)
     group, apart = STRIPS * lanes, size * lanes
     groups = (inner + group - 1) // group
@@ -265,22 +270,22 @@ def _mix_strips(source, extra, target, rows, kept, inner, prepared, scratch, sta
         index, column = task // groups, task % groups * group
         table = index * copies // outer * gathers * size
         width = min(group, inner - column)
-        place = offset(source, index * rows * inner + column)
+        place = shifted(source, index * rows * inner + column)
         _copy_rows(place, inner, lanes, tiles, lanes, apart, rows, width)
-        place, below = offset(extra, index * more * inner + column), offset(tiles, rows * lanes)
+        place, below = shifted(extra, index * more * inner + column), shifted(tiles, rows * lanes)
         _copy_rows(place, inner, lanes, below, lanes, apart, more, width)
         for strip in range(0, width, lanes):
-            tile = offset(tiles, strip * size)
-            order, scale = offset(orders, table), offset(scales, table)
+            tile = shifted(tiles, strip * size)
+            order, scale = shifted(orders, table), shifted(scales, table)
             mixed, spare, current = first, second, tile
             for _ in range(gathers - 1):
                 _round(current, size, order, scale, plan, level, same, buffer, mixed)
                 current, mixed, spare = mixed, spare, mixed
-                order, scale = offset(order, size), offset(scale, size)
+                order, scale = shifted(order, size), shifted(scale, size)
             for i in range(kept):
                 for v in range(0, lanes, VECTOR):
                     store(tile, i * lanes + v, lanes, gather(current, v, order, scale, i, 1))
-        place = offset(target, index * kept * inner + column)
+        place = shifted(target, index * kept * inner + column)
         _copy_rows(tiles, lanes, apart, place, inner, lanes, kept, width)
 
 
@@ -292,9 +297,14 @@ def _mix_rows(source, target, rows, prepared, scratch, start, stop):
     """
     order, scale, plan, level, same = prepared
     _, gathers, size = order.shape
-    orders, scales, level, same = pointer(order), pointer(scale), pointer(level), pointer(same)
-    source, target = pointer(source), pointer(target)
-    first, second, buffer = pointer(scratch[0]), pointer(scratch[1]), pointer(scratch[2])
+    orders, scales, level, same = (
+        address_of(order),
+        address_of(scale),
+        address_of(level),
+        address_of(same),
+    )
+    source, target = address_of(source), address_of(target)
+    first, second, buffer = address_of(scratch[0]), address_of(scratch[1]), address_of(scratch[2])
     lanes = lane_count(target)
     groups = (rows + lanes - 1) // lanes
     for task in range(start, stop):
@@ -303,7 +313,7 @@ def _mix_rows(source, target, rows, prepared, scratch, start, stop):
         height = min(lanes, rows - row)
         whole = size - size % lanes if height == lanes else 0
         table = copy * gathers * size
-        order, scale = offset(orders, table), offset(scales, table)
+        order, scale = shifted(orders, table), shifted(scales, table)
         for j in range(0, whole, lanes):
             for v in range(0, lanes, VECTOR):
                 for u in range(j, j + lanes, VECTOR):
@@ -316,7 +326,7 @@ def _mix_rows(source, target, rows, prepared, scratch, start, stop):
         for _ in range(gathers - 1):
             _round(current, size, order, scale, plan, level, same, buffer, mixed)
             current, mixed, spare = mixed, spare, mixed
-            order, scale = offset(order, size), offset(scale, size)
+            order, scale = shifted(order, size), shifted(scale, size)
         for j in range(0, whole, lanes):
             for v in range(0, lanes, VECTOR):
                 for u in range(j, j + lanes, VECTOR):

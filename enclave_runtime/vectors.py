@@ -36,7 +36,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 @_intrinsic
-def pointer(_, array):
+def address_of(_, array):
     """The address of an array's first element."""
 
     def emit(context, builder, signature, arguments):
@@ -46,7 +46,7 @@ def pointer(_, array):
 
 
 @_intrinsic
-def offset(_, pointer, by):
+def shifted(_, pointer, by):
     """The address of the element `by` places on."""
 
     def emit(context, builder, signature, arguments):

@@ -22,6 +22,7 @@ SIGNED_PERMUTATION = SignedPermutation()
 
 # Sums of a few hundred terms near 1 in float64, taken in another order.
 TOLERANCE = 1e-10
+# A few roundings, by which two programs of float32 differ.
 FLOAT32_TOLERANCE = 1e-6
 
 # The plain step is compiled to be compared with, not to be fast; this halves the time it takes.
@@ -129,7 +130,7 @@ def comparable(tree: Any) -> Any:
 def assert_close(actual: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
     """Structures, shapes and dtypes are equal, and values within a tolerance.
 
-    That of float32 leaves is at least a few of their roundings, since two programs differ by these.
+    Of float32 leaves, which no two programs round alike, it is at least `FLOAT32_TOLERANCE`.
     """
     chex.assert_trees_all_equal_structs(actual, expected)
     actual, expected = comparable(actual), comparable(expected)

@@ -147,7 +147,7 @@ class Blinding:
       features: group of the keys of W's axes.
       lifetime: steps for which feature keys are kept.
       decoys: `none`; `coupled`: rows below X and G; `matched`: the same, half of them of the
-        signal's own covariance; `x`: below X only, with zeros below G.
+        signal's own covariance.
       shared_rows: whether all products of a step use one row key.
       scalars: whether every tensor gets a random scalar.
       masked: whether a low-rank mask is added to W.
@@ -192,13 +192,8 @@ CONTROLS = {
     "signed_patches": Blinding("signed", "signed", FOREVER),
     "direct_convolution": Blinding("invertible", "channels", 1),
     "mixing_without_decoys": dataclasses.replace(_MIXING, decoys="none", masked=False),
-    "mixing_uncoupled": dataclasses.replace(_MIXING, decoys="x", masked=False),
-    # What is left of mixing for a host that finds the diagonals in its keys.
-    "orthogonal_decoys": dataclasses.replace(_MIXING, rows="orthogonal", features="orthogonal"),
     "mixing_two_rounds": dataclasses.replace(_MIXING, rows="two rounds", features="two rounds"),
     "mixing_matched": dataclasses.replace(_MIXING, decoys="matched", masked=False),
-    "mixing_without_mask": dataclasses.replace(_MIXING, masked=False),
-    "mixing_kept": dataclasses.replace(_MIXING, lifetime=FOREVER),
 }
 BLINDINGS = SCHEMES | CONTROLS
 
@@ -207,8 +202,7 @@ def blind_gradient(how: Blinding, g: np.ndarray, rng: np.random.Generator) -> np
     """Ĝ under keys and decoys drawn for nothing else, as a host draws them: schemes are public."""
     if how.decoys != "none":
         draw = matched_decoys if how.decoys == "matched" else draw_decoys
-        decoys = draw(rng, g, decoy_count(len(g)))
-        g = np.concatenate([g, np.zeros_like(decoys) if how.decoys == "x" else decoys])
+        g = np.concatenate([g, draw(rng, g, decoy_count(len(g)))])
     a, c = GROUPS[how.rows](rng, len(g)), GROUPS[how.features](rng, g.shape[1])
     return c.apply(a.apply(g, polar=True).T, polar=True).T
 

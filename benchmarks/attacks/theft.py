@@ -34,7 +34,8 @@ from benchmarks.attacks.traces import Trace
 from benchmarks.attacks.victims import VICTIMS, Parameters, Plain
 
 LABELS = 100
-# Where a hundred images teach a substitute all that the victim knows, or labels cost nothing.
+# Images of which a hundred teach a substitute all that the victim knows; windows of text, each of
+# them with 128 labels.
 FEW_LABELS = {"cnn": 20, "transformer": 16}
 GRANTED = {"transformer": ("tokens", "positions")}
 RESTARTS = 4

@@ -398,8 +398,6 @@ def blind_product(
         matched = how.decoys == "matched"
         draw = blinding.matched_decoys if matched else blinding.draw_decoys
         truth.decoys_x, truth.decoys_g = draw(rng, x, count), draw(rng, g, count)
-        if how.decoys == "x":
-            truth.decoys_g = np.zeros_like(truth.decoys_g)
         x, g = np.concatenate([x, truth.decoys_x]), np.concatenate([g, truth.decoys_g])
     if how.scalars:
         truth.scales = tuple(np.exp(rng.uniform(-1, 1, 3)))

@@ -206,7 +206,10 @@ def test_an_attack_succeeds_on_its_control_and_fails_on_mixing(attack, control, 
     assert strong.value < strong.chance + 0.3 < weak.value
 
 
-def test_rows_that_are_only_permuted_come_back_from_an_orthogonal_key():
+@pytest.mark.parametrize("way", [1, -1])
+def test_rows_that_are_only_permuted_come_back_from_an_orthogonal_key(monkeypatch, way):
+    # Signs of rows are undone up to one for all.
+    monkeypatch.setattr(inputs, "fix_signs", lambda x: way * linkage.fix_signs(x))
     truth, data = trace("permuted_rows").truth[0]["dense1"], traces.VICTIMS["mlp"].data()
     seen = [view["dense1"].x for view in trace("permuted_rows").views]
     aligned = inputs.align_by_pca(np.concatenate(seen), data.test_inputs)[: len(truth.x)]
@@ -412,8 +415,11 @@ def test_plans_are_restricted_with_the_controls_that_speak_for_them():
     near = (("permuted_rows", "cnn", "stolen", 0.6),)
     both = plans.Plan("S2", rows.attack, ("mlp", "cnn"), plans.Setting(2), (*OTHER, *near))
     lone = plans.Plan("S9", few_shot.attack, ("mlp", "cnn"), plans.Setting(2), OTHER)
-    found = plans.restrict([both, lone], ["cnn"])
-    assert [(p.victims, p.controls) for p in found] == [(("cnn",), near), (("cnn",), OTHER)]
+    more = (("permuted_rows", "mlp", "images by pca", 0.85), *OTHER, *near)
+    many = plans.Plan("S6", inputs.attack, ("mlp", "cnn"), plans.Setting(2), more)
+    found = plans.restrict([both, lone, many], ["cnn"])
+    assert [p.victims for p in found] == [("cnn",)] * 3
+    assert [p.controls for p in found] == [near, OTHER, (more[0], *near)]
     assert not plans.restrict([both], ["transformer"])
 
 

@@ -81,12 +81,13 @@ class Mixing(Scheme):
 
     Every product, forward and backward together, has keys of its own at every step; see the
     module for the formula. It protects weights, inputs, labels and optimizer state
-    *heuristically*: the attacks of ``benchmarks.attacks`` fail against it, and no proof is
-    known (over the reals no uniform key exists). It does not hide shapes, ranks, or a part
-    of each weight's leading singular directions. Nothing stays on the devices, so any
-    optimizer can be used. Products with fewer than 128 rows or a side below 64, products of
-    one-hot codes, the classifier with all that no trained weight follows, and the optimizer's
-    own products stay in the enclave. Where the classifier is, is told from the program: logits
+    *heuristically*: the attacks of ``benchmarks.attacks`` stay within their thresholds, and no
+    proof is known (over the reals no uniform key exists). It does not hide shapes, ranks, a
+    part of each weight's singular directions, or, from an owner of the weights and of every
+    row of a batch, that this batch was used. Nothing stays on the devices, so any optimizer
+    can be used. Products with fewer than 128 rows or a side below 64, products of one-hot
+    codes, the classifier with all that no trained weight follows, and the optimizer's own
+    products stay in the enclave. Where the classifier is, is told from the program: logits
     that a further trained weight follows, such as a learned noise matrix, and labels that come
     as numbers and are an input of the model go out, unless `keep_inside` marks them.
 

@@ -265,10 +265,10 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
                 note=f"batches told from unused ones (AUC), {len(shares)} comparisons",
             )
         )
-    return measurements + _judge_likelihood(trace, [n for n in names if "." not in n], rng)
+    return measurements + _report_likelihood(trace, [n for n in names if "." not in n], rng)
 
 
-def _judge_likelihood(
+def _report_likelihood(
     trace: Trace, names: list[str], rng: np.random.Generator
 ) -> list[Measurement]:
     """Reported and not judged: no key of bounded condition hides a spectrum."""

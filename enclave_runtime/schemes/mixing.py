@@ -108,8 +108,9 @@ class Mixing(Scheme):
     group: ClassVar[Group] = Group.INVERTIBLE
     keys_per_product: ClassVar[bool] = True
     host_learns: ClassVar[str] = (
-        "shapes, ranks and part of the leading singular directions of each weight; weights, inputs "
-        "and labels are protected heuristically, as far as the published attack suite tells"
+        "shapes, ranks, part of each weight's singular directions and, if it has the weights and "
+        "all of a batch, that the batch was used; weights, inputs and labels are protected "
+        "heuristically, as far as the published attack suite tells"
     )
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from enclave_runtime.program import ArrayType, Crossing, Layout
 from enclave_runtime.schemes import Scheme, make_scheme
 from tempo_jax import _jaxpr
 from tempo_jax._plan import Plan, Request, array_type, make_plan
-from tests.steps import PLAIN_OPTIONS, SIGNED_PERMUTATION
+from tests.steps import SIGNED_PERMUTATION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ def run_segment(segment: Any, seen: dict[Any, Any]) -> list[Any]:
     """Runs a segment as one compiled function: to compile its equations one by one takes longer."""
     variables = list(seen)
 
-    @functools.partial(jax.jit, compiler_options=PLAIN_OPTIONS)
+    @jax.jit
     def run(*values: Any) -> list[Any]:
         env = dict(zip(variables, values, strict=True))
         return _jaxpr.evaluate(segment.eqns, env, segment.outputs)

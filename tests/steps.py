@@ -25,9 +25,6 @@ TOLERANCE = 1e-10
 # A few roundings, by which two programs of float32 differ.
 FLOAT32_TOLERANCE = 1e-6
 
-# The plain step is compiled to be compared with, not to be fast; this halves the time it takes.
-PLAIN_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 # `shield` with every product on the devices, however small: what most tests are about.
 shield_all = functools.partial(tempo.shield, scheme=SIGNED_PERMUTATION, offload="all")
 
@@ -151,7 +148,7 @@ def assert_trains_alike(
     steps: int = 3,
 ) -> None:
     """A shielded step reveals the plain step's outputs and ends in its state."""
-    plain = jax.jit(case.step, compiler_options=PLAIN_OPTIONS)
+    plain = jax.jit(case.step)
     expected_state = state = case.state
     for batch in itertools.islice(itertools.cycle(case.batches), steps):
         expected_state, expected = plain(expected_state, batch)
@@ -180,7 +177,7 @@ def plain_steps(
       The last outputs, and for each step every array by its variable.
     """
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def evaluate(constants, inputs):
         values = dict(zip(plan.jaxpr.constvars, constants, strict=True))
         values.update(zip(plan.jaxpr.invars, inputs, strict=True))

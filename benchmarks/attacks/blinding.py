@@ -201,8 +201,7 @@ BLINDINGS = SCHEMES | CONTROLS
 def blind_gradient(how: Blinding, g: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Ĝ under keys and decoys drawn for nothing else, as a host draws them: schemes are public."""
     if how.decoys != "none":
-        draw = matched_decoys if how.decoys == "matched" else draw_decoys
-        g = np.concatenate([g, draw(rng, g, decoy_count(len(g)))])
+        g = np.concatenate([g, decoys_below(how, g, rng)])
     a, c = GROUPS[how.rows](rng, len(g)), GROUPS[how.features](rng, g.shape[1])
     return c.apply(a.apply(g, polar=True).T, polar=True).T
 
@@ -210,6 +209,12 @@ def blind_gradient(how: Blinding, g: np.ndarray, rng: np.random.Generator) -> np
 def decoy_count(rows: int) -> int:
     """How many decoys fill `rows` and `DECOYS` more up to whole blocks."""
     return -(rows + DECOYS) % BLOCK + DECOYS
+
+
+def decoys_below(how: Blinding, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The decoy rows of a scheme that has some, as many as `decoy_count` says."""
+    draw = matched_decoys if how.decoys == "matched" else draw_decoys
+    return draw(rng, x, decoy_count(len(x)))
 
 
 def draw_decoys(rng: np.random.Generator, x: np.ndarray, count: int) -> np.ndarray:

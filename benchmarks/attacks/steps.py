@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from benchmarks.attacks.results import Measurement, measure
+from benchmarks.attacks.results import Measurement, measure, report
 from benchmarks.attacks.traces import ProductTruth, ProductView, Trace
 
 DIRECTIONS = 32  # leading directions that are counted
@@ -157,8 +157,8 @@ def compare_steps(trace: Trace, name: str) -> dict[str, tuple[float, ...]]:
     Returns:
       For each of `ITEMS` the directions linked by rank and by oracle and the overlap of the leading
       subspaces between steps, each a mean over steps and the worse of the two axes; then the
-      overlap with W's own leading subspace, chance for all but `w`; last that of `WIDE_SUBSPACE`
-      directions between steps, as a share of what chance leaves.
+      overlap with W's own leading subspace, chance for all but `w`; last, for `w` alone, that of
+      `WIDE_SUBSPACE` directions between steps, as a share of what chance leaves.
     """
     steps = range(min(len(trace.views), PAIRS + 1))
     totals: dict[str, list[np.ndarray]] = {item: [] for item in ITEMS}
@@ -177,7 +177,7 @@ def compare_steps(trace: Trace, name: str) -> dict[str, tuple[float, ...]]:
                     *links(seen[t][item], seen[t + 1][item], counted(item, own[t])),
                     overlap(seen[t][item], seen[t + 1][item]),
                     overlap(seen[t][item], own[t]),
-                    _over_chance(seen[t][item], seen[t + 1][item]),
+                    _over_chance(seen[t][item], seen[t + 1][item]) if item == "w" else 0.0,
                 )
                 for t in steps[:-1]
             ]
@@ -243,13 +243,12 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     if weights:
         worst = max(weights, key=lambda name: found[name]["w"][4])
         measurements.append(
-            measure(
+            report(
                 "S4",
                 f"w subspace of {WIDE_SUBSPACE}, over chance",
                 found[worst]["w"][4],
                 chance=0,
-                threshold=1.0,
-                note=f"reported, not judged; between steps, worst in {worst}",
+                note=f"between steps, worst in {worst}",
             )
         )
     return measurements

@@ -394,10 +394,7 @@ def blind_product(
     x, w, g = operands
     truth = ProductTruth(x, w, g)
     if how.decoys != "none":
-        count = blinding.decoy_count(len(x))
-        matched = how.decoys == "matched"
-        draw = blinding.matched_decoys if matched else blinding.draw_decoys
-        truth.decoys_x, truth.decoys_g = draw(rng, x, count), draw(rng, g, count)
+        truth.decoys_x, truth.decoys_g = (blinding.decoys_below(how, v, rng) for v in (x, g))
         x, g = np.concatenate([x, truth.decoys_x]), np.concatenate([g, truth.decoys_g])
     if how.scalars:
         truth.scales = tuple(np.exp(rng.uniform(-1, 1, 3)))

@@ -22,7 +22,7 @@ from benchmarks.cases import CASES
 from benchmarks.machine import Json, describe, environment
 from benchmarks.overhead import PLAIN, SHIELDED, WARM_UP_STEPS, Contender
 from examples import common
-from tempo_jax import checkpoints
+from tempo_jax.sealing import ledger
 
 MODELS = ("transformer", "resnet20")
 PARTS = ("sealing", "writing", "restoring")
@@ -50,7 +50,7 @@ def measure(model: str, scheme: str, rounds: int) -> Json:
             with _timed(seconds["sealing"]):
                 data = enclave.checkpoint(shielded.state)
             with _timed(seconds["writing"]):
-                checkpoints.write(folder / "state", data)
+                ledger.write(folder / "state", data)
             with _timed(seconds["restoring"]):
                 jax.block_until_ready(enclave.restore(data, like=shielded.state))
     seconds |= {"plain": plain.seconds, "shielded": shielded.seconds}

@@ -1,11 +1,11 @@
-"""Entry point: ``python -m enclave_runtime``. See `enclave_runtime.server`."""
+"""Entry point: ``python -m enclave_runtime``. See `enclave_runtime.serving.server`."""
 
 import signal
 
 import jax
 
-from enclave_runtime.dumps import forbid_dumps
-from enclave_runtime.server import serve
+from enclave_runtime.serving.dumps import forbid_dumps
+from enclave_runtime.serving.server import serve
 
 if __name__ == "__main__":
     forbid_dumps()

@@ -1,6 +1,6 @@
 """Variables and options with which the enclave's interpreter is started, wherever it runs.
 
-Shared: `tempo_jax._launch` starts the development process with them, and the Gramine
+Shared: `tempo_jax.transport.launch` starts the development process with them, and the Gramine
 manifest fixes them. Holds no secret.
 """
 

@@ -6,15 +6,15 @@ optimizer update blinded weights where they lie.
 """
 
 from tempo_jax import checkpoints, errors, schemes, testing
-from tempo_jax._attestation import AttestationPolicy
-from tempo_jax._enclave import Enclave
-from tempo_jax._identity import ClientIdentity
-from tempo_jax._markers import cheap_update, keep_inside, reveal
-from tempo_jax._sealed import SealedArray
-from tempo_jax._sealed_file import load_sealed, save_sealed
-from tempo_jax._shield import Shielded, shield
-from tempo_jax._tcb import Collateral
-from tempo_jax.checkpoints import CheckpointKey, CheckpointLedger
+from tempo_jax.api.markers import cheap_update, keep_inside, reveal
+from tempo_jax.api.shielded import Shielded, shield
+from tempo_jax.attestation.policy import AttestationPolicy
+from tempo_jax.attestation.tcb import Collateral
+from tempo_jax.enclave.enclave import Enclave
+from tempo_jax.sealing.array import SealedArray
+from tempo_jax.sealing.file import load_sealed, save_sealed
+from tempo_jax.sealing.ledger import CheckpointKey, CheckpointLedger
+from tempo_jax.transport.identity import ClientIdentity
 
 __version__ = "0.1.0"
 

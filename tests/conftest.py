@@ -24,8 +24,10 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 import tempo_jax as tempo  # noqa: E402
-from tempo_jax import _enclave  # noqa: E402
-from tempo_jax._cost import CostModel  # noqa: E402
+from tempo_jax.enclave import enclave as enclave_module  # noqa: E402
+from tempo_jax.planning.cost import (
+    CostModel,  # noqa: E402
+)
 
 # Tests compare sums taken in different orders; in float64 these differ by rounding alone.
 jax.config.update("jax_enable_x64", True)
@@ -34,7 +36,7 @@ jax.config.update("jax_enable_x64", True)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Plans must not depend on how fast the machine that tests them is.
-_enclave.machine_costs = lambda kind, measure: CostModel()
+enclave_module.machine_costs = lambda kind, measure: CostModel()
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")

@@ -17,12 +17,12 @@ import tempo_jax as tempo
 from benchmarks.attacks.blinding import Key
 from benchmarks.attacks.open_enclave import ROOT_VARIABLE
 from benchmarks.attacks.traces import ProductTruth, ProductView
-from enclave_runtime.hadamard import AxisMap
-from enclave_runtime.keys import KeySchedule
-from enclave_runtime.program import DEVICE, Layout
-from tempo_jax import _launch
-from tempo_jax._plan import Plan
+from enclave_runtime.crypto.keys import KeySchedule
+from enclave_runtime.protocol.program import DEVICE, Layout
+from enclave_runtime.schemes.kernels.hadamard import AxisMap
+from tempo_jax.planning.plan import Plan
 from tempo_jax.testing import Product
+from tempo_jax.transport import launch as launch_module
 
 
 class DenseKey(Key):
@@ -44,7 +44,7 @@ def launch(root: bytes) -> Iterator[tempo.Enclave]:
     """Starts an enclave with this root secret, 32 bytes."""
     with (
         mock.patch.dict(os.environ, {ROOT_VARIABLE: root.hex()}),
-        mock.patch.object(_launch, "ENCLAVE_MODULE", "benchmarks.attacks.open_enclave"),
+        mock.patch.object(launch_module, "ENCLAVE_MODULE", "benchmarks.attacks.open_enclave"),
     ):
         enclave = tempo.Enclave.launch()
     with enclave:

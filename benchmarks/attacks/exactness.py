@@ -24,10 +24,10 @@ import numpy as np
 import tempo_jax as tempo
 from benchmarks.attacks.results import Measurement, measure
 from benchmarks.attacks.traces import Trace
-from enclave_runtime.keys import KeySchedule
-from enclave_runtime.program import KeyClass, Layout
+from enclave_runtime.crypto.keys import KeySchedule
+from enclave_runtime.protocol.program import KeyClass, Layout
 from enclave_runtime.schemes import SCHEMES, Scheme
-from tempo_jax._matrix_form import decoy_count
+from tempo_jax.planning.matrix_form import decoy_count
 
 ROUNDING = {"float32": 6.0, "bfloat16": 3.5, "float16": 3.5}  # limits, over plain JAX's
 DEVIATION, MIXING_DEVIATION = (

@@ -7,7 +7,8 @@ memory, which whoever started it may read. It protects nothing; only `audit` and
 import os
 import runpy
 
-from enclave_runtime import dumps, keys
+from enclave_runtime.crypto import keys
+from enclave_runtime.serving import dumps
 
 ROOT_VARIABLE = "TEMPO_JAX_EVALUATOR_ROOT"  # 32 bytes in hexadecimal
 

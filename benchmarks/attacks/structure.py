@@ -24,10 +24,10 @@ from benchmarks.attacks.blinding import BLINDINGS, BLOCK, CONDITION, Key
 from benchmarks.attacks.results import Measurement, measure
 from benchmarks.attacks.steps import attacked
 from benchmarks.attacks.traces import Trace
-from enclave_runtime import hadamard
-from enclave_runtime.keys import KeyStream
-from enclave_runtime.program import KeyClass
+from enclave_runtime.crypto.keys import KeyStream
+from enclave_runtime.protocol.program import KeyClass
 from enclave_runtime.schemes import Mixing
+from enclave_runtime.schemes.kernels import hadamard
 
 FLATTENED = 0.5  # singular values above this quantile are cut down to it
 BALANCING = 5

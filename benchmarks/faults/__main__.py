@@ -19,7 +19,7 @@ from benchmarks.faults.tally import Tallies, Tally, table
 from benchmarks.faults.training import SCHEMES
 from benchmarks.machine import environment
 from examples import common
-from tempo_jax import _connection
+from tempo_jax.transport import child
 
 FAULTS = ("enclave", "host", "reset", "memory", "disk")
 
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         full_disk.run_host(pathlib.Path(folder), int(limit[0]) if limit else None)
         return
     # A broken connection is told from a dead enclave by waiting for it; none here needs long.
-    _connection.STOP_SECONDS = 0.5
+    child.STOP_SECONDS = 0.5
     tallies = measure(options)
     if options.out:
         figures = {

@@ -17,7 +17,7 @@ from benchmarks.faults import child
 from benchmarks.faults.child import tell, tell_saved
 from benchmarks.faults.tally import Tally
 from benchmarks.faults.training import BASE, Run
-from tempo_jax import checkpoints
+from tempo_jax.sealing import ledger
 
 FULL = "disk full at checkpoint"
 PAGE = 4096  # bytes of a tmpfs block
@@ -52,7 +52,7 @@ def _limited_files(limit: int | None) -> Iterator[None]:
     if limit is None:
         yield
         return
-    write = checkpoints.write
+    write = ledger.write
 
     def limited(path: Any, data: bytes) -> None:
         # Only around the write: shared memory consists of files, too.
@@ -65,11 +65,11 @@ def _limited_files(limit: int | None) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             signal.signal(signal.SIGXFSZ, handler)
 
-    checkpoints.write = limited
+    ledger.write = limited
     try:
         yield
     finally:
-        checkpoints.write = write
+        ledger.write = write
 
 
 def may_mount() -> bool:

@@ -14,7 +14,7 @@ import optax
 import tempo_jax as tempo
 from benchmarks.faults.fuse import CHECKPOINT, STEP, Fuse
 from examples import common
-from tempo_jax import checkpoints
+from tempo_jax.sealing import ledger as ledger_module
 
 # Just above the limits below which `Mixing` keeps a product inside.
 ROWS, WIDTH, CLASSES, HIDDEN = 128, 64, 4, 2
@@ -91,7 +91,7 @@ class Run:
         self._folder = folder
         key_file, ledger_file = folder / "key", folder / "ledger.json"
         if not key_file.exists():
-            checkpoints.write(key_file, tempo.CheckpointKey.generate().to_bytes())
+            ledger_module.write(key_file, tempo.CheckpointKey.generate().to_bytes())
         ledger = None
         if ledger_file.exists():
             ledger = tempo.CheckpointLedger.from_json(ledger_file.read_text())
@@ -111,9 +111,9 @@ class Run:
     def save(self) -> None:
         """Checkpoints."""
         data = self.enclave.checkpoint(self._state)
-        checkpoints.write(self._folder / "state", data)
+        ledger_module.write(self._folder / "state", data)
         # After the checkpoint, which a crash in between leaves to be found and accepted.
-        checkpoints.write(self._folder / "ledger.json", self.enclave.ledger.to_json().encode())
+        ledger_module.write(self._folder / "ledger.json", self.enclave.ledger.to_json().encode())
 
     def train(self, until: int) -> None:
         """Takes steps, each followed by a checkpoint."""
@@ -155,7 +155,7 @@ def saved_steps(folder: pathlib.Path) -> int:
     key = tempo.CheckpointKey.from_bytes((folder / "key").read_bytes())
     data = (folder / "state").read_bytes()
     like = jax.eval_shape(initial_state)
-    return int(checkpoints.open_checkpoint(data, key, like)["step"])
+    return int(ledger_module.open_checkpoint(data, key, like)["step"])
 
 
 def reference_run(

@@ -1,7 +1,8 @@
 """Builds the folder that `gramine-direct` and `gramine-sgx` start the enclave from.
 
-Stages the tree, renders the manifest, checks it against `rules`, and signs it where Gramine's
-tools and a key are. What could not be done on this machine is part of the answer, with the reason.
+Stages the tree, renders the manifest, checks it against `manifest_rules`, and signs it where
+Gramine's tools and a key are. What could not be done on this machine is part of the answer, with
+the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from enclave_runtime.environment import ENCLAVE_MODULE
-from enclave_runtime.gramine import manifest, rules, staging
+from enclave_runtime.gramine import manifest, manifest_rules, staging
 from enclave_runtime.gramine.manifest import APPLICATION, MANIFEST, TEMPLATE, TREE
 from enclave_runtime.gramine.staging import Staged
 
@@ -193,9 +194,9 @@ def check(directory: Path, cpus: int | None = None, *, files: bool = True) -> li
     signed = (directory / SIGNED).exists()
     for name in (MANIFEST, SIGNED) if signed else (MANIFEST,):
         parsed = read_manifest(directory, name)
-        found = rules.breaches(parsed, cpus or 1)
+        found = manifest_rules.breaches(parsed, cpus or 1)
         if files and not found:
-            found = rules.stale_files(parsed, directory)
+            found = manifest_rules.stale_files(parsed, directory)
         broken += [f"{name}: {sentence}" for sentence in found]
     return broken
 

@@ -54,11 +54,11 @@ def exercise() -> None:
     import jax.export
     import jax.numpy as jnp
 
-    from enclave_runtime import calibration
-    from enclave_runtime.executor import Executor
+    from enclave_runtime.execution import timing
+    from enclave_runtime.execution.executor import Executor
 
     # Keys, kernels and both directions of every scheme.
-    calibration.measure()
+    timing.measure()
 
     def program(x: jax.Array) -> Any:
         key = jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32))
@@ -75,9 +75,9 @@ def exercise() -> None:
 
 def _shake_hands() -> None:
     """A client connects: a certificate with evidence is made and sent."""
-    from enclave_runtime import channel
-    from enclave_runtime.tls import ServerIdentity
-    from enclave_runtime.wire import NONCE_BYTES
+    from enclave_runtime.protocol import handshake
+    from enclave_runtime.protocol.wire import NONCE_BYTES
+    from enclave_runtime.serving.tls import ServerIdentity
 
     outside, inside = socket.socketpair()
     server = ServerIdentity().context()
@@ -90,7 +90,7 @@ def _shake_hands() -> None:
 
     thread = threading.Thread(target=accept)
     thread.start()
-    name = channel.server_name(bytes(NONCE_BYTES))
+    name = handshake.server_name(bytes(NONCE_BYTES))
     with client.wrap_socket(outside, server_hostname=name) as connection:
         connection.sendall(b"x")
     thread.join()

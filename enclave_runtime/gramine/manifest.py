@@ -23,7 +23,7 @@ from enclave_runtime.gramine.staging import (
     enclave_environment,
     files_of,
 )
-from enclave_runtime.limits import CONNECTIONS
+from enclave_runtime.protocol.limits import CONNECTIONS
 
 TREE = "tree"  # the staged tree's folder beside the manifest
 MOUNT = "/enclave"  # where the enclave sees it

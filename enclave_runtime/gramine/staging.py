@@ -28,7 +28,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from enclave_runtime.encryption import SECRET_BYTES
+from enclave_runtime.crypto.encryption import SECRET_BYTES
 from enclave_runtime.environment import ENCLAVE_ENVIRONMENT, ENCLAVE_MODULE
 
 # What the enclave imports besides Python itself; each has to be installed.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from enclave_runtime.program import ProgramError
+from enclave_runtime.protocol.program import ProgramError
 from enclave_runtime.schemes.contract import Group, Scheme
 from enclave_runtime.schemes.mixing import Mixing
 from enclave_runtime.schemes.orthogonal import Orthogonal

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from enclave_runtime.keys import KeyStream
-from enclave_runtime.program import ArrayType, KeyClass, Layout
+from enclave_runtime.crypto.keys import KeyStream
+from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout
 
 
 class Group(enum.Enum):

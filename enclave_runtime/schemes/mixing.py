@@ -5,11 +5,11 @@ With a key matrix for each axis, A for rows, B for what is contracted, C for col
     X̂ = t_x A [X; R] Bᵀ      Ŵ = t_w B⁻ᵀ (W + U Vᵀ) Cᵀ   Ŷ = X̂ Ŵ
     Ĝ = t_g A⁻ᵀ [G; Q] C⁻¹   dX̂ = Ĝ Ŵᵀ                   dŴ = X̂ᵀ Ĝ
 
-R and Q are decoy rows in the same places; unblinding cuts them off Ŷ and dX̂, and takes
-RᵀQ off dŴ. The mask U Vᵀ trades W's strongest directions for random ones; unblinding takes
-(X U) Vᵀ off Ŷ and (G V) Uᵀ off dX̂. Each key is ``P S H P S H P S D H P S`` in fast form
-(`enclave_runtime.hadamard`) with D log-uniform of condition 4. With a single transform
-outside D, the Gram matrix of a blinded tensor would show which rows share a block; with
+R and Q are decoy rows in the same places; unblinding cuts them off Ŷ and dX̂, and takes RᵀQ off dŴ.
+The mask U Vᵀ trades W's strongest directions for random ones; unblinding takes (X U) Vᵀ off Ŷ and
+(G V) Uᵀ off dX̂. Each key is ``P S H P S H P S D H P S`` in fast form
+(`enclave_runtime.schemes.kernels.hadamard`) with D log-uniform of condition 4. With a single
+transform outside D, the Gram matrix of a blinded tensor would show which rows share a block; with
 two, every row meets every other. The scalars t hide norms.
 """
 
@@ -24,12 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from enclave_runtime import hadamard
-from enclave_runtime.encryption import refuse_pickling
-from enclave_runtime.hadamard import AxisMap
-from enclave_runtime.keys import KeyStream
-from enclave_runtime.program import ArrayType, KeyClass, Layout
+from enclave_runtime.crypto.encryption import refuse_pickling
+from enclave_runtime.crypto.keys import KeyStream
+from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout
 from enclave_runtime.schemes.contract import Group, Scheme, keyed_axes
+from enclave_runtime.schemes.kernels import hadamard
+from enclave_runtime.schemes.kernels.hadamard import AxisMap
 from enclave_runtime.schemes.orthogonal import mix_into, rounded, to_mixable
 
 DECOY_ENERGY = 4.0  # of all decoy rows, over the signal's

@@ -1,7 +1,7 @@
 """Random orthogonal mixing in fast form, its keys kept for a budget of steps.
 
 On each axis ``P S H P S H P S``: permutations, signs and normalised Hadamard transforms of
-blocks of 64 (`enclave_runtime.hadamard`).
+blocks of 64 (`enclave_runtime.schemes.kernels.hadamard`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from enclave_runtime import hadamard
-from enclave_runtime.hadamard import AxisMap
-from enclave_runtime.keys import KeyStream
-from enclave_runtime.program import ArrayType, KeyClass, Layout
+from enclave_runtime.crypto.keys import KeyStream
+from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout
 from enclave_runtime.schemes.contract import Group, Scheme, keyed_axes
+from enclave_runtime.schemes.kernels import hadamard
+from enclave_runtime.schemes.kernels.hadamard import AxisMap
 from enclave_runtime.schemes.signed_permutation import SignedPermutationKey, inverse_permutation
 
 # What a batch axis of a product carries is a permutation alone.

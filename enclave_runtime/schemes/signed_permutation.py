@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from enclave_runtime.encryption import refuse_pickling
-from enclave_runtime.keys import KeyStream
-from enclave_runtime.program import ArrayType, KeyClass, Layout
+from enclave_runtime.crypto.encryption import refuse_pickling
+from enclave_runtime.crypto.keys import KeyStream
+from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout
 from enclave_runtime.schemes.contract import Group, Scheme, keyed_axes
 
 

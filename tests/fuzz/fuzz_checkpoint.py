@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from enclave_runtime import checkpoint, lineage
-from enclave_runtime.checkpoint import (
+from enclave_runtime.protocol import checkpoint
+from enclave_runtime.protocol.checkpoint import (
     CheckpointReader,
     CheckpointWriter,
     Header,
@@ -26,8 +26,9 @@ from enclave_runtime.checkpoint import (
     read_checkpoint,
     sealed_bytes,
 )
-from enclave_runtime.lineage import Lineages
-from enclave_runtime.program import ArrayType
+from enclave_runtime.protocol.program import ArrayType
+from enclave_runtime.sessions import lineage
+from enclave_runtime.sessions.lineage import Lineages
 from tempo_jax import CheckpointLedger, errors
 from tests.fuzz import harness
 

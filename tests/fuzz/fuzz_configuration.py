@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 
-from enclave_runtime import configuration
-from enclave_runtime.configuration import ConfigurationError, Serving, read_configuration
-from enclave_runtime.encryption import SECRET_BYTES
+from enclave_runtime.crypto.encryption import SECRET_BYTES
+from enclave_runtime.protocol import configuration
+from enclave_runtime.protocol.configuration import ConfigurationError, Serving, read_configuration
 from tests.fuzz import harness
 
 

@@ -7,10 +7,12 @@ import json
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from enclave_runtime import fields as checked_fields
-from enclave_runtime import following, integrity, products, program, schemes, updates
-from enclave_runtime.executor import Compilation, Executor
-from enclave_runtime.program import Program, ProgramError
+from enclave_runtime import schemes
+from enclave_runtime.execution.executor import Compilation, Executor
+from enclave_runtime.protocol import descriptions, program, updates
+from enclave_runtime.protocol import fields as checked_fields
+from enclave_runtime.protocol.program import Program, ProgramError
+from enclave_runtime.verifying import follower, integrity
 from tests.fuzz import harness
 
 
@@ -42,13 +44,13 @@ def one_input(data: bytes) -> None:
     assert Program.decode(again) == decoded
     if decoded.verify:
         with contextlib.suppress(ProgramError):
-            following.check_program(decoded)
+            follower.check_program(decoded)
             integrity.prepare(decoded, IdleExecutor())
 
 
 if __name__ == "__main__":
     harness.fuzz(
         one_input,
-        (checked_fields, following, integrity, products, program, schemes, updates),
+        (checked_fields, follower, integrity, descriptions, program, schemes, updates),
         harness.mutate_json,
     )

@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from enclave_runtime import following, session, updates
-from enclave_runtime.encryption import (
+from enclave_runtime.crypto.encryption import (
     DecryptionError,
     encrypt_array,
     encrypt_bytes,
     session_keys,
 )
-from enclave_runtime.memory import Arena, ArenaError
-from enclave_runtime.program import ArrayType, ProgramError
-from enclave_runtime.session import RequestError, Session
-from enclave_runtime.wire import Frame, Kind
+from enclave_runtime.protocol import updates
+from enclave_runtime.protocol.memory import Arena, ArenaError
+from enclave_runtime.protocol.program import ArrayType, ProgramError
+from enclave_runtime.protocol.wire import Frame, Kind
+from enclave_runtime.sessions import session
+from enclave_runtime.sessions.session import RequestError, Session
+from enclave_runtime.verifying import follower
 from tests.fuzz import harness
 from tests.fuzz.fuzz_program import IdleExecutor
 
@@ -117,4 +119,4 @@ def made_seeds(program: bytes) -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
-    harness.fuzz(one_input, (session, following, updates), mutate)
+    harness.fuzz(one_input, (session, follower, updates), mutate)

@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import warnings
 
-from enclave_runtime import evidence
-from enclave_runtime.evidence import EvidenceError
-from tempo_jax import _certificates, _pck, _quote
-from tempo_jax._certificates import PCK_CA_NAMES, PCK_NAME, ROOT_NAME
+from enclave_runtime.protocol import evidence
+from enclave_runtime.protocol.evidence import EvidenceError
+from tempo_jax.attestation import certificates, pck
+from tempo_jax.attestation import quote as quotes
+from tempo_jax.attestation.certificates import PCK_CA_NAMES, PCK_NAME, ROOT_NAME
 from tempo_jax.errors import AttestationError
 from tests.fuzz import harness
 
@@ -21,18 +22,18 @@ def one_input(data: bytes) -> None:
     with contextlib.suppress(EvidenceError):
         evidence.decode_evidence(data)
     with contextlib.suppress(AttestationError):
-        _pck.read_extension(data)
+        pck.read_extension(data)
     with contextlib.suppress(AttestationError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of `cryptography`, for certificates that are odd
-        quote = _quote.parse_quote(data)
-        assert quote.report == _quote.Report.decode(quote.signed[_quote.HEADER_BYTES :])
+        quote = quotes.parse_quote(data)
+        assert quote.report == quotes.ReportBody.decode(quote.signed[quotes.HEADER_BYTES :])
         if quote.certificates:
             # Whoever chooses the quote chooses the root; only its pinned hash would stop it.
             root = hashlib.sha256(quote.certificates[-1]).digest()
-            chain = _certificates.load_chain(quote.certificates, _NAMES, root)
-            _pck.platform_of(chain[0])
-            _quote._verify_signatures(quote, _certificates.public_key(chain[0]))
+            chain = certificates.load_chain(quote.certificates, _NAMES, root)
+            pck.platform_of(chain[0])
+            quotes._verify_signatures(quote, certificates.public_key(chain[0]))
 
 
 if __name__ == "__main__":
-    harness.fuzz(one_input, (evidence, _quote, _certificates, _pck))
+    harness.fuzz(one_input, (evidence, quotes, certificates, pck))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from enclave_runtime import wire
-from enclave_runtime.wire import WireError
+from enclave_runtime.protocol import wire
+from enclave_runtime.protocol.wire import WireError
 from tests.fuzz import harness
 
 

@@ -6,7 +6,7 @@ catches the decoder's own error and lets everything else through. Its seeds lie 
 
     python -m tests.fuzz.fuzz_quote -max_total_time=60 /tmp/found tests/fuzz/corpus/quote
 
-`tests/test_fuzz.py` runs each for a few seconds. Needs `atheris` (Linux on x86-64); the seeds
+`tests/fuzz/test_fuzz.py` runs each for a few seconds. Needs `atheris` (Linux on x86-64); the seeds
 run without it.
 """
 

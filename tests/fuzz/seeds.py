@@ -19,14 +19,14 @@ import numpy as np
 import optax
 
 import tempo_jax
-from enclave_runtime import evidence
-from enclave_runtime.program import Program
-from enclave_runtime.wire import Frame, Kind
+from enclave_runtime.protocol import evidence
+from enclave_runtime.protocol.program import Program
+from enclave_runtime.protocol.wire import Frame, Kind
 from tempo_jax.schemes import Mixing, SignedPermutation
 from tests.fuzz import fuzz_checkpoint, fuzz_configuration, fuzz_provision
 from tests.fuzz.harness import CORPUS
-from tests.interpreter import plan
-from tests.toy_pki import COMPONENTS, Toy, sgx_extension
+from tests.support.interpreter import plan
+from tests.support.toy_pki import COMPONENTS, Toy, sgx_extension
 
 _OPTIMIZER = optax.chain(optax.add_decayed_weights(0.01), optax.sgd(0.1, momentum=0.9))
 SAMPLE = Path(__file__).parent.parent / "data" / "sgx_quote"

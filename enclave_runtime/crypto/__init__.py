@@ -1,0 +1,1 @@
+"""Authenticated encryption, key derivation and key streams; all from `cryptography`."""

@@ -1,0 +1,1 @@
+"""Compiles and runs provisioned programs, and measures what the enclave's work costs."""

@@ -1,0 +1,1 @@
+"""Fast transforms in Numba, for the schemes that mix."""

@@ -1,0 +1,1 @@
+"""The enclave as a server: ports, peers, TLS, its log."""

@@ -1,0 +1,366 @@
+"""One run of a provisioned program: begin → segment 0 … n → commit.
+
+Each segment runs once and in order, when every worker has brought its part. A worker
+may ask again for the segment that just ran and gets the same answer if it brings the
+same bytes; with other bytes, never. Nothing is kept until the commit, so a failed or
+aborted run leaves the last committed state as it was. Every run draws its ephemeral
+keys anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from enclave_runtime.crypto.keys import KeySchedule, KeyStream
+from enclave_runtime.execution.executor import Executor
+from enclave_runtime.protocol.memory import Arena
+from enclave_runtime.protocol.program import DEVICE, ENCLAVE, Crossing, Layout, Port, Program
+from enclave_runtime.schemes import Scheme
+from enclave_runtime.sessions.store import Blinded, KeyUses, Resident, Store
+from enclave_runtime.verifying.checksum import SpentSignsError
+from enclave_runtime.verifying.follower import Follower
+from enclave_runtime.verifying.integrity import IntegrityError, Verifier, private, private_copy
+
+
+class RunError(Exception):
+    """A request that does not fit the run's state."""
+
+
+class ClassKeys:
+    """The keys of a program's classes in one run: carried over by blinded inputs, else fresh."""
+
+    def __init__(self, program: Program, scheme: Scheme, schedule: KeySchedule, number: int):
+        self._program = program
+        self._scheme = scheme
+        self._schedule = schedule
+        self._number = number
+        self._keys: dict[int, Any] = {}
+        self._uses: dict[int, KeyUses] = {}
+
+    def adopt(self, port: Port, entry: Blinded) -> bool:
+        """Takes over the keys under which a device-resident input lies.
+
+        Returns:
+          Whether they agree with the keys taken over before and with the port's layout, and may
+          serve another run; if not, nothing changed and the array has to be blinded again.
+        """
+        if entry.scheme != self._scheme or entry.layout.weights != port.layout.weights:
+            return False
+        taken: dict[int, Any] = {}
+        uses: dict[int, KeyUses] = {}
+        for number, held in zip(port.layout.classes, entry.layout.classes, strict=True):
+            if (number is None) != (held is None):
+                return False
+            if number is None or held is None:
+                continue
+            key = entry.keys[held]
+            if entry.batches[held] != self._program.classes[number].batch:
+                return False
+            known = taken.get(number, self._keys.get(number, key))
+            if known is not key or not self._may_serve(number, entry.uses[held]):
+                return False
+            taken[number] = key
+            uses[number] = entry.uses[held]
+        self._keys.update(taken)
+        for number, use in uses.items():
+            if number not in self._uses:
+                # Counted now: a run that is aborted has shown as much as one that commits.
+                use.count += 1
+                self._uses[number] = use
+        return True
+
+    def _may_serve(self, number: int, uses: KeyUses) -> bool:
+        budget = self._scheme.key_budget
+        return budget is None or number in self._uses or uses.count < budget
+
+    def __getitem__(self, number: int) -> Any:
+        if number not in self._keys:
+            stream = self._schedule.stream("class", self._number, number)
+            self._keys[number] = self._scheme.draw(self._program.classes[number], stream)
+        return self._keys[number]
+
+    def of(self, layout: Layout) -> dict[int, Any]:
+        """The keys of a layout's classes."""
+        return {c: self[c] for c in layout.classes if c is not None}
+
+    def uses(self, layout: Layout) -> dict[int, KeyUses]:
+        """The counters of a layout's keys."""
+        for c in self.of(layout):
+            if c not in self._uses:
+                self._uses[c] = KeyUses()
+                self._uses[c].count = 1
+        return {c: self._uses[c] for c in layout.classes if c is not None}
+
+
+def _last_uses(program: Program) -> dict[int, int]:
+    """For each first operand the last segment that gets a product of it and one without decoys."""
+    plain = {
+        c.value for s in program.segments for c in s.downloads if c.blinded.shape == c.array.shape
+    }
+    return {
+        c.operands[0]: index
+        for index, s in enumerate(program.segments)
+        for c in s.uploads
+        if c.operands is not None and c.operands[1] in plain
+    }
+
+
+class Run:
+    """The state of one run. Its methods are called under the session's order, see `Session`."""
+
+    def __init__(
+        self,
+        program: Program,
+        scheme: Scheme,
+        constants: dict[int, jax.Array],
+        arena: Arena,
+        workers: int,
+        number: int,
+        schedule: KeySchedule,
+        executor: Executor,
+    ):
+        self.program = program
+        self.arena = arena
+        self.keys = ClassKeys(program, scheme, schedule, number)
+        self.handles: list[str | None] = [None] * len(program.inputs)
+        self.awaiting: set[int] = set()  # inputs that the host still has to bring
+        self.busy_seconds = 0.0
+        self.blindings = 0
+        self.lied = False  # whether a wrong product came back; the session counts it and resets
+        self._values = dict(constants)
+        self._workers = workers
+        self._executor = executor
+        self._scheme = scheme
+        self._schedule = schedule
+        self._number = number
+        self._tensors: dict[int, Any] = {}  # what was drawn for each blinded value alone
+        self._verifier = Verifier(program) if program.verify else None
+        self._follower = Follower(program) if program.verify else None
+        self._last_uses = _last_uses(program)
+        self._next = 0
+        self._arrived: set[int] = set()
+        self._last_uploads: list[jax.Array] = []
+        self._doomed: list[int] = []
+        self._failure: BaseException | None = None
+        self._condition = threading.Condition()
+
+    # Crossings
+
+    def blind(self, port: Port, value: jax.Array, offset: int) -> None:
+        """Writes an input that is to lie on the devices to the arena."""
+        start = time.perf_counter()
+        out = self.arena.view(port.array, offset)
+        stream = functools.partial(self._schedule.stream, "port", self._number, port.value)
+        keys = self.keys.of(port.layout)
+        own = out if self._follower is None else private(port.array)
+        self._scheme.blind(value, port.layout, keys, own, stream)
+        if self._follower is not None:
+            np.copyto(out, own)
+            self._follower.blinded(port, own, functools.partial(self._signs_stream, port))
+        self.blindings += 1
+        self.busy_seconds += time.perf_counter() - start
+
+    def _signs_stream(self, port: Port, axes: tuple[int, ...]) -> KeyStream:
+        return self._schedule.stream("checksum", self._number, port.value, *axes)
+
+    def adopt(self, port: Port, entry: Blinded) -> bool:
+        """Takes over the keys and the checksum of a device-resident input.
+
+        Returns:
+          Whether they serve this run; if not, the array has to be brought in and blinded again.
+        """
+        follower, held = self._follower, entry.checksum
+        if follower is None:
+            return self.keys.adopt(port, entry)
+        assert held is not None, "the session refuses others"
+        if not (follower.may_adopt(port, held) and self.keys.adopt(port, entry)):
+            return False
+        follower.adopt(port, held)
+        return True
+
+    def _send(self, crossing: Crossing) -> None:
+        out = self.arena.view(crossing.blinded, crossing.offset)
+        value, layout = self._values[crossing.value], crossing.layout
+        if not layout.keyed:
+            np.copyto(out, np.asarray(value))
+            if self._follower is not None:
+                self._follower.keep(crossing, np.asarray(value))
+            return
+        # The same stream for a repeat of the same segment: its bytes must be the same.
+        use = ("tensor", self._number, crossing.value)
+        stream = functools.partial(self._schedule.stream, *use)
+        keys = self.keys.of(layout)
+        own = out if self._verifier is None else private(crossing.blinded)
+        self._tensors[crossing.value] = self._scheme.blind(value, layout, keys, own, stream)
+        if self._verifier is not None:
+            np.copyto(out, own)
+            self._verifier.keep(crossing, own)
+        if self._follower is not None:
+            self._follower.keep(crossing, own)
+        self.blindings += 1
+
+    def _receive(self, crossing: Crossing) -> jax.Array:
+        """Reads a value from the arena into private memory."""
+        # The host may change shared memory while it is being used, and afterwards.
+        own = private_copy(self.arena.view(crossing.blinded, crossing.offset))
+        if not crossing.layout.keyed:
+            return jnp.asarray(own)
+        operands = None
+        if crossing.operands is not None:
+            left, right = crossing.operands
+            operands = (self._tensors.get(left), self._tensors.get(right))
+        if self._verifier is not None and self._follower is not None:
+            use = ("check", self._number, crossing.value)
+            stream = functools.partial(self._schedule.stream, *use)
+            try:
+                if any(map(self._follower.is_leaf, crossing.operands or ())):
+                    self._follower.check(crossing, own)
+                else:
+                    own = self._verifier.checked(crossing, own, stream)
+            except SpentSignsError as error:
+                raise RunError(str(error)) from error
+            except IntegrityError as error:
+                # At once, so that no other request tries again, and no abort hides it.
+                self.lied, self._failure = True, error
+                raise
+        keys = self.keys.of(crossing.layout)
+        return self._scheme.unblind(own, crossing.layout, keys, operands)
+
+    def set(self, port: Port, value: jax.Array) -> None:
+        """Gives the run one of its inputs."""
+        self._values[port.value] = value
+
+    def settle(self, index: int) -> None:
+        """Notes that the host brings an input now.
+
+        Raises:
+          RunError: it was not asked for, or was brought before: blinding other bytes under the
+            same keys would give the host chosen plaintexts.
+        """
+        if index not in self.awaiting:
+            raise RunError(f"input {index} is not awaited")
+        self.awaiting.remove(index)
+
+    # The state machine
+
+    def fail(self, failure: BaseException) -> None:
+        """Ends the run; everyone who waits for it gets `failure`."""
+        with self._condition:
+            self._failure = self._failure or failure
+            self._condition.notify_all()
+
+    def segment(self, index: Any, worker: Any) -> None:
+        """Brings one worker's part of a segment; returns when the segment has run.
+
+        Raises:
+          RunError: out of order, an unknown worker, or a repeat with other bytes.
+          IntegrityError: a product is wrong.
+        """
+        with self._condition:
+            self._raise_failure()
+            if self.awaiting:
+                raise RunError(f"the run still awaits {len(self.awaiting)} of its inputs")
+            if type(worker) is not int or type(index) is not int:
+                raise RunError("segments and workers have whole numbers")
+            if not 0 <= worker < self._workers:
+                raise RunError(f"worker {worker} of a run with {self._workers}")
+            if 0 <= index == self._next - 1:
+                self._repeat(index)
+                return
+            if index == self._next == len(self.program.segments):
+                raise RunError(f"segment {index} was asked for after the last")
+            if index != self._next or worker in self._arrived:
+                raise RunError(f"segment {index} was asked for, segment {self._next} is next")
+            self._arrived.add(worker)
+            if len(self._arrived) < self._workers:
+                self._condition.wait_for(lambda: self._next > index or self._failure)
+                self._raise_failure()
+                return
+            try:
+                self._execute(index)
+            except BaseException as error:
+                self._failure = error
+                raise
+            finally:
+                self._arrived = set()
+                self._next = index + 1
+                self._condition.notify_all()
+
+    def _raise_failure(self) -> None:
+        if isinstance(self._failure, IntegrityError):
+            raise self._failure  # every worker says what was wrong
+        if self._failure is not None:
+            raise RunError("the run has failed or was aborted") from self._failure
+
+    def _uploads(self, index: int) -> list[jax.Array]:
+        return [self._receive(c) for c in self.program.segments[index].uploads]
+
+    def _execute(self, index: int) -> None:
+        start = time.perf_counter()
+        segment = self.program.segments[index]
+        for value in self._doomed:
+            del self._values[value]
+        if self._verifier is not None:
+            self._verifier.forget(index)
+        if self._follower is not None:
+            self._follower.advance()
+            self._follower.forget(index)
+        for value, last in self._last_uses.items():
+            if last == index - 1 and value in self._tensors:  # what was sent, not a leaf
+                self._tensors[value] = self._scheme.let_go(self._tensors[value])
+        self._last_uploads = self._uploads(index)
+        self._values.update(
+            zip((c.value for c in segment.uploads), self._last_uploads, strict=True)
+        )
+        inputs = [self._values[v] for v in segment.inputs]
+        outputs = self._executor.run(segment.executable, inputs)
+        self._values.update(zip(segment.outputs, outputs, strict=True))
+        for crossing in segment.downloads:
+            self._send(crossing)
+        if self._follower is not None and index == len(self.program.segments) - 1:
+            self._follower.advance()
+        jax.block_until_ready(self._last_uploads)  # unblinding is this segment's work
+        self._doomed = [v for v in segment.dead if v in self._values]
+        self.busy_seconds += time.perf_counter() - start
+
+    def _repeat(self, index: int) -> None:
+        for old, new in zip(self._last_uploads, self._uploads(index), strict=True):
+            if np.asarray(old).tobytes() != np.asarray(new).tobytes():
+                raise RunError(f"segment {index} was asked for again with other bytes")
+        for crossing in self.program.segments[index].downloads:
+            self._send(crossing)
+
+    def commit(self, store: Store) -> list[str]:
+        """Keeps the outputs and returns their handles.
+
+        Raises:
+          RunError: not every segment has run.
+        """
+        with self._condition:
+            self._raise_failure()
+            if self._next != len(self.program.segments):
+                raise RunError(
+                    f"commit after {self._next} of {len(self.program.segments)} segments"
+                )
+            self._failure = RunError("the run was committed")
+            return [store.put(self._output(port)) for port in self.program.outputs]
+
+    def _output(self, port: Port) -> Resident | Blinded:
+        if port.place == DEVICE:
+            layout = port.layout
+            keys, uses = self.keys.of(layout), self.keys.uses(layout)
+            batches = {c: self.program.classes[c].batch for c in keys}
+            held = Blinded(port.array, self._scheme, layout, keys, batches, uses)
+            if self._follower is None:
+                return held
+            checksum, source = self._follower.checksum(port), self._follower.source(port)
+            return held._replace(checksum=checksum, source=source)
+        assert port.place == ENCLAVE
+        return Resident(port.array, self._values[port.value])

@@ -1,0 +1,1 @@
+"""Checks what the devices return: products, and leaves that are updated there."""

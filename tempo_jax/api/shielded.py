@@ -1,0 +1,513 @@
+"""`shield`: from a user's function to planned, provisioned, running programs.
+
+The public edge: arguments are checked here, once. Untrusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh
+
+from enclave_runtime.protocol.limits import MAX_WORKERS
+from enclave_runtime.protocol.program import DEVICE
+from tempo_jax.api.report import Report
+from tempo_jax.enclave.enclave import Enclave
+from tempo_jax.errors import RoleError, SecrecyError, UnsupportedError
+from tempo_jax.jaxprs import trace
+from tempo_jax.jaxprs import types as jaxpr_types
+from tempo_jax.planning.plan import Plan, Request, make_plan
+from tempo_jax.running.call import Runtime, Traffic
+from tempo_jax.running.observation import active_views
+from tempo_jax.schemes import Mixing, Scheme
+from tempo_jax.sealing.array import BLINDED, RESIDENT, SealedArray, is_sealed
+
+_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_shield", default=False)
+
+
+def shield(
+    function: Callable[..., Any] | None = None,
+    *,
+    enclave: Enclave,
+    scheme: Scheme | None = None,
+    public: Sequence[str | int] = (),
+    placement: str = "auto",
+    offload: str = "auto",
+    mesh: Mesh | None = None,
+    donate: bool = True,
+    verify: bool = False,
+) -> Any:
+    """Transforms a function so that untrusted devices compute on blinded operands only.
+
+    Matrix products and convolutions run in this JAX process on blinded operands, everything
+    else in the enclave. Results equal those of the plain function up to the order of
+    floating-point sums.
+
+    The first argument and the result, or its first part as in `jax.lax.scan`, carry state when
+    their structure, shapes and dtypes agree: the argument is donated, and using it again is an
+    error. Plain arguments are sealed on the way in. Every output stays sealed unless the
+    function passes it through `reveal`.
+
+    Args:
+      function: any function that `jax.jit` takes; omitted when used as a decorator.
+      enclave: where the trusted part runs.
+      scheme: how operands are blinded; `schemes.Mixing()` by default. The others keep weights
+        on the devices and are cheaper; they obfuscate and do not protect (see their
+        documentation).
+      public: names or positions of arguments that the host may know.
+      placement: "auto", or "enclave" to run the whole function inside.
+      offload: "auto" sends a product out when that is less work for the enclave; "all" sends
+        every product that can be blinded.
+      mesh: a mesh with one axis to spread the blinded products over.
+      donate: whether a carried state is donated.
+      verify: whether the enclave checks every product that the devices return (Freivalds). A
+        wrong one stops the run with an `IntegrityError` that names the equation, and the last
+        state stands. A leaf stays on the devices only if its update is linear there (SGD,
+        momentum, weight decay), so that a secret checksum in the enclave can follow it; others
+        are updated in the enclave. `explain` says what is checked, how small an error is noticed,
+        and why a leaf is not on the devices.
+
+    Returns:
+      A `Shielded` function.
+
+    Raises:
+      UnsupportedError: an option has an unknown value.
+
+    Example:
+      >>> import tempo_jax as tempo
+      >>> with tempo.Enclave.launch() as enclave:
+      ...     double = tempo.shield(lambda x: tempo.reveal(2 * x), enclave=enclave)
+      ...     float(double(3.0))
+      6.0
+
+    References:
+      Tempo, arXiv 2401.11531.
+    """
+    if function is None:
+        return functools.partial(
+            shield,
+            enclave=enclave,
+            scheme=scheme,
+            public=public,
+            placement=placement,
+            offload=offload,
+            mesh=mesh,
+            donate=donate,
+            verify=verify,
+        )
+    return Shielded(
+        function, enclave, scheme or Mixing(), public, placement, offload, mesh, donate, verify
+    )
+
+
+class _Signature:
+    """A call's arguments, flat, as far as planning needs them."""
+
+    def __init__(self, leaves: list[Any], structure: Any, public: frozenset[int]):
+        self.leaves = leaves
+        self.structure = structure
+        self.public = public
+        self.avals = [_aval(x) for x in leaves]
+
+    @property
+    def key(self) -> Any:
+        types = tuple((a.shape, a.dtype, a.weak_type) for a in self.avals)
+        wide = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+        return self.structure, types, self.public, wide
+
+    @property
+    def on_devices(self) -> frozenset[int]:
+        """Positions of leaves that lie blinded on the devices."""
+        forms = enumerate(self.leaves)
+        return frozenset(i for i, x in forms if is_sealed(x) and x.form == BLINDED)
+
+
+def _aval(x: Any) -> Any:
+    if is_sealed(x) or isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
+    try:
+        aval = jax.typeof(x)
+    except TypeError as error:
+        raise UnsupportedError(
+            f"shield: an argument of type {type(x).__name__} is neither an array nor a number. "
+            "Keep such objects out of the arguments, for example as static fields or in a closure."
+        ) from error
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+
+class _PlannedSignature:
+    """A traced signature: its plan and, once it runs, its runtime."""
+
+    def __init__(self, plan: Plan, out_structure: Any, types: list[Any]):
+        self.plan = plan
+        self.out_structure = out_structure
+        self.types = types
+        self.runtime: Runtime | None = None
+
+
+class Shielded:
+    """A shielded function; make one with `shield`.
+
+    Call it like the original. `explain` says what runs where and what crosses.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        enclave: Enclave,
+        scheme: Scheme,
+        public: Sequence[str | int],
+        placement: str,
+        offload: str,
+        mesh: Mesh | None,
+        donate: bool,
+        verify: bool = False,
+    ):
+        """Checks the options; see `shield`."""
+        functools.update_wrapper(self, function)
+        if not isinstance(enclave, Enclave):
+            raise UnsupportedError(
+                f"shield: enclave is a {type(enclave).__name__}, expected what `Enclave.launch()`, "
+                "`.connect(...)` or `.attach(...)` returns"
+            )
+        if not isinstance(scheme, Scheme):
+            raise UnsupportedError(
+                f"shield: scheme is a {type(scheme).__name__}, expected an object such as "
+                "`tempo_jax.schemes.Mixing()`"
+            )
+        _check_option("placement", placement, ("auto", "enclave"))
+        _check_option("offload", offload, ("auto", "all"))
+        if mesh is not None and len(mesh.axis_names) != 1:
+            raise UnsupportedError(
+                f"shield: mesh has the axes {mesh.axis_names}, expected exactly one"
+            )
+        if mesh is not None and mesh.size > MAX_WORKERS:
+            raise UnsupportedError(
+                f"shield: mesh has {mesh.size} devices, expected at most {MAX_WORKERS}, each of "
+                "which the enclave serves on a connection and a thread of its own"
+            )
+        self._function = function
+        self._enclave = enclave
+        self._scheme = scheme
+        self._public = self._public_names(public)
+        self._offload = placement == "auto"
+        self._weighs_costs = placement == "auto" and offload == "auto"
+        self._mesh = mesh
+        self._donate = donate
+        self._verify = verify
+        self._programs: dict[Any, list[_PlannedSignature]] = {}
+        self._lock = threading.RLock()
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    def _public_names(self, public: Sequence[str | int]) -> frozenset[str | int]:
+        if isinstance(public, (str, int)):
+            public = (public,)
+        names = list(inspect.signature(self._function).parameters)
+        both: set[str | int] = set()
+        for item in public:
+            known = item in names if isinstance(item, str) else 0 <= item < len(names)
+            if not known:
+                raise UnsupportedError(
+                    f"shield: public names {item!r}, but the arguments are {', '.join(names)}"
+                )
+            both |= {item, names.index(item) if isinstance(item, str) else names[item]}
+        return frozenset(both)
+
+    # Arguments
+
+    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Signature:
+        leaves: list[Any] = []
+        public: set[int] = set()
+        for name, argument in (*enumerate(args), *sorted(kwargs.items())):
+            flat = jax.tree.leaves(argument, is_leaf=is_sealed)
+            if name in self._public:
+                public |= {i + len(leaves) for i, x in enumerate(flat) if not is_sealed(x)}
+            leaves += flat
+        structure = jax.tree.structure((args, kwargs), is_leaf=is_sealed)
+        return _Signature(leaves, structure, frozenset(public))
+
+    def _inputs(self, signature: _Signature, tracing: bool) -> list[Any]:
+        """The flat arguments as the runtime takes them: sealed, or arrays where public."""
+        inputs = []
+        for i, x in enumerate(signature.leaves):
+            if is_sealed(x):
+                inputs.append(self._enclave.check_owned(x))
+            elif i in signature.public:
+                inputs.append(jaxpr_types.to_physical(jnp.asarray(x)))
+            elif isinstance(x, Tracer):
+                raise SecrecyError(
+                    f"shield: argument {i} of `{self._name}` is a plain {x.aval.str_short()} "
+                    "inside jit, scan or another transformation, where a secret is expected: its "
+                    "value is already the host's. Seal it with `enclave.seal` outside and pass the "
+                    "sealed value in, or name the argument in `public=`."
+                )
+            elif tracing:
+                raise SecrecyError(
+                    f"shield: argument {i} of `{self._name}` is a plain array that a surrounding "
+                    "jit or scan would keep in its program. Seal it with `enclave.seal` outside "
+                    "and pass the sealed value in, or name the argument in `public=`."
+                )
+            elif not self._enclave.is_client:
+                raise RoleError(
+                    f"shield: argument {i} of `{self._name}` is plain, and the host has no key to "
+                    "seal it with. Pass what the client sealed (`tempo.load_sealed`), or name the "
+                    "argument in `public=` on both sides."
+                )
+            else:
+                inputs.append(self._enclave.seal(x))
+        return inputs
+
+    @property
+    def _name(self) -> str:
+        return getattr(self._function, "__name__", type(self._function).__name__)
+
+    # Plans
+
+    def _program(self, signature: _Signature) -> _PlannedSignature:
+        """The plan for a signature, made at the first call.
+
+        Leaves that lie on the devices are used there if an earlier plan already does so, else a
+        plan is made that tries to.
+        """
+        with self._lock:
+            programs = self._programs.setdefault(signature.key, [])
+            for program in programs:
+                wanted = program.plan.request.on_devices | program.plan.placement.resident
+                if signature.on_devices <= wanted:
+                    return program
+            programs.append(self._make(signature))
+            return programs[-1]
+
+    def _make(self, signature: _Signature) -> _PlannedSignature:
+        structures: list[Any] = []
+
+        def flat_function(*physical: Any) -> list[Any]:
+            leaves = [
+                jaxpr_types.from_physical(x, a)
+                for x, a in zip(physical, signature.avals, strict=True)
+            ]
+            args, kwargs = jax.tree.unflatten(signature.structure, leaves)
+            with _tracing_inside():
+                result = self._function(*args, **kwargs)
+            out, structure = jax.tree.flatten(result)
+            first = result[0] if type(result) is tuple and result else result
+            structures.append((structure, (structure, jax.tree.structure(first))))
+            structures.append([jax.typeof(x) for x in out])
+            return [_physical_output(x) for x in out]
+
+        closed = trace.trace(flat_function, [_physical(a) for a in signature.avals])
+        (out_structure, carry_structures), types = structures
+        request = Request(
+            closed=closed,
+            carried=self._carried(signature, carry_structures, types),
+            public=signature.public,
+            on_devices=signature.on_devices,
+            scheme=self._scheme,
+            costs=self._enclave.costs if self._weighs_costs else None,
+            offload=self._offload,
+            workers=1 if self._mesh is None else self._mesh.size,
+            verify=self._verify,
+        )
+        return _PlannedSignature(make_plan(request), out_structure, types)
+
+    def _carried(
+        self, signature: _Signature, carry_structures: Sequence[Any], types: Sequence[Any]
+    ) -> dict[int, int]:
+        """Leaves of the first argument and their outputs, if these carry state.
+
+        Args:
+          signature: of the call.
+          carry_structures: of what may be the new state: the whole result, or its first part.
+          types: abstract values of the flat outputs.
+        """
+        args, _ = jax.tree.unflatten(signature.structure, signature.avals)
+        if not args:
+            return {}
+        first, structure = jax.tree.flatten(args[0])
+        if structure not in carry_structures or not first:
+            return {}
+        same = all(
+            a.shape == b.shape and a.dtype == b.dtype
+            for a, b in zip(first, types[: len(first)], strict=True)
+        )
+        return {i: i for i in range(len(first))} if same else {}
+
+    def _runtime(self, program: _PlannedSignature) -> Runtime:
+        with self._lock:
+            if program.runtime is None:
+                program.runtime = Runtime(program.plan, self._enclave, self._mesh)
+            return program.runtime
+
+    def _donated(self, plan: Plan) -> list[int]:
+        """Inputs that a call consumes; what is revealed replaces no state."""
+        carried = plan.request.carried
+        if not self._donate or not set(carried.values()).isdisjoint(plan.revealed):
+            return []
+        return sorted(carried)
+
+    # Public
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the shielded function; see `shield`."""
+        if _inside.get():
+            return self._function(*args, **kwargs)
+        if not self._enclave.is_host:
+            raise RoleError(
+                f"shield: `{self._name}` runs on the host, and this is the client's side "
+                "(`Enclave.connect`): call `.provision(...)` here, and call the function on the "
+                "enclave's machine with `enclave=Enclave.attach(...)`."
+            )
+        signature = self._signature(args, kwargs)
+        tracing = trace.under_trace() or any(
+            isinstance(x, Tracer) for x in jax.tree.leaves(signature.leaves)
+        )
+        inputs = self._inputs(signature, tracing)
+        program = self._program(signature)
+        runtime = self._runtime(program)
+        donated = self._donated(program.plan)
+        if tracing:
+            if active_views():
+                raise UnsupportedError(
+                    "host_view records calls outside jit only; call the shielded function directly"
+                )
+            outputs = runtime.trace(inputs, program.types, donated)
+        else:
+            outputs = runtime.call(inputs, program.types, active_views())
+            self._enclave.donate([signature.leaves[i] for i in donated], outputs)
+        for i, aval in enumerate(program.types):
+            if aval.dtype == jax.dtypes.float0:
+                outputs[i] = np.zeros(aval.shape, jax.dtypes.float0)
+        return jax.tree.unflatten(program.out_structure, outputs)
+
+    def provision(self, *args: Any, **kwargs: Any) -> str:
+        """Gives the enclave the program for such arguments, so that the host may run it.
+
+        The client calls this; then `shield` of the same function finds the program on the host
+        (`Enclave.attach`), by the hash of its description and of its code. Called on the
+        host, it checks that the client did.
+
+        Where a state is carried whose returned form needs a plan of its own (a leaf that comes
+        back weakly typed, or lies on the devices from then on), that is provisioned as well.
+
+        Arrays that the function closes over go to the enclave encrypted, and on the host only
+        their shapes and dtypes matter. Of two programs that differ in such arrays alone, the host
+        gets the one provisioned last.
+
+        Args:
+          *args: arguments as for a call; only structure, shapes, dtypes and, of sealed values,
+            where they lie matter. `jax.ShapeDtypeStruct` stands for an array.
+          **kwargs: likewise.
+
+        Returns:
+          The hash of the program for the arguments as given.
+
+        Raises:
+          UnprovisionedError: on the host, if the client did not provision it.
+        """
+        signature = self._signature(args, kwargs)
+        program = self._program(signature)
+        provisioned = []
+        while program not in provisioned:
+            self._runtime(program)
+            provisioned.append(program)
+            signature = self._following(signature, program)
+            program = self._program(signature)
+        return self._runtime(provisioned[0]).digest
+
+    def _following(self, signature: _Signature, program: _PlannedSignature) -> _Signature:
+        """The signature of the next call, whose state is the one that this call returns."""
+        plan, leaves = program.plan, list(signature.leaves)
+        places = dict(zip(plan.sealed, (p.place for p in plan.program.outputs), strict=True))
+        for i, position in plan.request.carried.items():
+            if position in places:
+                aval = program.types[position]
+                form = BLINDED if places[position] == DEVICE else RESIDENT
+                leaves[i] = SealedArray(
+                    (None, None),
+                    form,
+                    aval.shape,
+                    aval.dtype,
+                    aval.weak_type,
+                    self._enclave.session,
+                )
+        return _Signature(leaves, signature.structure, signature.public)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Report:
+        """What runs where, under which keys, and what crosses, without running anything.
+
+        Args:
+          *args: arguments as for a call; only shapes and dtypes matter.
+          **kwargs: likewise.
+
+        Returns:
+          A report; print it.
+        """
+        program = self._program(self._signature(args, kwargs))
+        return Report(self._name, program.plan, _argument_names(self._function, args, kwargs))
+
+    def traffic(self, *args: Any, **kwargs: Any) -> Traffic:
+        """Bytes and round trips that calls with such arguments have cost so far.
+
+        Args:
+          *args: arguments as for a call; only shapes and dtypes matter.
+          **kwargs: likewise.
+        """
+        return self._runtime(self._program(self._signature(args, kwargs))).traffic
+
+
+def _check_option(name: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UnsupportedError(f"shield: {name} is {value!r}, expected one of {', '.join(known)}")
+
+
+def _physical(aval: Any) -> jax.ShapeDtypeStruct:
+    struct = jaxpr_types.physical(aval)
+    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, weak_type=aval.weak_type)
+
+
+def _physical_output(x: Any) -> Any:
+    if jax.typeof(x).dtype == jax.dtypes.float0:
+        # The gradient of an integer: there is nothing in it but its shape.
+        return jnp.zeros(())
+    return jaxpr_types.to_physical(jnp.asarray(x))
+
+
+@contextlib.contextmanager
+def _tracing_inside() -> Iterator[None]:
+    """While a shielded function is traced, shielded functions it calls become part of it."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
+
+
+def _argument_names(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[str]:
+    """A readable name for each flat argument, such as `state.params['kernel']`."""
+    parameters = list(inspect.signature(function).parameters)
+    names = []
+    for i, argument in enumerate(args):
+        root = parameters[i] if i < len(parameters) else f"argument {i}"
+        names += [root + suffix for suffix in _paths(argument)]
+    for key in sorted(kwargs):
+        names += [key + suffix for suffix in _paths(kwargs[key])]
+    return names
+
+
+def _paths(argument: Any) -> list[str]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(argument, is_leaf=is_sealed)
+    return [jax.tree_util.keystr(path) for path, _ in leaves]

@@ -1,0 +1,541 @@
+"""The enclave as the user meets it: launch, connect or attach; seal, open.
+
+Three ways lead to one, and each gives a role. `connect` is the client's, from any machine: it
+has the session's keys and no shared memory, so it provisions, seals and opens. `attach` is the
+host's, on the enclave's machine: it has shared memory and no keys, so it runs what was provisioned.
+`launch` is both in one process, for development; the path of every byte is the same.
+
+Values that a client and a host hand each other travel as files (`sealing.file`). What lies
+blinded on the host's devices comes to the client with its content in the file, and the client
+sends it along when it asks the enclave to open it.
+
+Untrusted on the host; the methods that encrypt and decrypt run where the keys are. Called by
+users and by `api.shielded`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from enclave_runtime.crypto import encryption
+from enclave_runtime.protocol.checkpoint import Seen
+from enclave_runtime.protocol.memory import Arena, input_bytes
+from enclave_runtime.protocol.program import ArrayType, aligned
+from enclave_runtime.protocol.wire import Kind
+from tempo_jax.attestation.policy import AttestationPolicy, Verified
+from tempo_jax.enclave.saving import CheckpointRequests
+from tempo_jax.errors import (
+    ChannelError,
+    CheckpointError,
+    RoleError,
+    SealedValueError,
+    UnsupportedError,
+)
+from tempo_jax.jaxprs import types
+from tempo_jax.jaxprs.types import array_type
+from tempo_jax.planning.calibration import cost_model, machine_costs
+from tempo_jax.planning.cost import CostModel
+from tempo_jax.sealing.array import BLINDED, ENCRYPTED, SealedArray, handle_text, is_sealed, owners
+from tempo_jax.sealing.handles import Handles
+from tempo_jax.sealing.leaves import leaves_of
+from tempo_jax.sealing.ledger import CheckpointKey, CheckpointLedger
+from tempo_jax.transport import launch as launch_module
+from tempo_jax.transport.channel import Channel, parse_address
+from tempo_jax.transport.child import Connection
+from tempo_jax.transport.host_key import read_host_key
+from tempo_jax.transport.identity import ClientIdentity
+from tempo_jax.transport.loopback import Attachment, Loopback
+
+
+class Enclave:
+    """A running enclave and a session with it.
+
+    Make one with `launch` (client and host in one process), `connect` (the client, from any
+    machine) or `attach` (the host, on the enclave's machine). A context manager: leaving it ends
+    a launched process, and leaves any other running.
+    """
+
+    def __init__(self, connection: Connection | Channel | Attachment):
+        """Wraps a connection; users call `launch`, `connect` or `attach`."""
+        self._connection = connection
+        self._handles = Handles()
+        self._checkpointing = CheckpointRequests()
+        # Handles are the host's to count; a client in the same process has only copies of them.
+        if self.is_host:
+            owners[connection.session] = self
+
+    @classmethod
+    def launch(
+        cls,
+        kind: Literal["process", "gramine-direct", "gramine-sgx"] = "process",
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        checkpoint_key: CheckpointKey | None = None,
+        checkpoint_ledger: CheckpointLedger | None = None,
+    ) -> Enclave:
+        """Starts an enclave as a child and opens a session with it.
+
+        The child is trusted because this process started it and handed it the session's
+        secret through a pipe. It ends when this process does. Started so, even an enclave on SGX
+        trusts this machine with the secret: to train on a machine that you do not trust, serve the
+        enclave there (``tempo-jax enclave serve``) and `connect` from your own.
+
+        Args:
+          kind: ``process`` is ``python -m enclave_runtime``, ``gramine-direct`` the same under
+            Gramine without SGX, ``gramine-sgx`` with SGX.
+          directory: for Gramine, what ``python -m enclave_runtime.gramine build`` made; by
+            default one in the user's cache, built on first use.
+          checkpoint_key: see `use_checkpoint_key`.
+          checkpoint_ledger: likewise.
+
+        Returns:
+          The enclave, ready for use.
+
+        Raises:
+          LaunchError: this machine cannot start that kind; the message says what to do.
+          EnclaveDiedError: the process did not come up.
+        """
+        launched = cls(Connection(launch_module.command(kind, directory)))
+        try:
+            if checkpoint_key is not None:
+                launched.use_checkpoint_key(checkpoint_key, checkpoint_ledger)
+        except BaseException:
+            launched.close()
+            raise
+        return launched
+
+    @classmethod
+    def connect(
+        cls, address: str, *, policy: AttestationPolicy, identity: ClientIdentity | None = None
+    ) -> Enclave:
+        """Connects the client to an enclave that serves, and owns it or comes back to it.
+
+        Nothing is sent before the enclave's evidence satisfied the policy. An enclave that has no
+        owner becomes this identity's for as long as it runs. Keep the identity
+        (`enclave.identity.save(path)`) to come back later or from another process: without it
+        nothing that was sealed can be opened.
+
+        Args:
+          address: of the client port, ``host:port``.
+          policy: what the enclave has to prove.
+          identity: who the client is; by default a new one.
+
+        Returns:
+          The client's side: it seals, opens and provisions. It runs nothing.
+
+        Raises:
+          AttestationError: the evidence does not satisfy the policy.
+          ChannelError: nothing answers there, or the enclave has another owner.
+        """
+        return cls(Channel(address, policy, identity or ClientIdentity.generate()))
+
+    @classmethod
+    def attach(
+        cls, address: str = "127.0.0.1:7442", *, host_key: str | os.PathLike[str] | None = None
+    ) -> Enclave:
+        """Attaches the host to an enclave that serves on this machine.
+
+        Args:
+          address: of the host port, on loopback.
+          host_key: the file that `tempo-jax enclave serve` wrote; by default where it does.
+
+        Returns:
+          The host's side: it runs what the client provisioned. It has no key, so it neither
+          seals nor opens.
+
+        Raises:
+          ChannelError: no enclave there accepts this host.
+        """
+        host, port = parse_address(address)
+        if host not in ("127.0.0.1", "localhost"):
+            raise ChannelError(
+                f"a host attaches on the enclave's own machine, expected 127.0.0.1:PORT, got {host}"
+            )
+        return cls(Attachment(port, read_host_key(port, host_key)))
+
+    def __enter__(self) -> Enclave:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Enclave({'closed' if self._connection.closed else self._connection})"
+
+    def close(self) -> None:
+        """Ends a launched enclave, and with it everything sealed in it; else only leaves."""
+        self._connection.close()
+
+    @property
+    def session(self) -> str:
+        """Public name of the session, to which sealed values are bound."""
+        return self._connection.session
+
+    @property
+    def connection(self) -> Any:
+        """The line to the enclave: `Connection`, `Channel` or `Attachment`."""
+        return self._connection
+
+    @property
+    def verified(self) -> Verified | None:
+        """What the enclave's evidence proved; None for other sides than a connected client's."""
+        return self._connection.verified if isinstance(self._connection, Channel) else None
+
+    @property
+    def identity(self) -> ClientIdentity | None:
+        """Who a connected client is; None for other sides."""
+        return self._connection.identity if isinstance(self._connection, Channel) else None
+
+    @property
+    def is_client(self) -> bool:
+        """Whether this side has the session's keys: it seals, opens and provisions."""
+        return self._connection.keys is not None
+
+    @property
+    def is_host(self) -> bool:
+        """Whether this side shares memory with the enclave: it runs programs."""
+        return isinstance(self._connection, Loopback)
+
+    def _keys(self, what: str) -> encryption.SessionKeys:
+        if self._connection.keys is None:
+            raise RoleError(
+                f"{what} needs the client's keys, and this is the host's side (`Enclave.attach`): "
+                "the client does that on its own machine and sends you the sealed values in a "
+                "file (`tempo.save_sealed`)"
+            )
+        return self._connection.keys
+
+    def _lines(self, what: str) -> Loopback:
+        if not isinstance(self._connection, Loopback):
+            raise RoleError(
+                f"{what} is the host's work, and this is the client's side (`Enclave.connect`): "
+                "run it on the enclave's machine with `Enclave.attach`"
+            )
+        return self._connection
+
+    @functools.cached_property
+    def costs(self) -> CostModel:
+        """What the enclave's work costs, from which plans are made.
+
+        A launched enclave's is cached on disk for the machine. One that serves measures once, so
+        that its client and its host, who plan apart, plan alike.
+        """
+        if isinstance(self._connection, Connection):
+            kind = self._connection.kind
+            return machine_costs(kind, lambda: self._connection.request(Kind.CALIBRATE, {}))
+        return cost_model(self._connection.request(Kind.CALIBRATE, {}))
+
+    def statistics(self) -> dict[str, Any]:
+        """What the enclave reports of itself.
+
+        Returns:
+          `handles`, `runs`, `programs` and `blindings` (counts), `peak_memory_bytes`,
+          `busy_seconds` (inside segments, since launch) and `process` (its id).
+        """
+        self.free_dropped()
+        return self._lines("`enclave.statistics`").request(Kind.STATISTICS, {})
+
+    # The client's side: plaintext in, plaintext out
+
+    def seal(self, tree: Any) -> Any:
+        """Encrypts every array of a pytree to the enclave.
+
+        Args:
+          tree: any pytree of arrays and Python numbers; sealed leaves stay as they are.
+
+        Returns:
+          The same pytree, its leaves `SealedArray`.
+
+        Raises:
+          UnsupportedError: a leaf is not an array or a number.
+          RoleError: this is the host's side.
+        """
+        return jax.tree.map(self._seal_leaf, tree, is_leaf=is_sealed)
+
+    def _seal_leaf(self, leaf: Any) -> SealedArray:
+        if is_sealed(leaf):
+            return self.check_owned(leaf)
+        keys = self._keys("`enclave.seal`")
+        try:
+            aval = jax.typeof(leaf)
+            if isinstance(leaf, Tracer):
+                raise UnsupportedError(
+                    "enclave.seal was called inside jit: the value is already the host's. Seal it "
+                    "before, outside jit."
+                )
+            plain = np.asarray(types.to_physical(jnp.asarray(leaf)))
+        except TypeError as error:
+            raise UnsupportedError(
+                f"enclave.seal: a leaf of type {type(leaf).__name__} is not an array or a number. "
+                "Keep such objects out of the pytree, for example as static fields."
+            ) from error
+        encrypted = encryption.encrypt_array(keys.to_enclave, plain, self.session)
+        return SealedArray(
+            (jnp.asarray(encrypted),),
+            ENCRYPTED,
+            aval.shape,
+            aval.dtype,
+            aval.weak_type,
+            self.session,
+        )
+
+    def open(self, tree: Any) -> Any:
+        """Decrypts every sealed leaf of a pytree for the client.
+
+        Args:
+          tree: any pytree; leaves that are not sealed stay as they are.
+
+        Returns:
+          The same pytree with a `jax.Array` in place of every `SealedArray`.
+
+        Raises:
+          SealedValueError: a leaf was donated, altered, or belongs to another enclave.
+          RoleError: this is the host's side.
+        """
+        self.free_dropped()
+        return jax.tree.map(
+            lambda x: self._open_leaf(x) if is_sealed(x) else x, tree, is_leaf=is_sealed
+        )
+
+    def _open_leaf(self, sealed: SealedArray) -> jax.Array:
+        self.check_owned(sealed)
+        array = array_type(sealed)
+        keys = self._keys("`enclave.open`")
+        if sealed.form == ENCRYPTED:
+            plain = self._decrypt(keys.to_enclave, np.asarray(sealed.content), array)
+        elif isinstance(self._connection, Channel):
+            blinded = np.asarray(sealed.content).tobytes() if sealed.form == BLINDED else b""
+            fields = {"handle": handle_text(sealed.handle)}
+            reply = self._connection.exchange(Kind.OPEN, fields, blinded)
+            encrypted = np.frombuffer(reply.attachment, np.uint8)
+            plain = self._decrypt(keys.to_client, encrypted, array)
+        else:
+            with self.arena(input_bytes(array)) as (name, arena):
+                if sealed.form == BLINDED:
+                    np.copyto(arena.view(array, 0), np.asarray(sealed.content))
+                self._connection.request(
+                    Kind.OPEN, {"handle": handle_text(sealed.handle), "arena": name, "offset": 0}
+                )
+                size = array.nbytes + encryption.OVERHEAD_BYTES
+                encrypted = arena.view(ArrayType((size,), "uint8"), 0).copy()
+            plain = self._decrypt(keys.to_client, encrypted, array)
+        return types.from_physical(jnp.asarray(plain), sealed)
+
+    def _decrypt(self, key: bytes, encrypted: np.ndarray, array: ArrayType) -> np.ndarray:
+        try:
+            return encryption.decrypt_array(
+                key, encrypted, self.session, array.shape, np.dtype(array.dtype)
+            )
+        except encryption.DecryptionError as error:
+            raise SealedValueError(
+                f"a sealed {array.dtype}{list(array.shape)} failed its authentication: it was "
+                "altered, or its shape, dtype or session is not the one it was sealed with"
+            ) from error
+
+    # Checkpoints
+
+    def use_checkpoint_key(
+        self, key: CheckpointKey, ledger: CheckpointLedger | None = None
+    ) -> None:
+        """Gives the enclave the key for the checkpoints that follow, in place of an earlier one.
+
+        Args:
+          key: the client's, the same for all of a training run.
+          ledger: what the client has seen; without one, old checkpoints pass for the newest.
+
+        Raises:
+          CheckpointError: the key takes the enclave's identity, and it has none outside SGX.
+        """
+        self._checkpointing.use_key(self, key, ledger)
+
+    @property
+    def ledger(self) -> CheckpointLedger:
+        """What the client has seen by now; keep it with the newest checkpoint."""
+        return self._checkpointing.ledger
+
+    def checkpoint(self, tree: Any) -> bytes:
+        """Seals a state to the checkpoint key, as bytes that any storage may hold.
+
+        Leaves that lie blinded on the devices are in it as well. The state stays usable. The
+        ledger has seen the checkpoint from now on.
+
+        Args:
+          tree: any pytree of `SealedArray`s.
+
+        Returns:
+          The checkpoint; `checkpoints.write` puts it into a file safely.
+
+        Raises:
+          CheckpointError: no key was given, or a leaf is not sealed.
+          SealedValueError: a leaf was donated or belongs to another enclave.
+
+        Example:
+          >>> import tempo_jax as tempo
+          >>> key = tempo.CheckpointKey.generate()
+          >>> with tempo.Enclave.launch(checkpoint_key=key) as enclave:
+          ...     data = enclave.checkpoint(enclave.seal({"step": 3}))
+          ...     ledger = enclave.ledger
+          >>> with tempo.Enclave.launch(checkpoint_key=key, checkpoint_ledger=ledger) as enclave:
+          ...     state = enclave.restore(data, like={"step": 0})
+          ...     int(enclave.open(state)["step"])
+          3
+        """
+        self._lines("`enclave.checkpoint`")
+        self.free_dropped()
+        return self._checkpointing.write(self, tree)
+
+    def restore_order(self, like: Any, *, allow_rollback_to: int | Seen | None = None) -> bytes:
+        """The client's leave for its host to restore a checkpoint, once: bytes to send it.
+
+        For a client that is not where the checkpoint is. The order holds for this enclave, for
+        states like `like`, and for checkpoints at least as new as the newest in the ledger. It does
+        not expire: a host may keep it unused and restore later.
+
+        Args:
+          like: see `restore`.
+          allow_rollback_to: see `restore`.
+
+        Raises:
+          CheckpointError: no checkpoint key was given.
+          RoleError: this is the host's side.
+        """
+        leaves, *_ = leaves_of(like)
+        self._keys("allowing a restore")
+        return self._checkpointing.order(self, leaves, allow_rollback_to)
+
+    def restore(
+        self,
+        data: bytes,
+        like: Any,
+        *,
+        allow_rollback_to: int | Seen | None = None,
+        order: bytes | None = None,
+    ) -> Any:
+        """Brings a checkpoint's state into this enclave, where it gets fresh blinding keys.
+
+        Args:
+          data: what `checkpoint` returned, in this enclave or an earlier one.
+          like: a pytree of the same structure, shapes and dtypes: the state as first made, a
+            sealed one, or `jax.eval_shape`'s result.
+          allow_rollback_to: the number of a checkpoint that is older than the newest that the
+            client has seen, to go back to it on purpose; should there be several of the number,
+            `key.authenticated(data)` names exactly one.
+          order: on the host, what the client's `restore_order` gave; it serves once.
+
+        Returns:
+          The pytree with `SealedArray`s.
+
+        Raises:
+          CheckpointError: altered or cut; under another key; older than the client has seen; not
+            like `like`.
+          RoleError: on the host without an `order`; on a client away from the enclave.
+        """
+        if not isinstance(data, bytes):
+            raise CheckpointError(
+                f"enclave.restore: data is a {type(data).__name__}, expected bytes (for an array "
+                "of uint8, `np.asarray(array).tobytes()`)"
+            )
+        self._lines("`enclave.restore`")
+        if order is None and not self.is_client:
+            raise RoleError(
+                "enclave.restore: restoring needs the client's leave. Pass `order=`, which the "
+                "client gets from `enclave.restore_order(like)` and sends you"
+            )
+        return self._checkpointing.restore(self, data, like, allow_rollback_to, order)
+
+    def check_owned(self, sealed: SealedArray) -> SealedArray:
+        """Refuses values of other sessions and values already donated.
+
+        Raises:
+          SealedValueError: with the reason.
+        """
+        if sealed.session != self.session:
+            raise SealedValueError(
+                f"{sealed!r} belongs to another session or enclave; open it there and seal it here"
+            )
+        if any(isinstance(c, jax.Array) and c.is_deleted() for c in _concrete(sealed)):
+            raise SealedValueError(
+                f"{sealed!r} was donated to an earlier call, which replaced it by the new state it "
+                "returned. Use that one, or pass `donate=False` to `shield`."
+            )
+        return sealed
+
+    # Handles
+
+    def adopt(self, handle: Any) -> None:
+        """Counts an array that holds a handle; when the last one is dropped, frees the handle."""
+        self._handles.adopt(handle)
+
+    def keep(self, sealed: SealedArray) -> None:
+        """Keeps what a sealed value names in the enclave, although it may be dropped here.
+
+        For values that lie in files: whoever reads them later still finds them, until a call
+        donates them or the enclave ends.
+        """
+        if sealed.form != ENCRYPTED:
+            self._handles.keep(handle_text(sealed.handle))
+
+    def donate(self, leaves: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Gives up sealed values that a committed run replaced by `outputs`."""
+        kept = {id(x.content) for x in outputs if is_sealed(x)}
+        for leaf in leaves:
+            if not is_sealed(leaf):
+                continue
+            if leaf.form != ENCRYPTED:
+                self._handles.drop(handle_text(leaf.handle))
+            # A leaf that the step passes through may come back as the very same array.
+            if isinstance(leaf.content, jax.Array) and id(leaf.content) not in kept:
+                leaf.content.delete()
+
+    def free_dropped(self) -> None:
+        """Tells the enclave which handles nobody holds any more."""
+        dropped = self._handles.take_dropped()
+        if dropped and not self._connection.closed:
+            self._connection.request(Kind.FREE, {"handles": dropped})
+
+    # For `running.provisioning`, `running.call` and `enclave.checkpoints`
+
+    @contextlib.contextmanager
+    def arena(self, size: int) -> Iterator[tuple[str, Arena]]:
+        """Shared memory for one request or run."""
+        lines = self._lines("what goes through shared memory")
+        reserved = lines.reserve(aligned(max(size, 1)))
+        try:
+            yield reserved
+        except BaseException:
+            lines.discard(reserved)
+            raise
+        lines.give_back(reserved)
+
+    def encrypt(self, content: bytes, purpose: str) -> bytes:
+        """Encrypts bytes to the enclave, for one purpose in this session.
+
+        Raises:
+          RoleError: this is the host's side.
+        """
+        context = f"{purpose}|{self.session}".encode()
+        key = self._keys("encrypting to the enclave").to_enclave
+        return encryption.encrypt_bytes(key, content, context)
+
+    def encrypt_array(self, value: Any) -> np.ndarray:
+        """Encrypts an array to the enclave.
+
+        Raises:
+          RoleError: this is the host's side.
+        """
+        key = self._keys("provisioning a program").to_enclave
+        return encryption.encrypt_array(key, np.asarray(value), self.session)
+
+
+def _concrete(sealed: SealedArray) -> list[Any]:
+    children = (sealed.content, sealed.handle)
+    return [c for c in children if not isinstance(c, Tracer)]

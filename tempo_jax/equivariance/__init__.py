@@ -1,0 +1,1 @@
+"""Key classes, and the rules by which an operation or an optimizer commutes with a blinding."""

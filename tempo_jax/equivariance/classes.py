@@ -1,0 +1,206 @@
+"""Key classes: which axes of which blinded values must share one key.
+
+Every axis of every blinded value is a node; a linear operation forces equalities between nodes, and
+union-find gives the classes. Two layers never come to share a class through a nonlinearity, because
+only equations that run on blinded values force anything, and activations run in the enclave.
+
+Beside its class an axis has a *weight*: the power, modulo 2, at which the key acts on it. For
+signed permutations it says how often the element's sign divides the value (1 for a gradient, 0 for
+its square), for orthogonal keys whether the value is linear (1) or a square that waits to be summed
+(0), and for a group with two polarities whether the key acts (1) or its inverse transpose (0). What
+is not yet known is solved for: a weight is a linear form over GF(2), an int whose bit 0 is the
+constant 1 and whose other bits stand for unknowns. Equations demand that forms vanish;
+`Keying.solve` finds the first demand that cannot be met.
+
+Untrusted and pure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tempo_jax.schemes import Group
+
+ONE = 1  # the constant weight
+
+
+class Axis(NamedTuple):
+    """One axis of a value on the host.
+
+    Attributes:
+      node: its node, or None where the value is constant along the axis.
+      weight: a linear form over GF(2).
+    """
+
+    node: int | None
+    weight: int
+
+
+Axes = tuple[Axis, ...]
+
+
+class Demand(NamedTuple):
+    """A weight that must vanish, if weights turn out to matter on the axis's class."""
+
+    weight: int
+    node: int
+    equation: int
+    reason: str
+
+
+@dataclasses.dataclass
+class _Class:
+    size: int
+    keyed: bool = True
+    batch: bool = False
+
+
+class Keying:
+    """Nodes, their classes, and demands on weights, for one placement.
+
+    Attributes:
+      group: what the keys form.
+    """
+
+    def __init__(self, group: Group = Group.SIGNED_PERMUTATION) -> None:
+        self.group = group
+        self._parent: list[int] = []
+        self._classes: dict[int, _Class] = {}
+        self._unknowns = 0
+        self._unsettled: dict[int, int] = {}  # bit of a weight → equation that left it open
+        self._demands: list[Demand] = []
+
+    # Nodes
+
+    def node(self, size: int) -> int:
+        """A new node; axes of size 0 and 1 have nothing to permute and carry no key."""
+        number = len(self._parent)
+        self._parent.append(number)
+        self._classes[number] = _Class(size, keyed=size > 1)
+        return number
+
+    def fresh(self, shape: Sequence[int]) -> Axes:
+        """Axes of a value that the enclave blinds, in whichever polarity its use demands."""
+        if not self.group.orthogonal:
+            return self._unknown(shape)
+        return tuple(Axis(self.node(n), ONE) for n in shape)
+
+    def leaf(self, shape: Sequence[int]) -> Axes:
+        """Axes of a leaf of the state, whose weights may still be unknown."""
+        if self.group is Group.ORTHOGONAL:
+            return self.fresh(shape)
+        return self._unknown(shape)
+
+    def _unknown(self, shape: Sequence[int]) -> Axes:
+        axes = []
+        for n in shape:
+            self._unknowns += 1
+            axes.append(Axis(self.node(n), 1 << self._unknowns))
+        return tuple(axes)
+
+    def find(self, node: int) -> int:
+        """The representative of a node's class."""
+        while self._parent[node] != node:
+            self._parent[node] = self._parent[self._parent[node]]
+            node = self._parent[node]
+        return node
+
+    def join(self, a: int, b: int) -> None:
+        """Puts two nodes into one class."""
+        a, b = self.find(a), self.find(b)
+        if a == b:
+            return
+        low, high = min(a, b), max(a, b)
+        kept, gone = self._classes[low], self._classes.pop(high)
+        assert kept.size == gone.size, "axes of different sizes cannot share a key"
+        self._parent[high] = low
+        kept.keyed &= gone.keyed
+        kept.batch |= gone.batch
+
+    def strip_key(self, node: int) -> None:
+        """This class carries no key at all."""
+        self._classes[self.find(node)].keyed = False
+
+    def mark_batch(self, node: int) -> None:
+        """A product runs over this class as a batch, so it carries a permutation alone."""
+        self._classes[self.find(node)].batch = True
+
+    def keyed(self, node: int | None) -> bool:
+        """Whether a node's class carries a key, as far as is known."""
+        return node is not None and self._classes[self.find(node)].keyed
+
+    def batch(self, node: int) -> bool:
+        """Whether a node's class carries a permutation alone, as far as is known."""
+        return self._classes[self.find(node)].batch
+
+    def weighted(self, node: int | None) -> bool:
+        """Whether weights matter on a node's class, as far as is known."""
+        return node is not None and self.keyed(node) and not self.batch(node)
+
+    def same(self, a: int | None, b: int | None) -> bool:
+        """Whether two axes are blinded alike: one class, or neither carries a key."""
+        if a is None or b is None:
+            return not self.keyed(a) and not self.keyed(b)
+        return self.find(a) == self.find(b) or not (self.keyed(a) or self.keyed(b))
+
+    def size(self, node: int) -> int:
+        """Length of the axes of a node's class."""
+        return self._classes[self.find(node)].size
+
+    # Weights
+
+    def demand(self, weight: int, node: int | None, equation: int, reason: str) -> None:
+        """Demands that `weight` vanishes on this axis."""
+        if node is not None and weight:
+            self._demands.append(Demand(weight, node, equation, reason))
+
+    def unsettled(self, equation: int) -> int:
+        """A weight that differs from one run to the next, so that no demand can settle it.
+
+        It may only vanish, in an even function or a product with itself.
+        """
+        self._unknowns += 1
+        self._unsettled[self._unknowns] = equation
+        return 1 << self._unknowns
+
+    def left_open(self, weight: int, pivots: dict[int, int]) -> int | None:
+        """The equation that left a weight open, if any did."""
+        form = reduce_form(weight, pivots)
+        return next((e for bit, e in self._unsettled.items() if form >> bit & 1), None)
+
+    def solve(self) -> tuple[dict[int, int], Demand | None]:
+        """Solves the demands in order by elimination over GF(2).
+
+        Returns:
+          A row of the reduced system for each pivot bit, and the first demand that
+          contradicts those before it, if any.
+        """
+        pivots: dict[int, int] = {}
+        for demand in self._demands:
+            if not self.weighted(demand.node):
+                continue
+            form = reduce_form(demand.weight, pivots)
+            culprit = self.left_open(form, pivots)
+            if culprit is not None:
+                return pivots, demand._replace(equation=culprit)
+            if form == ONE:
+                return pivots, demand
+            if form:
+                pivots[form.bit_length() - 1] = form
+        return pivots, None
+
+
+def reduce_form(form: int, pivots: dict[int, int]) -> int:
+    """The form with every pivot's unknown eliminated."""
+    for bit in range(form.bit_length() - 1, 0, -1):
+        if form >> bit & 1 and bit in pivots:
+            form ^= pivots[bit]
+    return form
+
+
+def resolve_weight(form: int, pivots: dict[int, int]) -> int:
+    """The weight, 0 or 1; unknowns that nothing determines count as 1."""
+    form = reduce_form(form, pivots)
+    return bin(form).count("1") % 2

@@ -1,0 +1,1 @@
+"""Products with their gradients' products, as matrices: found, fused, and kept from labels."""

@@ -1,0 +1,87 @@
+"""Single equations: reading, evaluating and locating them.
+
+Untrusted and pure. Serves JAX 0.10 to 0.12.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax._src import source_info_util  # JAX 0.10-0.12: no public way to keep an equation's source.
+
+from tempo_jax.jaxprs.primitives import is_debugging
+from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+
+def subjaxprs(eqn: JaxprEqn) -> Iterator[Any]:
+    """The open jaxprs in an equation's parameters."""
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
+
+
+def equations(jaxpr: Any) -> Iterator[JaxprEqn]:
+    """All equations of a jaxpr at any depth."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in subjaxprs(eqn):
+            yield from equations(inner)
+
+
+def debugging(jaxpr: Any) -> list[JaxprEqn]:
+    """The debugging callbacks of a jaxpr at any depth; `flatten` leaves them out."""
+    return [eqn for eqn in equations(jaxpr) if is_debugging(eqn)]
+
+
+def at_source_of(eqn: JaxprEqn) -> contextlib.AbstractContextManager[None]:
+    """While this lasts, traced equations count as coming from where `eqn` comes from."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    return source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)
+
+
+def bind(eqn: JaxprEqn, arguments: Sequence[Any], **changes: Any) -> list[Any]:
+    """Evaluates one equation on `arguments`, with some parameters changed."""
+    params = eqn.primitive.get_bind_params({**eqn.params, **changes})
+    with at_source_of(eqn), eqn.ctx.manager:
+        result = eqn.primitive.bind(*arguments, **params)
+    return list(result) if eqn.primitive.multiple_results else [result]
+
+
+def source(eqn: JaxprEqn) -> str:
+    """Where in the user's program an equation comes from, as `file:line (function)`."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def line(eqn: JaxprEqn) -> str:
+    """Where an equation comes from as `file.py:line`, without the folders of this machine."""
+    frame = source_info_util.user_frame(eqn.source_info.traceback)
+    return "unknown" if frame is None else f"{Path(frame.file_name).name}:{frame.start_line}"
+
+
+def forward_only(eqns: Iterable[JaxprEqn], outputs: Sequence[Any]) -> list[JaxprEqn]:
+    """The equations that `outputs` depend on, in order."""
+    needed = {v for v in outputs if isinstance(v, Var)}
+    kept = []
+    for eqn in reversed(list(eqns)):
+        if any(v in needed for v in eqn.outvars):
+            kept.append(eqn)
+            needed |= {v for v in eqn.invars if isinstance(v, Var)}
+    return kept[::-1]
+
+
+def evaluate(eqns: Iterable[JaxprEqn], env: dict[Any, Any], outputs: Sequence[Any]) -> list[Any]:
+    """Evaluates flat equations on the values in `env` and returns `outputs`."""
+    env = dict(env)
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, Literal) else env[v]
+
+    for eqn in eqns:
+        env.update(zip(eqn.outvars, bind(eqn, [read(v) for v in eqn.invars]), strict=True))
+    return [read(v) for v in outputs]

@@ -1,0 +1,280 @@
+"""Flattening: calls are inlined, and control flow that holds worthwhile work is dissolved.
+
+Untrusted and pure. Serves JAX 0.10 to 0.12.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src.state.discharge import discharge_state  # JAX 0.10-0.12: `jit` does the same.
+from jax.core import Tracer
+from jax.extend.core import primitives as prims
+
+from tempo_jax.jaxprs.equations import bind, debugging, equations, forward_only, source, subjaxprs
+from tempo_jax.jaxprs.primitives import cheap_p, is_debugging
+from tempo_jax.jaxprs.trace import trace
+from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, avals_of
+
+# Scans longer than this run inside the enclave whole rather than be unrolled.
+MAX_UNROLL = 64
+
+
+# Calls whose body is inlined, with the parameter that holds it.
+_INLINED = {
+    prims.jit_p: "jaxpr",
+    prims.closed_call_p: "call_jaxpr",
+    prims.call_p: "call_jaxpr",
+    prims.custom_jvp_call_p: "call_jaxpr",
+    prims.custom_vjp_call_p: "call_jaxpr",
+    prims.remat_p: "jaxpr",
+}
+
+
+# Placement hints for one array system; the enclave has one processor and no mesh.
+_PLACEMENT_HINTS = {prims.device_put_p, prims.sharding_constraint_p}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flattening:
+    """Which control flow `flatten` dissolves.
+
+    Attributes:
+      worth: whether an equation is worth offloading; a scan that holds one is unrolled.
+      notes: collects what a reader of `explain` should know.
+    """
+
+    worth: Callable[[JaxprEqn], bool]
+    notes: list[str]
+
+
+def _closed(jaxpr: Any) -> ClosedJaxpr:
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+
+
+def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants and how many are carried."""
+    if "num_consts" in params:  # JAX 0.10
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = map(len, params["ft_in"].unpack())  # JAX 0.11-0.12
+    return constants, carried
+
+
+class _Flattener:
+    """Evaluates a jaxpr on tracers, dissolving calls, so that a flat trace comes out.
+
+    Every value is carried as (tracer, cheap): `cheap` says that it descends from a value
+    marked by `cheap_p`. Control flow over such values is dissolved as well, since an
+    update that stays behind in a `cond` could not run on blinded values.
+    """
+
+    def __init__(self, options: Flattening):
+        self._options = options
+
+    def evaluate(
+        self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], cheap: Sequence[bool]
+    ) -> list[tuple[Any, bool]]:
+        env = {v: (c, False) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+        env.update(zip(jaxpr.invars, zip(arguments, cheap, strict=True), strict=True))
+
+        def read(v: Any) -> tuple[Any, bool]:
+            return (v.val, False) if isinstance(v, Literal) else env[v]
+
+        for eqn in forward_only(jaxpr.eqns, jaxpr.outvars):
+            operands = [read(v) for v in eqn.invars]
+            results = self._equation(eqn, [x for x, _ in operands], [c for _, c in operands])
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _equation(
+        self, eqn: JaxprEqn, arguments: list[Any], cheap: list[bool]
+    ) -> list[tuple[Any, bool]]:
+        primitive = eqn.primitive
+        if primitive in _INLINED:
+            body = _closed(eqn.params[_INLINED[primitive]])
+            return self.evaluate(body.jaxpr, body.consts, arguments, cheap)
+        if primitive in _PLACEMENT_HINTS:
+            return list(zip(arguments, cheap, strict=True))
+        if primitive is prims.cond_p and (any(cheap[1:]) or self._marks(eqn)):
+            return self._select(eqn, arguments, cheap)
+        if primitive is prims.scan_p:
+            worth = any(self._options.worth(e) for e in equations(eqn.params["jaxpr"].jaxpr))
+            if worth or any(cheap) or self._marks(eqn):
+                if eqn.params["length"] <= MAX_UNROLL:
+                    return self._unroll(eqn, arguments, cheap)
+                self._options.notes.append(
+                    f"a scan of length {eqn.params['length']} at {source(eqn)} runs in the enclave "
+                    f"whole: scans of up to {MAX_UNROLL} steps are unrolled"
+                )
+        tainted = primitive is cheap_p or any(cheap)
+        params = {k: _without_debugging(v) for k, v in eqn.params.items()}
+        return [(x, tainted) for x in bind(eqn, arguments, **params)]
+
+    @staticmethod
+    def _marks(eqn: JaxprEqn) -> bool:
+        return any(e.primitive is cheap_p for j in subjaxprs(eqn) for e in equations(j))
+
+    def _select(
+        self, eqn: JaxprEqn, arguments: list[Any], cheap: list[bool]
+    ) -> list[tuple[Any, bool]]:
+        """Evaluates every branch of a `cond` and selects: branches are pure."""
+        index, *operands = arguments
+        branches = [
+            self.evaluate(b.jaxpr, b.consts, operands, cheap[1:]) for b in eqn.params["branches"]
+        ]
+        if len(branches) == 1:
+            return branches[0]
+        if len(branches) == 2:
+            which = index.astype(bool)
+        else:
+            which = lax.clamp(jnp.int32(0), index, jnp.int32(len(branches) - 1))
+        results = []
+        for cases in zip(*branches, strict=True):
+            values = [x for x, _ in cases]
+            same = all(x is values[0] for x in values)
+            chosen = values[0] if same else lax.select_n(which, *values)
+            results.append((chosen, any(c for _, c in cases)))
+        return results
+
+    def _unroll(
+        self, eqn: JaxprEqn, arguments: list[Any], cheap: list[bool]
+    ) -> list[tuple[Any, bool]]:
+        params = eqn.params
+        body, length = params["jaxpr"], params["length"]
+        constants, carried = _scan_counts(params)
+        pairs = list(zip(arguments, cheap, strict=True))
+        fixed, carry = pairs[:constants], pairs[constants : constants + carried]
+        scanned = pairs[constants + carried :]
+        stacked: list[list[tuple[Any, bool]]] = []
+        steps = range(length)
+        for step in reversed(steps) if params["reverse"] else steps:
+            slices = [(lax.index_in_dim(x, step, keepdims=False), c) for x, c in scanned]
+            inputs = [*fixed, *carry, *slices]
+            results = self.evaluate(
+                body.jaxpr, body.consts, [x for x, _ in inputs], [c for _, c in inputs]
+            )
+            carry, out = results[:carried], results[carried:]
+            stacked.append(out)
+        if params["reverse"]:
+            stacked.reverse()
+        outputs = list(carry)
+        for index, variable in enumerate(eqn.outvars[carried:]):
+            if not length:
+                outputs.append((lax.full(variable.aval.shape, 0, variable.aval.dtype), False))
+                continue
+            parts = [out[index] for out in stacked]
+            joined = lax.concatenate([lax.expand_dims(x, [0]) for x, _ in parts], 0)
+            outputs.append((joined, any(c for _, c in parts)))
+        return outputs
+
+
+def flatten(closed: ClosedJaxpr, options: Flattening) -> ClosedJaxpr:
+    """Traces a program anew with calls inlined and worthwhile control flow dissolved.
+
+    Returns:
+      An equivalent jaxpr, without dead equations, whose remaining control flow runs whole.
+    """
+    flattener = _Flattener(options)
+    if any(eqn.effects for eqn in equations(closed.jaxpr)):
+        # Mutable references become values; what effects remain are the debugging callbacks'.
+        closed = cast(ClosedJaxpr, discharge_state(cast(Any, closed)))
+
+    def run(*arguments: Any) -> list[Any]:
+        results = flattener.evaluate(
+            closed.jaxpr, closed.consts, arguments, [False] * len(arguments)
+        )
+        # A constant output becomes an equation's, so that every output is a variable.
+        return [
+            x if isinstance(x, Tracer) else prims.copy_p.bind(jnp.asarray(x)) for x, _ in results
+        ]
+
+    return trace(run, avals_of(closed))
+
+
+def merge_equal(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """Traces a flat program anew with equal values computed once.
+
+    What rematerialization computes again, or an unrolled scan stacks up and slices again,
+    counts as the same value, so that a gradient is recognised as that of the product it
+    belongs to.
+    """
+    jaxpr = closed.jaxpr
+
+    def run(*arguments: Any) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+        env.update(zip(jaxpr.invars, arguments, strict=True))
+        known: dict[Any, list[Any]] = {}
+        made: dict[int, tuple[JaxprEqn, list[Any]]] = {}
+
+        def name(v: Any) -> Any:
+            if not isinstance(v, Literal):
+                return id(env[v])
+            value = np.asarray(v.val)
+            return value.dtype, value.shape, value.tobytes(), v.aval.weak_type
+
+        for eqn in jaxpr.eqns:
+            # Parameters that are no numbers, tuples or the like compare by identity.
+            key = (eqn.primitive, tuple(sorted(eqn.params.items())), *map(name, eqn.invars))
+            try:
+                results = known.get(key)
+            except TypeError:
+                key = results = None
+            if results is None:
+                operands = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+                same = _undone(eqn, made.get(id(operands[0]))) if operands else None
+                results = bind(eqn, operands) if same is None else [same]
+                made.setdefault(id(results[0]), (eqn, operands))
+                if key is not None:
+                    known[key] = results
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+
+    return trace(run, avals_of(closed))
+
+
+def _undone(eqn: JaxprEqn, maker: tuple[JaxprEqn, list[Any]] | None) -> Any:
+    """The value that an equation takes out again of what `maker` put together, or None."""
+    if maker is None:
+        return None
+    source, operands = maker
+    shape = eqn.outvars[0].aval.shape
+    if eqn.primitive is prims.squeeze_p:
+        # `expand_dims` is a broadcast that repeats nothing.
+        expands = (prims.broadcast_in_dim_p, prims.reshape_p)
+        fits = source.primitive in expands and len(operands) == 1
+        return operands[0] if fits and jnp.shape(operands[0]) == shape else None
+    if eqn.primitive is not prims.slice_p or source.primitive is not prims.concatenate_p:
+        return None
+    along, start = source.params["dimension"], eqn.params["start_indices"]
+    if any(s for i, s in enumerate(start) if i != along) or set(eqn.params["strides"] or ()) - {1}:
+        return None
+    at = 0
+    for operand in operands:
+        if at == start[along] and jnp.shape(operand) == shape:
+            return operand
+        at += jnp.shape(operand)[along]
+    return None
+
+
+def _without_debugging(param: Any) -> Any:
+    """An equation's parameter with the debugging callbacks of its jaxprs removed."""
+    if isinstance(param, (tuple, list)) and type(param) in (tuple, list):
+        return type(param)(_without_debugging(p) for p in param)
+    jaxpr = param.jaxpr if isinstance(param, ClosedJaxpr) else param
+    if not isinstance(jaxpr, Jaxpr) or not debugging(jaxpr):
+        return param
+    eqns = [
+        eqn.replace(
+            params={k: _without_debugging(v) for k, v in eqn.params.items()},
+            effects=frozenset(),
+        )
+        for eqn in jaxpr.eqns
+        if not is_debugging(eqn)
+    ]
+    bare = jaxpr.replace(eqns=eqns, effects=frozenset())
+    return ClosedJaxpr(bare, param.consts) if isinstance(param, ClosedJaxpr) else bare

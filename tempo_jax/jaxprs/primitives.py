@@ -1,0 +1,102 @@
+"""Primitives as objects: JAX's that it does not export by name, and the marks of tempo_jax.
+
+Untrusted and pure. Serves JAX 0.10 to 0.12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import io_callback
+from jax.extend import core as jex_core
+from jax.extend.core import primitives as prims
+from jax.interpreters import ad, batching, mlir
+
+from tempo_jax.jaxprs.types import JaxprEqn
+
+dot_general_p = prims.dot_general_p
+
+
+conv_p = prims.conv_general_dilated_p
+
+
+def _identity_primitive(name: str) -> jex_core.Primitive:
+    """A primitive that returns its argument under every transformation."""
+    primitive = jex_core.Primitive(name)
+    primitive.def_impl(lambda x: x)
+    primitive.def_abstract_eval(lambda aval: aval)
+    ad.deflinear2(primitive, lambda cotangent, _: [cotangent])
+    batching.defvectorized(primitive)
+    mlir.register_lowering(primitive, lambda _, operand: [operand])
+    return primitive
+
+
+# Marks an output that the function itself makes public; see `tempo_jax.reveal`.
+reveal_p = _identity_primitive("tempo_reveal")
+
+
+# Marks the operands of an update that may run on blinded values; see `cheap_update`.
+cheap_p = _identity_primitive("tempo_cheap_update")
+
+
+# Marks an operand that is blinded for its own uses alone; see `planning.matrix_form`.
+blind_p = _identity_primitive("tempo_blind")
+
+
+def _keep_rule(cotangent: Any, _: Any) -> list[Any]:
+    return [keep_p.bind(cotangent)]
+
+
+# Marks a value that no product may show, nor that of its gradient; see `tempo_jax.keep_inside`.
+keep_p = _identity_primitive("tempo_keep_inside")
+
+
+ad.deflinear2(keep_p, _keep_rule)
+
+
+def _primitive_of(function: Callable[..., Any], *arguments: Any) -> jex_core.Primitive:
+    """The primitive to which a call traces, for those that JAX does not export."""
+    return jax.make_jaxpr(function)(*arguments).jaxpr.eqns[0].primitive
+
+
+_DEBUGGING = {
+    _primitive_of(lambda x: jax.debug.callback(lambda _: None, x), 0.0),
+    _primitive_of(lambda x: jax.debug.print("{}", x), 0.0),
+}
+
+
+_SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+_CALLBACKS = {
+    _primitive_of(lambda x: jax.pure_callback(lambda y: y, _SCALAR, x), 0.0),
+    _primitive_of(lambda x: io_callback(lambda y: y, _SCALAR, x), 0.0),
+}
+
+
+optimization_barrier_p = _primitive_of(lax.optimization_barrier, 0.0)
+
+
+_random_unwrap_p = _primitive_of(jax.random.key_data, jax.random.key(0))
+
+
+def is_callback(eqn: JaxprEqn) -> bool:
+    """Whether an equation calls back into Python for a result."""
+    return eqn.primitive in _CALLBACKS
+
+
+def is_revealed(v: Any, made_by: Mapping[Any, JaxprEqn]) -> bool:
+    """Whether a value is the result of `reveal` itself (for typed keys, its data)."""
+    eqn = made_by.get(v)
+    if eqn is not None and eqn.primitive is _random_unwrap_p:
+        eqn = made_by.get(eqn.invars[0])
+    return eqn is not None and eqn.primitive is reveal_p
+
+
+def is_debugging(eqn: JaxprEqn) -> bool:
+    """Whether an equation is `jax.debug.print` or `jax.debug.callback`."""
+    return eqn.primitive in _DEBUGGING

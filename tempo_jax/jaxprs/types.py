@@ -1,0 +1,115 @@
+"""The types of jaxprs, and of the arrays that stand for abstract values.
+
+Untrusted and pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex_core
+
+from enclave_runtime.protocol.program import ArrayType
+
+if TYPE_CHECKING:
+    # JAX declares `aval` as an abstract class without shape and dtype.
+    class Var:
+        """A variable of a jaxpr."""
+
+        aval: Any
+
+    class Literal:
+        """A constant operand."""
+
+        aval: Any
+        val: Any
+
+    class JaxprEqn:
+        """An equation."""
+
+        primitive: Any
+        params: dict[str, Any]
+        invars: list[Any]
+        outvars: list[Any]
+        source_info: Any
+        ctx: Any
+        effects: Any
+
+        def replace(self, **changes: Any) -> JaxprEqn:
+            """A changed copy."""
+            ...
+
+    class Jaxpr:
+        """A program without the values of its constants."""
+
+        constvars: list[Var]
+        invars: list[Var]
+        outvars: list[Any]
+        eqns: list[JaxprEqn]
+
+        def replace(self, **changes: Any) -> Jaxpr:
+            """A changed copy."""
+            ...
+
+    class ClosedJaxpr:
+        """A program with the values of its constants."""
+
+        jaxpr: Jaxpr
+        consts: Sequence[Any]
+
+        def __init__(self, jaxpr: Jaxpr, consts: Sequence[Any]): ...
+else:
+    ClosedJaxpr = jex_core.ClosedJaxpr
+    Jaxpr = jex_core.Jaxpr
+    JaxprEqn = jex_core.JaxprEqn
+    Literal = jex_core.Literal
+    Var = jex_core.Var
+
+
+def is_key_array(aval: Any) -> bool:
+    """Whether this is an array of typed `jax.random` keys."""
+    return jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
+
+
+def physical(aval: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the array that represents a value; differs for typed keys only."""
+    struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return jax.eval_shape(jax.random.key_data, struct) if is_key_array(aval) else struct
+
+
+def to_physical(x: Any) -> Any:
+    """Typed `jax.random` keys as their uint32 data; anything else as it is."""
+    return jax.random.key_data(x) if is_key_array(jax.typeof(x)) else x
+
+
+def from_physical(x: Any, aval: Any) -> Any:
+    """Inverse of `to_physical` for a value of this type."""
+    if not is_key_array(aval):
+        return x
+    # JAX 0.10-0.12: a key type's implementation has no public name.
+    return jax.random.wrap_key_data(x, impl=aval.dtype._impl.name)
+
+
+def avals_of(closed: ClosedJaxpr) -> list[jax.ShapeDtypeStruct]:
+    """Types of a program's inputs, to trace it anew."""
+    return [
+        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type)
+        for v in closed.jaxpr.invars
+    ]
+
+
+def array_type(aval: Any) -> ArrayType:
+    """Shape and dtype of an abstract value in the protocol's terms."""
+    struct = physical(aval)
+    return ArrayType(tuple(struct.shape), np.dtype(struct.dtype).name)
+
+
+def nbytes(variable: Var) -> int:
+    """Size of a value in bytes."""
+    array = physical(variable.aval)
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize

@@ -1,0 +1,106 @@
+"""What a product costs the enclave inside, and what sending it out costs.
+
+The device counts as free, so that a laptop without an accelerator makes the same plan as a machine
+with one. Untrusted and pure. The constants are measured once per machine by `planning.calibration`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from enclave_runtime.protocol.descriptions import VECTORS, block_width, unit_roundoff
+from tempo_jax.jaxprs.primitives import dot_general_p
+from tempo_jax.jaxprs.products import description, work
+from tempo_jax.jaxprs.types import JaxprEqn
+from tempo_jax.schemes import Scheme
+
+
+def _reference_blinding() -> Mapping[str, float]:
+    return {"signed_permutation": 0.6, "tempo": 0.8, "orthogonal": 2.5, "mixing": 3.0}
+
+
+def _reference_overhead() -> Mapping[str, float]:
+    return {"signed_permutation": 3e-5, "tempo": 4e-5, "orthogonal": 1e-4, "mixing": 4e-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Speeds of the enclave's side; the defaults are those of two cores of a current server.
+
+    Attributes:
+      dot_flops: of matrix products, per second.
+      convolution_flops: of convolutions, per second.
+      nanoseconds_per_byte: of moving a tensor through shared memory into the host program.
+      latency: seconds that one more product adds to a round trip.
+      overhead: seconds to blind or unblind a tensor however small, by the scheme's name.
+      blinding: nanoseconds for each of its elements, by the scheme's name.
+      drawing: nanoseconds to draw one entry of a key that mixes.
+      checking: nanoseconds for each element of operands and result to check a product, beside
+        the arithmetic; 0 where products are not checked.
+      margin: a product goes out only where the enclave saves by this factor: what is measured once,
+        in warm caches, takes up to half as long again in the middle of a step.
+    """
+
+    dot_flops: float = 1e11
+    convolution_flops: float = 6e10
+    nanoseconds_per_byte: float = 0.25
+    latency: float = 1e-4
+    overhead: Mapping[str, float] = dataclasses.field(default_factory=_reference_overhead)
+    blinding: Mapping[str, float] = dataclasses.field(default_factory=_reference_blinding)
+    drawing: float = 60.0
+    checking: float = 0.0
+    margin: float = 1.6
+
+    def inside(self, eqn: JaxprEqn) -> float:
+        """Seconds that the enclave takes to compute a product itself."""
+        speed = self.dot_flops if eqn.primitive is dot_general_p else self.convolution_flops
+        return work(eqn) / speed
+
+    def tensor(self, count: int, itemsize: int, scheme: Scheme) -> float:
+        """Seconds to blind (or unblind) a tensor of so many elements and move it."""
+        cost = self.blinding[scheme.name] + itemsize * self.nanoseconds_per_byte
+        return self.overhead[scheme.name] + count * cost * 1e-9
+
+    def crossing(self, aval: Any, scheme: Scheme) -> float:
+        """Seconds to blind (or unblind) a value and move it."""
+        return self.tensor(math.prod(aval.shape), np.dtype(aval.dtype).itemsize, scheme)
+
+    def check_of(self, eqn: JaxprEqn) -> float:
+        """Seconds to check an equation's result."""
+        lhs, rhs = (v.aval.shape for v in eqn.invars)
+        result = math.prod(eqn.outvars[0].aval.shape)
+        terms, columns = description(eqn).sizes(lhs, rhs)
+        return self.check(terms, columns, math.prod(lhs) + math.prod(rhs) + result, result)
+
+    def keys(self, entries: int) -> float:
+        """Seconds to draw keys that mix, over so many entries of axes."""
+        return entries * self.drawing * 1e-9
+
+    def rearranging(self, count: int, itemsize: int) -> float:
+        """Seconds to copy so many elements into another order, read and written once."""
+        return 2 * count * itemsize * self.nanoseconds_per_byte * 1e-9
+
+    def check(self, terms: int, columns: int, elements: int, result: int) -> float:
+        """Seconds to check a product, see `enclave_runtime.verifying.integrity`.
+
+        Args:
+          terms: of each element's sum.
+          columns: of the result.
+          elements: of operands and result.
+          result: elements of the result.
+        """
+        if not self.checking:
+            return 0.0
+        blocks = -(-columns // block_width(terms, columns, unit_roundoff("float32")))
+        work = 2 * terms * result / max(columns, 1) * blocks * (VECTORS + 1)
+        # A product with so few columns is far from the speed of a wide one.
+        return 2 * work / self.dot_flops + elements * self.checking * 1e-9
+
+    def worthwhile(self, inside: float, outside: float) -> bool:
+        """Whether sending a product out saves the enclave enough."""
+        return inside > self.margin * outside

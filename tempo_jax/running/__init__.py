@@ -1,0 +1,1 @@
+"""Runs a plan: provision it, begin, visit the enclave between products, commit."""

@@ -1,0 +1,222 @@
+"""The host's program: an ordinary JAX function that visits the enclave between products.
+
+It holds blinded values, scalars of the device-side update and revealed outputs, never a trusted
+equation. A token threads through the visits, because JAX may drop, repeat or reorder a
+`pure_callback` that nothing ties down. On a mesh the function runs under `jax.shard_map`,
+and every worker calls back with its own shard. Untrusted; built by `api.shielded`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from enclave_runtime.protocol.program import DEVICE, ArrayType
+from tempo_jax.jaxprs import equations
+from tempo_jax.jaxprs.products import contracted_axes
+from tempo_jax.jaxprs.types import JaxprEqn, Literal, Var
+from tempo_jax.planning.mesh import local_shape, sharded_axis
+from tempo_jax.planning.plan import Plan, offloaded
+
+# exchange(run, worker, segment, uploads) -> downloads, all as NumPy arrays
+Exchange = Callable[[int, int, int, Sequence[np.ndarray]], Sequence[np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class HostResult:
+    """What one run gives the host.
+
+    Attributes:
+      revealed: the revealed outputs, in order.
+      on_devices: the blinded outputs, in the order of the program's `DEVICE` outputs.
+      observed: (operands, result) of every offloaded product, if observation was asked for.
+      token: depends on every visit.
+    """
+
+    revealed: list[Any]
+    on_devices: list[Any]
+    observed: list[tuple[list[Any], Any]]
+    token: Any
+
+
+jax.tree_util.register_dataclass(HostResult, ["revealed", "on_devices", "observed", "token"], [])
+
+
+def build_host_program(
+    plan: Plan, exchange: Exchange, mesh: Mesh | None, observe: bool
+) -> Callable[..., HostResult]:
+    """Builds the host's function.
+
+    Args:
+      plan: the plan.
+      exchange: visits the enclave.
+      mesh: devices to run on, with one axis.
+      observe: whether to return every offloaded product's operands and result.
+
+    Returns:
+      A jittable function of the run's number, uint32[], and the device-resident leaves.
+    """
+    program = _HostProgram(plan, exchange, mesh, observe)
+    if mesh is None:
+        return program.run
+    (axis,) = mesh.axis_names
+    return jax.shard_map(
+        program.run,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec()),
+        out_specs=program.out_specs(axis),
+        check_vma=False,
+    )
+
+
+class _HostProgram:
+    def __init__(self, plan: Plan, exchange: Exchange, mesh: Mesh | None, observe: bool):
+        self.plan = plan
+        self.exchange = exchange
+        self.axis = None if mesh is None else mesh.axis_names[0]
+        self.workers = 1 if mesh is None else mesh.size
+        self.observe = observe
+        self.resident = [plan.jaxpr.invars[i] for i in sorted(plan.placement.resident)]
+        self.products = {number for number, _ in offloaded(plan)}
+        self.revealed = [plan.jaxpr.outvars[i] for i in plan.revealed]
+        self.on_devices = [
+            plan.jaxpr.outvars[i]
+            for i, port in zip(plan.sealed, plan.program.outputs, strict=True)
+            if port.place == DEVICE
+        ]
+
+    # Shards
+
+    def _local(self, v: Any) -> ArrayType:
+        blinded = self.plan.blinded(v)
+        shape = local_shape(blinded.shape, self.plan.layout(v), self.plan.sharded, self.workers)
+        return ArrayType(shape, blinded.dtype)
+
+    def _spec(self, v: Any, axis: str) -> PartitionSpec:
+        layout = self.plan.layout(v)
+        split = sharded_axis(layout, self.plan.sharded)
+        return PartitionSpec(*(axis if i == split else None for i in range(len(layout.classes))))
+
+    def out_specs(self, axis: str) -> HostResult:
+        """How the results are spread over the mesh."""
+        observed: list[tuple[list[Any], Any]] = []
+        if self.observe:
+            for equation in self.plan.cut.host:
+                if equation.number in self.products:
+                    eqn = equation.eqn
+                    specs = [self._spec(v, axis) for v in eqn.invars]
+                    observed.append((specs, self._spec(eqn.outvars[0], axis)))
+        return HostResult(
+            [PartitionSpec() for _ in self.revealed],
+            [self._spec(v, axis) for v in self.on_devices],
+            observed,
+            PartitionSpec(),
+        )
+
+    # The function
+
+    def run(self, run: Any, leaves: Sequence[Any]) -> HostResult:
+        """One run; see `build_host_program`."""
+        plan = self.plan
+        worker = jnp.int32(0) if self.axis is None else lax.axis_index(self.axis)
+        token = jnp.int32(0)
+        values: dict[Any, Any] = dict(zip(self.resident, leaves, strict=True))
+        for eqn in plan.cut.constants:
+            values.update(
+                zip(eqn.outvars, equations.bind(eqn, _read(eqn.invars, values)), strict=True)
+            )
+        received: dict[Any, Any] = {}
+        observed: list[tuple[list[Any], Any]] = []
+        pending = list(plan.cut.host)
+        for index, segment in enumerate(plan.cut.segments):
+            pending = self._equations(pending, index, values, received, observed)
+            uploads = [values[v] for v in segment.uploads]
+            token, downloads = self._visit(index, run, worker, token, uploads)
+            received.update(zip(segment.downloads, downloads, strict=True))
+        self._equations(pending, len(plan.cut.segments), values, received, observed)
+        return HostResult(
+            [received[v] for v in self.revealed],
+            [values[v] for v in self.on_devices],
+            observed,
+            token,
+        )
+
+    def _visit(
+        self, index: int, run: Any, worker: Any, token: Any, uploads: Sequence[Any]
+    ) -> tuple[Any, Sequence[Any]]:
+        segment = self.plan.cut.segments[index]
+        types = [self._local(v) for v in segment.downloads]
+        results = (
+            jax.ShapeDtypeStruct((), jnp.int32),
+            *(jax.ShapeDtypeStruct(t.shape, np.dtype(t.dtype)) for t in types),
+        )
+
+        def visit(run: Any, worker: Any, token: Any, *uploads: Any) -> tuple[Any, ...]:
+            arrays = [np.asarray(x) for x in uploads]
+            downloads = self.exchange(int(run), int(worker), index, arrays)
+            return np.int32(int(token) + 1), *downloads
+
+        token, *downloads = jax.pure_callback(visit, results, run, worker, token, *uploads)
+        return token, downloads
+
+    def _equations(
+        self,
+        pending: list[Any],
+        index: int,
+        values: dict[Any, Any],
+        received: dict[Any, Any],
+        observed: list[tuple[list[Any], Any]],
+    ) -> list[Any]:
+        """Evaluates what segment `index` can read; returns the rest."""
+        later = []
+        for equation in pending:
+            eqn = equation.eqn
+            out = eqn.outvars[0]
+            if self.plan.cut.levels[out] > index:
+                later.append(equation)
+                continue
+            # A product sent with blinded constants must not meet their plain twins.
+            first, second = (received, values) if equation.sent else (values, received)
+            arguments = _read(eqn.invars, first, second)
+            values[out] = self._evaluate(eqn, arguments)
+            if self.observe and equation.number in self.products:
+                observed.append((arguments, values[out]))
+        return later
+
+    def _evaluate(self, eqn: JaxprEqn, arguments: list[Any]) -> Any:
+        out = eqn.outvars[0]
+        changes: dict[str, Any] = {}
+        for name in ("shape", "new_sizes"):
+            if name in eqn.params:
+                changes[name] = self._local(out).shape
+        (result,) = equations.bind(eqn, arguments, **changes)
+        if self.axis is not None and self._is_contracted(eqn):
+            result = lax.psum(result, self.axis)
+        return result
+
+    def _is_contracted(self, eqn: JaxprEqn) -> bool:
+        """Whether a product sums over a class that the workers share out."""
+        axes = contracted_axes(eqn)
+        if not axes:
+            return False
+        split = sharded_axis(self.plan.layout(eqn.invars[0]), self.plan.sharded)
+        return split is not None and split in axes
+
+
+def _read(
+    variables: Sequence[Var | Literal], first: dict[Any, Any], second: dict[Any, Any] | None = None
+) -> list[Any]:
+    values = []
+    for v in variables:
+        if isinstance(v, Literal):
+            values.append(v.val)
+        else:
+            values.append(first[v] if second is None or v in first else second[v])
+    return values

@@ -1,0 +1,1 @@
+"""What owner and host hold of sealed values: arrays, files, handles, a checkpoint's ledger."""

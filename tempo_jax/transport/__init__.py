@@ -1,0 +1,1 @@
+"""How an enclave is started and reached: processes, sockets, shared memory, TLS."""

@@ -1,0 +1,131 @@
+"""Launches an enclave as a child process and joins it; see `transport.loopback` for the lines.
+
+Untrusted, but for the session's secret, which this process draws and hands to the child through a
+pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import subprocess
+import threading
+import weakref
+
+from enclave_runtime.crypto.encryption import SECRET_BYTES, session_keys
+from tempo_jax.errors import EnclaveDiedError
+from tempo_jax.transport import launch
+from tempo_jax.transport.launch import Command
+from tempo_jax.transport.loopback import Loopback
+
+START_SECONDS = 120.0
+STOP_SECONDS = 5.0
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends the process: closing its pipe asks, and after a while it is killed."""
+    with contextlib.suppress(OSError):
+        if process.stdin:
+            process.stdin.close()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdout:
+        process.stdout.close()
+
+
+class EnclaveProcess:
+    """A child that runs the enclave; it ends when this object is dropped.
+
+    Attributes:
+      process: the child.
+      greeting: the words with which it said where it listens.
+    """
+
+    def __init__(self, first_line: str, words: int, command: Command | None = None):
+        """Starts the child.
+
+        Args:
+          first_line: what it is told; see `enclave_runtime.protocol.configuration`.
+          words: how many its greeting has.
+          command: what to start; by default an ordinary process.
+
+        Raises:
+          EnclaveDiedError: it did not come up.
+        """
+        command = command or launch.command()
+        self.process = subprocess.Popen(
+            command.arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=command.environment,
+            cwd=command.directory,
+        )
+        self._finalizer = weakref.finalize(self, _stop, self.process)
+        assert self.process.stdin and self.process.stdout
+        # A child that ended already breaks the pipe; its missing greeting tells below.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(first_line.encode() + b"\n")
+            self.process.stdin.flush()
+        timer = threading.Timer(START_SECONDS, self.process.kill)
+        timer.start()
+        self.greeting = [word.decode() for word in self.process.stdout.readline().split()]
+        timer.cancel()
+        if len(self.greeting) != words:
+            raise self.died()
+
+    def died(self) -> EnclaveDiedError:
+        """What a broken connection to the child means."""
+        try:
+            status = self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            return EnclaveDiedError(
+                f"the connection to the enclave (process {self.process.pid}) broke"
+            )
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        return EnclaveDiedError(
+            f"the enclave (process {self.process.pid}) {how}. What it held is lost: launch a new "
+            "one and restore your last checkpoint."
+        )
+
+    def stop(self) -> None:
+        """Ends the child."""
+        self._finalizer()
+
+
+class Connection(Loopback):
+    """A launched enclave process and the means to ask it things.
+
+    Attributes:
+      session: the session's public name.
+      keys: the session's keys; in development client and host share a process.
+      process: the child.
+      kind: of enclave.
+    """
+
+    def __init__(self, command: Command | None = None) -> None:
+        command = command or launch.command()
+        self.kind = command.kind
+        secret = secrets.token_bytes(SECRET_BYTES)
+        self.keys = session_keys(secret)
+        self._child = EnclaveProcess(secret.hex(), 2, command)
+        self.process = self._child.process
+        port, self.session = self._child.greeting
+        super().__init__(int(port))
+
+    def __repr__(self) -> str:
+        return f"process {self.process.pid}"
+
+    def _connection_key(self) -> bytes:
+        assert self.keys is not None
+        return self.keys.connection
+
+    def _died(self) -> EnclaveDiedError:
+        return self._child.died()
+
+    def close(self) -> None:
+        """Ends the enclave."""
+        super().close()
+        self._child.stop()

@@ -1,0 +1,242 @@
+"""The host's lines to the enclave on this machine: connections and shared memory.
+
+Untrusted. A request travels on a connection of its own as long as it lasts, so threads and the
+workers of a mesh do not wait for each other. `transport.child` launches an enclave, `Attachment`
+joins one that serves.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import itertools
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from enclave_runtime.crypto.encryption import SessionKeys, derive_key
+from enclave_runtime.protocol import wire
+from enclave_runtime.protocol.memory import Arena, ArenaError
+from enclave_runtime.protocol.wire import Frame, Kind, WireError
+from tempo_jax.errors import (
+    ChannelError,
+    CheckpointError,
+    EnclaveDiedError,
+    EnclaveError,
+    IntegrityError,
+    SealedValueError,
+    SharedMemoryError,
+    TempoError,
+    UnprovisionedError,
+)
+
+_ERRORS: dict[str, type[Exception]] = {
+    "ArenaError": SharedMemoryError,
+    "CheckpointError": CheckpointError,
+    "DecryptionError": SealedValueError,
+    "IntegrityError": IntegrityError,
+    "UnknownHandleError": SealedValueError,
+    "UnprovisionedError": UnprovisionedError,
+}
+# A serving enclave tells its host the class of an error and no more. What most often causes it:
+_HINTS = {
+    "DecryptionError": ". What the host carried failed its authentication: it was altered, or made "
+    "for another enclave",
+    "UnknownHandleError": ". A sealed value is not in this enclave: it was donated to an earlier "
+    "call, was freed, or belongs to another enclave",
+}
+
+
+def fields_of(reply: Frame) -> dict[str, Any]:
+    """The fields of a reply.
+
+    Raises:
+      EnclaveError: the enclave refused, `SealedValueError` and others where those fit.
+    """
+    if reply.kind is Kind.ERROR:
+        name, text = reply.fields.get("error", ""), reply.fields.get("text")
+        hint = _HINTS.get(name, "") if text == wire.REFUSAL else ""
+        raise _ERRORS.get(name, EnclaveError)(f"enclave: {text}{hint}")
+    return reply.fields
+
+
+class Loopback(abc.ABC):
+    """Lines to one enclave on this machine.
+
+    Attributes:
+      session: the session's public name.
+      keys: the session's keys where client and host share this process, else None.
+      closed: whether `close` was called.
+    """
+
+    keys: SessionKeys | None
+    session: str
+
+    def __init__(self, port: int):
+        self.port = port
+        self._idle: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._requests = itertools.count(1)
+        self._arenas: list[tuple[str, Arena]] = []
+        self.closed = False
+
+    @abc.abstractmethod
+    def _connection_key(self) -> bytes:
+        """The key that both ends of a connection prove they know."""
+
+    @abc.abstractmethod
+    def _died(self) -> EnclaveDiedError:
+        """What a broken connection means."""
+
+    # Requests
+
+    def _connect(self) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            greet(connection, self._connection_key())
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @contextlib.contextmanager
+    def _borrowed(self) -> Iterator[socket.socket]:
+        """A connection for one request; one that was interrupted is not used again."""
+        with self._lock:
+            connection = self._idle.pop() if self._idle else None
+        connection = connection or self._connect()
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            self._idle.append(connection)
+
+    def request(self, kind: Kind, fields: dict[str, Any], attachment: bytes = b"") -> Any:
+        """Asks the enclave and returns the reply's fields.
+
+        Raises:
+          EnclaveDiedError: the process ended or the connection broke.
+          EnclaveError: it refused; `SealedValueError` or `SharedMemoryError` where those fit.
+        """
+        if self.closed:
+            raise EnclaveError("this enclave was closed; launch a new one")
+        try:
+            with self._borrowed() as connection:
+                # Numbers rise on every connection, since each carries one request at a time.
+                number = next(self._requests)
+                wire.send(connection, Frame(kind, number, fields, attachment))
+                reply = wire.receive(connection)
+                if reply.request != number:
+                    raise WireError("a reply answers another request")
+        except (OSError, WireError) as error:
+            raise self._died() from error
+        return fields_of(reply)
+
+    # Shared memory
+
+    def reserve(self, size: int) -> tuple[str, Arena]:
+        """Shared memory of at least `size` bytes for one run, mapped on both sides.
+
+        Raises:
+          SharedMemoryError: `/dev/shm` is too small; the message says how much is needed.
+        """
+        with self._lock:
+            fitting = [a for a in self._arenas if a[1].size >= size]
+            if fitting:
+                chosen = min(fitting, key=lambda a: a[1].size)
+                self._arenas.remove(chosen)
+                return chosen
+            outgrown, self._arenas = self._arenas, []
+        for name, _ in outgrown:
+            self.request(Kind.UNMAP, {"name": name})
+        name = f"tempo_jax-{secrets.token_hex(16)}"
+        try:
+            arena = Arena(name, size, create=True)
+        except ArenaError as error:
+            raise SharedMemoryError(str(error)) from error
+        try:
+            self.request(Kind.MAP, {"name": name, "size": size})
+        finally:
+            # Both sides have mapped it: without a name nothing can be left behind.
+            arena.unlink()
+        return name, arena
+
+    def give_back(self, reserved: tuple[str, Arena]) -> None:
+        """Keeps shared memory for a later run."""
+        with self._lock:
+            self._arenas.append(reserved)
+
+    def discard(self, reserved: tuple[str, Arena]) -> None:
+        """Forgets shared memory that a failed run may still be using."""
+        with contextlib.suppress(TempoError):
+            self.request(Kind.UNMAP, {"name": reserved[0]})
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self.closed = True
+        with self._lock:
+            for connection in self._idle:
+                connection.close()
+            self._idle.clear()
+            self._arenas.clear()
+
+
+def greet(connection: socket.socket, key: bytes) -> dict[str, Any]:
+    """Proves that both ends know a key; returns what the enclave said of itself.
+
+    Raises:
+      WireError: the enclave did not prove it, or breaks the protocol.
+      EnclaveError: it serves as many connections as it can.
+    """
+    try:
+        greeting = wire.receive(connection).fields
+        challenge = bytes.fromhex(greeting["challenge"])
+        nonce = secrets.token_bytes(wire.NONCE_BYTES)
+        proof = wire.prove(key, "host", challenge, nonce)
+        wire.send(connection, Frame(Kind.PROOF, 0, {"nonce": nonce.hex(), "proof": proof.hex()}))
+        answer = bytes.fromhex(fields_of(wire.receive(connection))["proof"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError("the enclave's greeting is malformed") from error
+    wire.check_proof(key, "enclave", nonce, challenge, answer)
+    return greeting
+
+
+class Attachment(Loopback):
+    """The host's lines to an enclave that serves; holds no key of the session."""
+
+    keys = None
+
+    def __init__(self, port: int, host_key: bytes):
+        """Joins the enclave that listens on a port of this machine.
+
+        Raises:
+          ChannelError: nothing answers there, or it does not know the host key.
+        """
+        super().__init__(port)
+        self._key = derive_key(host_key, "host port")
+        try:
+            connection = socket.create_connection(("127.0.0.1", port))
+            with connection:
+                self.session = str(greet(connection, self._key)["session"])
+        except (OSError, WireError, KeyError) as error:
+            raise ChannelError(
+                f"no enclave on port {port} of this machine accepts this host: start one with "
+                "`tempo-jax enclave serve`, and name its host port and its host key file"
+            ) from error
+
+    def __repr__(self) -> str:
+        return f"port {self.port}"
+
+    def _connection_key(self) -> bytes:
+        return self._key
+
+    def _died(self) -> EnclaveDiedError:
+        return EnclaveDiedError(
+            f"the connection to the enclave on port {self.port} broke. If its process ended, what "
+            "it held is lost: serve a new one and let its client restore the last checkpoint."
+        )

@@ -1,0 +1,450 @@
+"""The attack suite: every attack succeeds on its weak control and fails on the default scheme.
+
+Traces are simulated and short. The library itself is attacked by `python -m benchmarks.attacks`.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.attacks import (
+    __main__,
+    blinding,
+    congruence,
+    exactness,
+    few_shot,
+    inputs,
+    labels,
+    linkage,
+    plans,
+    results,
+    rows,
+    scales,
+    scoring,
+    spectra,
+    store,
+    structure,
+    suite,
+    traces,
+)
+from benchmarks.attacks.results import Control, Row, measure
+from enclave_runtime.crypto.keys import KeySchedule
+
+STEPS = 4
+
+
+@functools.cache
+def history():
+    """Plain training of the smallest victim, shared by all tests."""
+    return traces.train(traces.VICTIMS["mlp"], 0, STEPS)
+
+
+@functools.cache
+def trace(scheme: str) -> Any:
+    """The same training under one of the schemes."""
+    return traces.blind_history(history(), traces.VICTIMS["mlp"], scheme, 0)
+
+
+def strongest(attack, scheme, metric):
+    """The measurement with this name."""
+    found = attack(trace(scheme), np.random.default_rng(0))
+    return next(m for m in found if m.metric == metric)
+
+
+# Traces
+
+
+def relative_error(actual, expected):
+    """Largest difference over the largest value."""
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("scheme", blinding.BLINDINGS)
+def test_blinded_products_are_the_plain_ones_under_their_keys(scheme):
+    for name, view in trace(scheme).views[-1].items():
+        truth = trace(scheme).truth[-1][name]
+        rows, (t_x, t_w, t_g) = len(truth.x), truth.scales
+        undo_c = np.linalg.inv(truth.c)
+        mask = np.zeros_like(truth.w) if truth.mask is None else truth.mask
+        y = np.linalg.solve(truth.a, view.y) @ undo_c.T / (t_x * t_w)
+        assert relative_error(y[:rows] - truth.x @ mask, truth.y) < 1e-10
+        dx = truth.a.T @ view.dx @ truth.b / (t_g * t_w)
+        assert relative_error(dx[:rows] - truth.g @ mask.T, truth.dx) < 1e-10
+        if view.x_dual is None:
+            dw = np.linalg.solve(truth.b, view.dw) @ truth.c / (t_x * t_g)
+            if truth.decoys_x is not None:
+                dw -= truth.decoys_x.T @ truth.decoys_g
+        else:
+            dw = truth.b.T @ view.dw @ undo_c.T  # the layout of w
+        assert relative_error(dw, truth.dw) < 1e-10
+
+
+def test_mixing_has_the_shape_that_was_studied():
+    view, truth = (side[-1]["dense2"] for side in (trace("mixing").views, trace("mixing").truth))
+    assert len(view.x) % blinding.BLOCK == 0 and len(view.x) >= len(truth.x) + blinding.DECOYS
+    assert max(np.linalg.cond(k) for k in (truth.a, truth.b, truth.c)) <= blinding.CONDITION
+    assert not trace("mixing").outside("head")
+    for decoys, signal in ((truth.decoys_x, truth.x), (truth.decoys_g, truth.g)):
+        assert (decoys**2).sum() / (signal**2).sum() == pytest.approx(blinding.DECOY_ENERGY)
+
+
+def test_mixing_masks_weights_and_decoys_have_a_basis_of_their_own():
+    truth = trace("mixing").truth[-1]["dense2"]
+    mask = truth.mask
+    assert np.linalg.matrix_rank(mask) == 2 * blinding.STRONGEST
+    decoys = truth.decoys_x
+    own = np.linalg.svd(truth.x, full_matrices=False)[2][0]
+    matched = blinding.matched_decoys(np.random.default_rng(0), truth.x, 32)
+    share, usual = (np.square(d @ own).sum() / np.square(d).sum() for d in (decoys, matched))
+    assert share < 0.1 < usual
+
+
+def test_the_scheme_is_exact_and_rounds_as_little_as_it_says(monkeypatch):
+    class Schedule(KeySchedule):
+        """Always the same keys, so that rounding is the same in every run."""
+
+        def __init__(self) -> None:
+            self._root = bytes(32)
+
+    monkeypatch.setattr(exactness, "KeySchedule", Schedule)
+    costs = {"mixing": 3.0, "signed_permutation": 1.0}
+    monkeypatch.setattr(exactness, "blinding_costs", lambda: costs)
+    found = exactness.attack(trace("mixing"), np.random.default_rng(0))
+    assert [m.metric for m in found if not m.passed] == []
+    expected = {"deviation in float64", "float32 error of dw", "bfloat16 error of y", "cost"}
+    expected |= {"float16 error of dx", "float32 error of y, x after ReLU", "cost of a family"}
+    assert expected <= {m.metric for m in found}
+    assert exactness.attack(trace("kept_orthogonal"), np.random.default_rng(0)) == []
+
+
+def test_keys_live_as_long_as_the_scheme_says():
+    def same(scheme):
+        first, second = (trace(scheme).truth[t]["dense1"].c for t in (0, 1))
+        return np.array_equal(first, second)
+
+    assert same("signed_permutation") and same("kept_orthogonal")
+    assert not same("mixing") and not same("fresh_orthogonal")
+    rows = [trace("signed_permutation").truth[t]["dense1"].a for t in (0, 1)]
+    assert not np.array_equal(*rows)
+
+
+def test_patches_multiply_as_a_convolution():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, 5, 4, 3)), rng.normal(size=(3, 3, 3, 7))
+    expected = traces.Plain().convolve("", jax.numpy.asarray(x), jax.numpy.asarray(w))
+    actual = traces.patches(x) @ w.reshape(-1, 7)
+    np.testing.assert_allclose(actual.reshape(expected.shape), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_recorded_operands_give_the_weights_gradients():
+    victim, plain = traces.VICTIMS["mlp"], history()
+    gradients = jax.grad(victim.loss)(
+        plain.parameters, plain.inputs[-1], plain.labels[-1], traces.Plain()
+    )
+    for name, (x, w, g) in plain.steps[-1].items():
+        np.testing.assert_array_equal(w, plain.parameters[name])
+        np.testing.assert_allclose(x.T @ g, gradients[name], rtol=1e-9, atol=1e-14)
+
+
+def test_a_plain_history_is_read_back_from_the_cache(tmp_path, monkeypatch):
+    victim = traces.VICTIMS["mlp"]
+    monkeypatch.setattr(traces, "train", lambda *_, **__: history())
+    first = traces.cached_train(victim, 0, STEPS, cache=tmp_path)
+    monkeypatch.setattr(traces, "train", None)
+    second = traces.cached_train(victim, 0, STEPS, cache=tmp_path)
+    assert first.names == second.names
+    for a, b in zip(first.steps, second.steps, strict=True):
+        for name in first.names:
+            for before, after in zip(a[name], b[name], strict=True):
+                np.testing.assert_array_equal(before, after)
+
+
+def test_a_recorded_trace_is_read_back_with_its_keys(tmp_path):
+    store.save(trace("mixing"), tmp_path / "trace.npz")
+    read = store.load(tmp_path / "trace.npz")
+    for name, truth in trace("mixing").truth[2].items():
+        again = read.truth[2][name]
+        np.testing.assert_array_equal(again.x, truth.x)
+        assert again.scales == truth.scales
+        if truth.keys is not None:
+            np.testing.assert_array_equal(again.b, truth.b)
+            np.testing.assert_array_equal(read.views[2][name].dw, trace("mixing").views[2][name].dw)
+
+
+# Attacks
+
+
+CASES = [
+    (linkage.attack, "signed_permutation", "columns linked", 0.85),
+    (rows.attack, "permuted_rows", "stolen", 0.9),
+    (rows.attack, "shared_rows", "stolen", 0.9),
+    (inputs.attack, "permuted_rows", "labels by nearest image", 0.9),
+    (labels.attack, "signed_permutation", "labels", 0.9),
+    (
+        functools.partial(congruence.attack, lengths=(4,), restarts=2, singles=0),
+        "kept_orthogonal",
+        "stolen, max",
+        0.85,
+    ),
+    (functools.partial(few_shot.attack, restarts=2, steps=1), "fresh_orthogonal", "stolen", 0.8),
+]
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize(("attack", "control", "metric", "reach"), CASES)
+def test_an_attack_succeeds_on_its_control_and_fails_on_mixing(attack, control, metric, reach):
+    weak = strongest(attack, control, metric)
+    assert weak.value >= reach and not weak.passed
+    strong = strongest(attack, "mixing", metric)
+    # A single step is luckier than the mean that the suite judges.
+    assert strong.value < strong.chance + 0.3 < weak.value
+
+
+@pytest.mark.parametrize("way", [1, -1])
+def test_rows_that_are_only_permuted_come_back_from_an_orthogonal_key(monkeypatch, way):
+    # Signs of rows are undone up to one for all.
+    monkeypatch.setattr(inputs, "fix_signs", lambda x: way * linkage.fix_signs(x))
+    truth, data = trace("permuted_rows").truth[0]["dense1"], traces.VICTIMS["mlp"].data()
+    seen = [view["dense1"].x for view in trace("permuted_rows").views]
+    aligned = inputs.align_by_pca(np.concatenate(seen), data.test_inputs)[: len(truth.x)]
+    plain = truth.x[truth.a.argmax(1)]
+    correlations = [np.corrcoef(a, b)[0, 1] for a, b in zip(aligned, plain, strict=True)]
+    assert np.mean(correlations) > 0.9
+
+
+def test_the_right_link_steals_everything_and_a_wrong_one_nothing():
+    step, link = STEPS - 1, ("dense1", "dense2")
+    first, second = (trace("mixing").truth[step][name] for name in link)
+    bias = trace("mixing").parameters["dense1.bias"]
+    into = np.linalg.inv(first.c).T / (first.scales[0] * first.scales[1])
+
+    def right(rows):
+        return second.scales[0] * np.maximum(rows @ into + bias, 0) @ second.b.T
+
+    victim = trace("mixing").model.accuracy(trace("mixing").parameters)
+    assert scoring.stolen(trace("mixing"), step, link, right) == pytest.approx(victim)
+    assert scoring.stolen(trace("mixing"), step, link, lambda rows: 0 * rows) < 0.3
+
+
+def test_the_right_columns_and_directions_count():
+    kept, link = trace("signed_permutation"), ("dense1", "dense2")
+    c, b = scoring.frames(kept, 0, link)
+    pairs = np.arange(128), (np.abs(b) @ np.abs(c.T)).argmax(0)
+    assert scoring.columns_linked(kept, 0, link, pairs) == 1
+    assert scoring.directions_linked(kept, 0, link, c, b) == 128
+    assert scoring.directions_linked(kept, 0, link, c, np.roll(b, 1, axis=1)) == 0
+
+
+@functools.cache
+def wider(scheme: str) -> Any:
+    """The convolutional network under one of the schemes, for the attacks on its one link."""
+    victim = traces.VICTIMS["cnn"]
+    return traces.blind_history(traces.train(victim, 0, 2), victim, scheme, 0)
+
+
+def test_a_convolution_matters_to_the_accuracy_that_is_stolen():
+    link = ("conv1", "conv2")
+    assert scoring.convolves(wider("shared_rows"), link)
+    assert scoring.left_out(wider("shared_rows"), 1, link) < 0.2
+
+
+def test_a_convolution_is_replaced_by_the_right_rows():
+    link, plain = ("conv1", "conv2"), wider("shared_rows")
+    c, _ = scoring.frames(plain, 1, link)
+    width = plain.truth[1]["conv2"].w.shape[1]
+    seen = []
+
+    def predict(rows):
+        seen.append(np.asarray(rows))
+        return np.zeros((len(rows), width))
+
+    inputs = np.asarray(plain.inputs[1])
+    products = scoring.Replaced(plain, 1, link, predict)
+    plain.model.apply(plain.parameters, jax.numpy.asarray(inputs), products)
+    np.testing.assert_allclose(seen[0], plain.truth[1]["conv1"].y @ c.T, rtol=1e-9, atol=1e-9)
+
+
+def test_a_residual_model_is_judged_by_what_the_link_adds():
+    accuracy = trace("mixing").model.accuracy(trace("mixing").parameters)
+    assert scoring.margin(trace("mixing"), 0.1, 0.05, 0.25) == 0.05
+    margin = scoring.margin(trace("mixing"), accuracy - 0.08, 0.05, 0.25)
+    assert margin == pytest.approx(0.02)
+
+
+def test_attention_heads_have_no_weights_to_steal():
+    made = trace("mixing")
+    heads = dataclasses.replace(made, names=("qk.0.0", "pv.0.0"))
+    assert scoring.stealable(made) == [("dense1", "dense2")]
+    assert scoring.stealable(heads) == []
+
+
+@pytest.mark.parametrize(("rounds", "found"), [(2, True), (3, False)])
+def test_blocks_of_the_librarys_keys_show_under_two_rounds_alone(rounds, found):
+    for size in (160, 192):
+        value, chance = structure.find_library_blocks(size, rounds, np.random.default_rng(0))
+        assert (value > chance + 0.2) == found
+        assert abs(value - chance) <= structure.MARGIN or found
+
+
+def test_blocks_of_mixing_are_measured_and_not_taken_for_chance():
+    found = structure.attack_library(trace("mixing"), np.random.default_rng(0), sizes=(96,))
+    found += structure.attack(trace("mixing"), np.random.default_rng(0))
+    assert len(found) == 4 and all(m.passed for m in found)
+    assert any(m.value != m.chance for m in found)
+
+
+def test_a_second_polarity_gives_the_scales_of_columns_away():
+    (found,) = scales.attack(trace("tempo"), np.random.default_rng(0))
+    assert found.value >= 0.85 and not found.passed
+    assert scales.attack(trace("mixing"), np.random.default_rng(0)) == []
+
+
+def test_spectra_name_the_model_where_keys_do_not_blur_them():
+    found = spectra.attack(trace("fresh_orthogonal"), np.random.default_rng(0), others=1, draws=2)
+    assert [m.value >= 0.9 for m in found] == [True, True]
+    blurred = spectra.attack(trace("mixing"), np.random.default_rng(0), others=1, draws=4)
+    assert blurred[0].value < found[0].value
+
+
+# The suite
+
+
+def row(value, threshold, seed=0, scheme="mixing"):
+    """A made-up measurement."""
+    made = measure("S1", "columns linked", value, chance=0.1, threshold=threshold)
+    return Row(scheme, "mlp", seed, made)
+
+
+def test_the_worst_seed_is_reported():
+    found = results.worst([row(0.1, 0.5), row(0.6, 0.5, seed=1), row(0.2, 0.5, seed=2)])
+    assert [(r.seed, r.measurement.passed) for r in found] == [(1, False)]
+
+
+def test_what_is_not_a_number_does_not_pass():
+    assert not row(math.nan, 0.5).measurement.passed
+    assert not Control("S1", "signed_permutation", "mlp", "columns linked", 0.9).reached
+
+
+def test_an_attack_that_could_not_succeed_is_no_evidence():
+    def made(value, attainable):
+        threshold = np.float64(0.3)
+        return measure(
+            "S1", "linked", value, chance=0.1, threshold=threshold, attainable=attainable
+        )
+
+    assert made(0.1, None).applies and made(0.1, 0.5).applies
+    assert not made(0.1, 0.2).applies and made(0.1, 0.2).leak == 0
+    assert made(0.4, 0.2).applies, "what succeeded did apply"
+    text = results.table([Row("mixing", "mlp", 0, made(0.1, 0.2))], [])
+    assert "cannot apply: 0.2 with keys known" in text and "passes |" not in text
+    numpys = Row("mixing", "mlp", 0, made(np.float64(0.1), np.float64(0.2)))
+    assert json.loads(results.to_json([numpys], [], {}))["rows"][0]["applies"] is False
+
+
+def test_a_missed_control_makes_the_run_void():
+    def control(value):
+        return Control("S1", "signed_permutation", "mlp", "columns linked", 0.9, value)
+
+    assert __main__.status([row(0.1, 0.5)], [control(0.95)]) == 0
+    assert __main__.status([row(0.6, 0.5)], [control(0.95)]) == 1
+    assert __main__.status([row(0.6, 0.5, scheme="tempo")], [control(0.95)]) == 0
+    assert __main__.status([row(0.1, 0.5)], [control(0.5)]) == 2
+    assert "VOID: S1" in results.table([row(0.1, 0.5)], [control(0.5)])
+    assert "VOID" not in results.table([row(0.1, 0.5)], [control(0.95)])
+    assert json.loads(results.to_json([row(0.1, 0.5)], [control(0.5)], {}))["void"]
+
+
+def test_controls_are_run_and_judged(monkeypatch, tmp_path):
+    def attack(made, _):
+        return [
+            measure("S1", "linked", {"mixing": 0.1}.get(made.scheme, 0.8), chance=0, threshold=0.2)
+        ]
+
+    monkeypatch.setattr(suite, "make_trace", lambda scheme, *_, **__: trace(scheme))
+    controls = (("signed_permutation", "mlp", "linked", 0.9),)
+    plan = plans.Plan("S1", attack, ("mlp",), plans.Setting(STEPS), controls)
+    kept = []
+    found, judged = suite.run(
+        [plan],
+        ["mixing"],
+        [0, 1],
+        tmp_path,
+        simulate=True,
+        keep=lambda rows, controls: kept.append((len(rows), controls[0].value)),
+    )
+    assert [r.scheme for r in found] == ["mixing"] * 2
+    assert [(c.value, c.reached) for c in judged] == [(0.8, False)]
+    assert kept[0] == (2, pytest.approx(math.nan, nan_ok=True)) and kept[-1] == (2, 0.8)
+
+
+def test_an_attack_that_measures_nothing_does_not_pass(monkeypatch, tmp_path):
+    monkeypatch.setattr(suite, "make_trace", lambda scheme, *_, **__: trace(scheme))
+    plan = plans.Plan("S1", lambda *_: [], ("mlp",), plans.Setting(STEPS))
+    found, judged = suite.run([plan], ["mixing"], [0], tmp_path, simulate=True)
+    assert __main__.status(found, judged) == 1
+
+
+def test_a_product_that_vanished_is_refused(monkeypatch, tmp_path):
+    whole = trace("mixing")
+    views = [dict(view) for view in whole.views]
+    del views[1]["dense2"]
+    lacking = dataclasses.replace(whole, views=views)
+    monkeypatch.setattr(suite, "make_trace", lambda *_, **__: lacking)
+    with pytest.raises(RuntimeError, match="mlp, dense2: not in every step"):
+        suite.run(plans.all_plans(quick=True)[:1], ["mixing"], [0], tmp_path, simulate=True)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn", "transformer"])
+def test_every_kind_of_victim_has_controls(kind):
+    every = plans.all_plans(quick=False)
+    attacked = {plan.attack for plan in every if kind in plan.victims}
+    controlled = {plan.attack for plan in every for c in plan.controls if c[1] == kind}
+    assert attacked - controlled <= {"S10"}, "which is no attack"
+
+
+OTHER = (("permuted_rows", "mlp", "stolen", 0.9),)
+
+
+def test_plans_are_restricted_with_the_controls_that_speak_for_them():
+    near = (("permuted_rows", "cnn", "stolen", 0.6),)
+    both = plans.Plan("S2", rows.attack, ("mlp", "cnn"), plans.Setting(2), (*OTHER, *near))
+    lone = plans.Plan("S9", few_shot.attack, ("mlp", "cnn"), plans.Setting(2), OTHER)
+    more = (("permuted_rows", "mlp", "images by pca", 0.85), *OTHER, *near)
+    many = plans.Plan("S6", inputs.attack, ("mlp", "cnn"), plans.Setting(2), more)
+    found = plans.restrict([both, lone, many], ["cnn"])
+    assert [p.victims for p in found] == [("cnn",)] * 3
+    assert [p.controls for p in found] == [near, OTHER, (more[0], *near)]
+    assert not plans.restrict([both], ["transformer"])
+
+
+def test_luck_is_no_leak():
+    assert scoring.twice_chance(0.01, 10_000) == pytest.approx(0.02)
+    assert scoring.twice_chance(0.01, 100) == pytest.approx(0.04)
+
+
+def test_options():
+    options = __main__.parse_options(["--quick", "--attacks", "S1", "S3", "--schemes", "mixing"])
+    assert options.seeds == 1 and options.attacks == ["S1", "S3"] and options.schemes == ["mixing"]
+    assert __main__.parse_options([]).seeds == 3
+    with pytest.raises(SystemExit):
+        __main__.parse_options(["--attacks", "S99"])
+
+
+def test_every_attack_has_a_control():
+    for quick in (True, False):
+        every = plans.all_plans(quick=quick)
+        controlled = {plan.attack for plan in every if plan.controls}
+        assert {plan.attack for plan in every} == set(__main__.ATTACKS)
+        assert set(__main__.ATTACKS) - controlled == {"S10"}, "which measures cost, not leaks"
+
+
+def test_plot(tmp_path):
+    costs = {"mixing": 2.0, "tempo": 0.8}
+    results.plot([row(0.4, 0.5), row(0.9, 0.5, scheme="tempo")], costs, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000

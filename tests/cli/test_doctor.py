@@ -1,0 +1,185 @@
+"""What the doctor finds: each check on machines that lack what it looks for."""
+
+import builtins
+import json
+import os
+import sys
+
+import jax
+import pytest
+
+from tempo_jax.cli import doctor, main
+from tempo_jax.cli.doctor import Finding, diagnose, format_findings
+
+
+def test_this_machine_has_what_it_takes():
+    findings = diagnose()
+    names = [f.name for f in findings]
+    assert len(set(names)) == len(names) == 10
+    assert not [f for f in findings if f.status == "fail"]
+    assert all(f.detail for f in findings)
+    # Whatever is wrong comes with what to do.
+    assert all(f.fix for f in findings if f.status != "ok" and f.name != "memory")
+
+
+def test_findings_as_text():
+    findings = [Finding("a", "ok", "there"), Finding("long", "fail", "gone", "get one")]
+    assert format_findings(findings) == (
+        "ok    a     there\nfail  long  gone\n            -> get one"
+    )
+    assert format_findings([]) == ""
+
+
+def test_another_system(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    found = doctor._system()
+    assert found.status == "fail" and "use Linux" in found.fix
+
+
+def test_another_processor(monkeypatch):
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
+    found = doctor._system()
+    assert found.status == "warn" and "SGX needs x86_64" in found.fix
+
+
+@pytest.mark.parametrize(
+    "version, status", [("0.10.1", "fail"), ("0.9.9", "fail"), ("0.10.2", "ok"), ("1.0", "ok")]
+)
+def test_jax_versions(monkeypatch, version, status):
+    monkeypatch.setattr(jax, "__version__", version)
+    found = doctor._jax()
+    assert found.status == status and version in found.detail
+    assert ("pip install" in found.fix) == (status == "fail")
+
+
+def test_no_jax(monkeypatch):
+    genuine = builtins.__import__
+
+    def without_jax(name, *rest):
+        if name == "jax":
+            raise ImportError("No module named 'jax'")
+        return genuine(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_jax)
+    assert doctor._jax() == Finding(
+        "jax", "fail", "No module named 'jax'", "pip install -U tempo-jax"
+    )
+    assert doctor._devices().status == "fail"
+
+
+def test_devices(monkeypatch):
+    found = doctor._devices()
+    assert found.status == "warn" and "8 cpu:cpu" in found.detail and "jax[cuda12]" in found.fix
+
+    class Accelerator:
+        platform, device_kind = "gpu", "some card"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Accelerator()] * 2)
+    assert doctor._devices() == Finding("devices", "ok", "2 gpu:some card")
+
+    def broken():
+        raise RuntimeError("Unable to initialize backend\nand much more")
+
+    monkeypatch.setattr(jax, "devices", broken)
+    found = doctor._devices()
+    assert (found.status, found.detail) == ("fail", "Unable to initialize backend")
+
+
+@pytest.mark.parametrize(
+    "name, status", [("glibc 2.17", "fail"), ("glibc 2.36", "ok"), (None, "fail")]
+)
+def test_c_library(monkeypatch, name, status):
+    def confstr(_):
+        if name is None:
+            raise ValueError("unrecognized configuration name")
+        return name
+
+    monkeypatch.setattr(os, "confstr", confstr)
+    assert doctor._glibc().status == status
+
+
+def test_shared_memory(monkeypatch, tmp_path):
+    found = doctor._shared_memory(str(tmp_path / "none"))
+    assert found.status == "fail" and "does not exist" in found.detail
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    found = doctor._shared_memory(str(tmp_path))
+    assert found.status == "fail" and found.fix.startswith("chmod 1777")
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    monkeypatch.setattr(doctor, "SHARED_BYTES", 1 << 60)
+    found = doctor._shared_memory(str(tmp_path))
+    assert found.status == "warn" and "--shm-size" in found.fix
+    monkeypatch.setattr(doctor, "SHARED_BYTES", 0)
+    assert doctor._shared_memory(str(tmp_path)).status == "ok"
+
+
+@pytest.mark.parametrize(
+    "text, status, words",
+    [
+        ("MemAvailable:   16777216 kB\n", "ok", "16.0 GB"),
+        ("MemAvailable:    6291456 kB\n", "warn", "enough without SGX"),
+        ("MemAvailable:    1048576 kB\n", "warn", "1.0 GB"),
+        ("MemTotal: 5 kB\n", "warn", "does not say"),
+    ],
+)
+def test_memory(tmp_path, text, status, words):
+    path = tmp_path / "meminfo"
+    path.write_text(text)
+    found = doctor._memory(str(path))
+    assert found.status == status and words in found.detail
+    assert doctor._memory(str(tmp_path / "none")).status == "warn"
+
+
+def test_gramine(tmp_path):
+    found = doctor._gramine(str(tmp_path))
+    assert found.status == "warn" and "install Gramine 1.9" in found.fix
+    assert "found" not in found.detail
+    tools = ["gramine-direct", "gramine-sgx", "gramine-manifest", "gramine-sgx-sign"]
+    for count, tool in enumerate(tools, start=1):
+        (tmp_path / tool).touch(mode=0o755)
+        found = doctor._gramine(str(tmp_path))
+        assert found.status == ("ok" if count == len(tools) else "warn")
+        assert tool in found.detail
+
+
+def test_sgx_devices(monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu aes avx2\n")
+    found = doctor._sgx_devices(str(tmp_path), str(cpuinfo))
+    assert found.status == "warn" and "shows no SGX" in found.detail and "firmware" in found.fix
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu sgx sgx_lc\n")
+    found = doctor._sgx_devices(str(tmp_path), str(cpuinfo))
+    assert "the processor has SGX" in found.detail and "kernel of 5.11" in found.fix
+    for node in ("sgx_enclave", "sgx_provision"):
+        (tmp_path / node).touch()
+    assert doctor._sgx_devices(str(tmp_path), str(cpuinfo)).status == "ok"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    found = doctor._sgx_devices(str(tmp_path), str(cpuinfo))
+    assert found.status == "warn" and "groups" in found.fix
+
+
+def test_quoting(tmp_path):
+    socket = tmp_path / "aesm.socket"
+    found = doctor._quoting(str(socket), lambda name: None)
+    assert found.status == "warn" and "aesmd" in found.detail and "libsgx_dcap_ql" in found.detail
+    socket.touch()
+    assert doctor._quoting(str(socket), lambda name: f"lib{name}.so.1").status == "ok"
+
+
+def test_signing_key(tmp_path):
+    key = tmp_path / "key.pem"
+    assert "gramine-sgx-gen-private-key" in doctor._signing_key(str(key)).fix
+    key.touch(mode=0o644)
+    assert doctor._signing_key(str(key)).fix == f"chmod 600 {key}"
+    key.chmod(0o600)
+    assert doctor._signing_key(str(key)).status == "ok"
+
+
+def test_the_command_shows_and_judges(monkeypatch, capsys):
+    findings = [Finding("a", "ok", "there"), Finding("b", "warn", "gone", "get it")]
+    monkeypatch.setattr(main, "diagnose", lambda: findings)
+    assert main.main(["doctor"]) == 0
+    assert capsys.readouterr().out == format_findings(findings) + "\n"
+    findings.append(Finding("c", "fail", "gone", "get it"))
+    assert main.main(["doctor", "--json"]) == 1
+    shown = json.loads(capsys.readouterr().out)
+    assert shown[2] == {"name": "c", "status": "fail", "detail": "gone", "fix": "get it"}

@@ -1,0 +1,180 @@
+"""AES-GCM between client and enclave: round trips, and everything altered refused."""
+
+import hashlib
+import hmac
+import math
+import os
+
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from hypothesis import given
+
+from enclave_runtime.crypto import encryption
+from enclave_runtime.crypto.encryption import DecryptionError
+
+KEY = bytes(range(32))
+DTYPES = (
+    *(jnp.bool_, jnp.int8, jnp.int16, jnp.int32, jnp.int64, jnp.uint8, jnp.uint16, jnp.uint32),
+    *(jnp.uint64, jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.float8_e4m3fn),
+    *(jnp.float8_e5m2, jnp.complex64, jnp.complex128),
+)
+SHAPES = ((), (1,), (0,), (7,), (2, 3), (2, 0, 4), (3, 1, 2, 1))
+
+
+def random_array(seed: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Random bits, so that NaNs and negative zeros occur."""
+    raw = np.random.default_rng(seed).bytes(math.prod(shape) * dtype.itemsize)
+    if dtype == np.bool_:
+        raw = bytes(b & 1 for b in raw)
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Equal shape, dtype and bytes; NaNs count as their bits."""
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    assert actual.tobytes() == expected.tobytes()
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [np.dtype(d) for d in DTYPES], ids=str)
+def test_decryption_inverts_encryption(dtype, shape):
+    plain = random_array(1, shape, dtype)
+    encrypted = encryption.encrypt_array(KEY, plain, "session")
+    assert encrypted.dtype == np.uint8
+    assert encrypted.shape == (plain.nbytes + encryption.OVERHEAD_BYTES,)
+    opened = encryption.decrypt_array(KEY, encrypted, "session", shape, dtype)
+    assert_same_bits(opened, plain)
+    assert not opened.flags.writeable
+
+
+@given(
+    dtype=st.sampled_from(DTYPES).map(np.dtype),
+    shape=st.lists(st.integers(0, 4), max_size=4).map(tuple),
+    seed=st.integers(0, 2**32 - 1),
+    session=st.text(max_size=10),
+    key=st.binary(min_size=32, max_size=32),
+)
+def test_round_trip_of_any_array(dtype, shape, seed, session, key):
+    plain = random_array(seed, shape, dtype)
+    encrypted = encryption.encrypt_array(key, plain, session)
+    assert_same_bits(encryption.decrypt_array(key, encrypted, session, shape, dtype), plain)
+
+
+@pytest.mark.parametrize("view", [np.s_[::2], np.s_[:, ::-1], np.s_[1:3, 1:2], np.s_[:, None]])
+def test_round_trip_of_views(view):
+    plain = np.arange(24.0).reshape(4, 6)[view]
+    for array in (plain, plain.T):
+        encrypted = encryption.encrypt_array(KEY, array, "s")
+        opened = encryption.decrypt_array(KEY, encrypted, "s", array.shape, array.dtype)
+        np.testing.assert_array_equal(opened, array)
+
+
+@given(plain=st.binary(max_size=64), context=st.binary(max_size=16))
+def test_round_trip_of_bytes(plain, context):
+    encrypted = encryption.encrypt_bytes(KEY, plain, context)
+    assert encryption.decrypt_bytes(KEY, encrypted, context) == plain
+    # The layout is nonce, ciphertext, tag, as AESGCM reads them.
+    assert AESGCM(KEY).decrypt(encrypted[:12], encrypted[12:], context) == plain
+
+
+# Refusals
+
+PLAIN = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+def refuse(encrypted: np.ndarray, **changes: object) -> None:
+    """Asserts that decryption fails with an error that says nothing of the content."""
+    arguments = {"key": KEY, "session": "session", "shape": (2, 3), "dtype": np.dtype("float32")}
+    with pytest.raises(DecryptionError, match="^a ciphertext failed its authentication$"):
+        encryption.decrypt_array(encrypted=encrypted, **{**arguments, **changes})
+
+
+def test_each_flipped_bit_is_refused():
+    encrypted = encryption.encrypt_array(KEY, PLAIN, "session")
+    for position in range(encrypted.size):
+        altered = encrypted.copy()
+        altered[position] ^= 1 << position % 8
+        refuse(altered)
+
+
+def test_truncated_and_extended_ciphertexts_are_refused():
+    encrypted = encryption.encrypt_array(KEY, PLAIN, "session")
+    for size in (0, 1, 11, 12, 13, 27, 28, encrypted.size - 1):
+        refuse(encrypted[:size])
+    refuse(np.append(encrypted, np.uint8(0)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"key": KEY[::-1]},
+        {"session": "session2"},
+        {"session": ""},
+        {"shape": (3, 2)},
+        {"shape": (6,)},
+        {"shape": (2, 3, 1)},
+        {"dtype": np.dtype("int32")},
+        {"dtype": np.dtype("float64")},
+        {"shape": (2, 6), "dtype": np.dtype("float16")},
+        {"session": "session|(2, 3)", "shape": ()},
+    ],
+    ids=str,
+)
+def test_another_use_is_refused(changes):
+    refuse(encryption.encrypt_array(KEY, PLAIN, "session"), **changes)
+
+
+def test_array_does_not_pass_as_bytes_for_another_purpose():
+    encrypted = encryption.encrypt_array(KEY, PLAIN, "session")
+    for context in (b"compile|session", b"provision|session", b""):
+        with pytest.raises(DecryptionError):
+            encryption.decrypt_bytes(KEY, encrypted.tobytes(), context)
+
+
+def test_array_in_foreign_byte_order_is_not_opened_as_native():
+    plain = PLAIN.astype(">f4")
+    encrypted = encryption.encrypt_array(KEY, plain, "session")
+    opened = encryption.decrypt_array(KEY, encrypted, "session", (2, 3), np.dtype("float32"))
+    np.testing.assert_array_equal(opened, PLAIN)
+
+
+# Nonces and keys
+
+
+def test_nonces_differ():
+    encrypted = [encryption.encrypt_array(KEY, PLAIN, "session") for _ in range(1000)]
+    assert len({e[: encryption.NONCE_BYTES].tobytes() for e in encrypted}) == 1000
+    assert len({e[encryption.NONCE_BYTES :].tobytes() for e in encrypted}) == 1000
+
+
+def test_nonces_come_from_the_operating_system(monkeypatch):
+    # With a constant nonce the test above must fail, so that it tests something.
+    monkeypatch.setattr(os, "urandom", lambda count: bytes(count))
+    first, second = (encryption.encrypt_array(KEY, PLAIN, "session") for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+
+
+def test_derived_keys_follow_rfc_5869():
+    secret = os.urandom(32)
+    extracted = hmac.new(bytes(32), secret, hashlib.sha256).digest()
+    for purpose in ("connection", "to enclave", "class/1/2"):
+        info = b"tempo_jax/" + purpose.encode()
+        expected = hmac.new(extracted, info + b"\1", hashlib.sha256).digest()
+        assert encryption.derive_key(secret, purpose) == expected
+
+
+def test_session_keys_are_separate_and_never_shown():
+    secret = os.urandom(32)
+    keys = encryption.session_keys(secret)
+    assert len({*keys, secret}) == 4 and all(len(key) == 32 for key in keys)
+    assert keys == encryption.session_keys(secret)
+    assert not set(keys) & set(encryption.session_keys(os.urandom(32)))
+    for text in (repr(keys), str(keys), f"{keys}", repr((keys,))):
+        assert "SessionKeys(<secret>)" in text
+        assert not any(key.hex() in text or repr(key)[2:-1] in text for key in keys)

@@ -1,0 +1,759 @@
+"""What goes wrong while a step runs: every failure is an error, and the last state is kept."""
+
+import contextlib
+import errno
+import gc
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tempo_jax as tempo
+from enclave_runtime.crypto.encryption import session_keys
+from enclave_runtime.crypto.keys import KeySchedule
+from enclave_runtime.execution.executor import Executor
+from enclave_runtime.protocol.memory import Arena, input_bytes
+from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout, Program
+from enclave_runtime.protocol.wire import Frame, Kind
+from enclave_runtime.schemes import SignedPermutation, make_scheme
+from enclave_runtime.sessions.run import Run
+from enclave_runtime.sessions.session import Session
+from enclave_runtime.sessions.store import Blinded
+from enclave_runtime.verifying.integrity import private_copy
+from tempo_jax.errors import (
+    EnclaveDiedError,
+    EnclaveError,
+    SealedValueError,
+    SharedMemoryError,
+    TempoError,
+)
+from tempo_jax.running.call import Runtime
+from tests.enclave.test_enclave import is_running, nothing_left_behind
+from tests.support.boundary import mappings
+from tests.support.interpreter import plan
+from tests.support.steps import assert_close, shield_all, uniform
+from tests.support.steps import momentum_state as initial_state
+from tests.support.steps import momentum_step as train_step
+
+X, Y = uniform(1, 6, 5), uniform(2, 6, 3)
+VISITS = 4  # of one step
+
+
+def plain_state(steps: int) -> Any:
+    state, step = initial_state(), jax.jit(train_step)
+    for _ in range(steps):
+        state, _ = step(state, X, Y)
+    return state
+
+
+def chain(x, w, v):
+    """Two products with something between them, in three visits."""
+    return tempo.reveal(jnp.tanh(x @ w) @ v)
+
+
+W, V = uniform(6, 5, 4), uniform(7, 4, 3)
+CHAIN = jnp.tanh(X @ W) @ V
+
+
+@pytest.fixture(scope="module")
+def train(enclave) -> Any:
+    """The shielded step."""
+    return shield_all(train_step, enclave=enclave)
+
+
+@pytest.fixture
+def state(enclave, train) -> Any:
+    """The state after one step."""
+    state, _ = train(enclave.seal(initial_state()), X, Y)
+    return state
+
+
+def at_visit(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], Any]) -> None:
+    """Does something before one of the visits that follow, counted from 0."""
+    visit, count = Runtime._visit, itertools.count()
+
+    def intercepted(*arguments: Any) -> Any:
+        if next(count) == number:
+            action()
+        return visit(*arguments)
+
+    monkeypatch.setattr(Runtime, "_visit", intercepted)
+
+
+def fail() -> None:
+    raise OSError("planted")
+
+
+def held(enclave: tempo.Enclave) -> int:
+    """How many handles are in use."""
+    gc.collect()
+    return enclave.statistics()["handles"]
+
+
+@contextlib.contextmanager
+def promptly(seconds: float = 5.0) -> Iterator[None]:
+    """Asserts that what is inside ends soon."""
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < seconds
+
+
+# The enclave dies
+
+
+@pytest.mark.parametrize("visit", [0, 1, 2])
+def test_killed_enclave_ends_the_step(monkeypatch, visit):
+    with nothing_left_behind(), tempo.Enclave.launch() as running:
+        process = running.connection.process
+        shielded = shield_all(chain, enclave=running, donate=False)
+        shielded.traffic(X, W, V)  # compiles
+        at_visit(monkeypatch, visit, lambda: os.kill(process.pid, signal.SIGKILL))
+        with promptly(), pytest.raises(EnclaveDiedError, match="was killed by signal 9"):
+            shielded(X, W, V)
+        with promptly(), pytest.raises(EnclaveDiedError, match="launch a new one"):
+            shielded(X, W, V)
+
+
+def test_killed_enclave_ends_a_step_in_jit(monkeypatch):
+    with nothing_left_behind(), tempo.Enclave.launch() as running:
+        process = running.connection.process
+        shielded = shield_all(chain, enclave=running, donate=False)
+        step, sealed = jax.jit(shielded), running.seal((X, W, V))
+        assert_close(step(*sealed), CHAIN)
+        at_visit(monkeypatch, 1, lambda: os.kill(process.pid, signal.SIGKILL))
+        with promptly(), pytest.raises(Exception, match="was killed by signal 9"):
+            jax.block_until_ready(step(*sealed))
+
+
+def test_closing_ends_the_step(monkeypatch):
+    with nothing_left_behind():
+        running = tempo.Enclave.launch()
+        shielded = shield_all(chain, enclave=running, donate=False)
+        shielded.traffic(X, W, V)
+        at_visit(monkeypatch, 1, running.close)
+        with promptly(), pytest.raises(EnclaveError):
+            shielded(X, W, V)
+        assert not is_running(running.connection.process.pid)
+
+
+def test_enclave_ignores_the_terminals_interrupt(enclave):
+    os.kill(enclave.connection.process.pid, signal.SIGINT)
+    assert enclave.statistics()["process"] == enclave.connection.process.pid
+
+
+# A visit fails
+
+
+@pytest.mark.parametrize("visit", range(VISITS))
+def test_failed_visit_keeps_the_state(enclave, train, state, monkeypatch, visit):
+    handles = held(enclave)
+    with monkeypatch.context() as patched:
+        at_visit(patched, visit, fail)
+        with promptly(), pytest.raises(OSError, match="planted"):
+            train(state, X, Y)
+    assert held(enclave) == handles
+    assert enclave.statistics()["runs"] == 0
+    state, _ = train(state, X, Y)
+    assert_close(enclave.open(state), plain_state(2))
+
+
+@pytest.mark.parametrize("kind", [Kind.BEGIN, Kind.SEGMENT, Kind.COMMIT])
+def test_failed_request_keeps_the_state(enclave, train, state, monkeypatch, kind):
+    connection = enclave.connection
+    request = connection.request
+
+    def failing(asked: Kind, *arguments: Any) -> Any:
+        if asked is kind:
+            raise EnclaveError("planted")
+        return request(asked, *arguments)
+
+    handles = held(enclave)
+    with monkeypatch.context() as patched:
+        patched.setattr(connection, "request", failing)
+        with promptly(), pytest.raises(EnclaveError, match="planted"):
+            train(state, X, Y)
+    assert held(enclave) == handles
+    assert enclave.statistics()["runs"] == 0
+    state, _ = train(state, X, Y)
+    assert_close(enclave.open(state), plain_state(2))
+
+
+def test_run_that_the_enclave_gave_up_keeps_the_state(enclave, train, state, monkeypatch):
+    def give_up() -> None:
+        (number,) = train._runtime(_program(train, state))._runs
+        with pytest.raises(EnclaveError, match="segment 99 was asked for"):
+            enclave.connection.request(Kind.SEGMENT, {"run": number, "segment": 99, "worker": 0})
+
+    with monkeypatch.context() as patched:
+        at_visit(patched, 2, give_up)
+        with promptly(), pytest.raises(EnclaveError, match="no such run"):
+            train(state, X, Y)
+    state, _ = train(state, X, Y)
+    assert_close(enclave.open(state), plain_state(2))
+
+
+def _program(shielded: tempo.Shielded, state: Any) -> Any:
+    return shielded._program(shielded._signature((state, X, Y), {}))
+
+
+def mapped(enclave: tempo.Enclave) -> int:
+    """How many pieces of shared memory the enclave has mapped."""
+    return mappings(enclave.connection.process.pid).count("/dev/shm/tempo_jax-")
+
+
+@pytest.mark.parametrize("what", [Kind.BEGIN, 0, 2, Kind.COMMIT], ids=str)
+def test_failed_step_in_jit_keeps_the_state(enclave, train, state, monkeypatch, what):
+    step, batch = jax.jit(train), enclave.seal((X, Y))
+    request, before = enclave.connection.request, mapped(enclave)
+
+    def failing(asked: Kind, *arguments: Any) -> Any:
+        if asked is what:
+            fail()
+        return request(asked, *arguments)
+
+    for _ in range(3):
+        with monkeypatch.context() as patched:
+            if isinstance(what, Kind):
+                patched.setattr(enclave.connection, "request", failing)
+            else:
+                at_visit(patched, what, fail)
+            with promptly(20), pytest.raises(Exception, match="planted"):
+                jax.block_until_ready(step(state, *batch))
+    assert enclave.statistics()["runs"] == 0, "the run was not aborted"
+    gc.collect()
+    assert mapped(enclave) <= before + 1, "shared memory of failed runs stays mapped"
+    state, _ = step(state, *batch)
+    assert_close(enclave.open(state), plain_state(2))
+
+
+# Ctrl-C
+
+
+def interrupt() -> None:
+    """What Ctrl-C does to this process."""
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGINT)
+
+
+@pytest.mark.parametrize("visit", [0, 2])
+def test_interrupted_step_keeps_the_state(enclave, train, state, monkeypatch, visit):
+    def interrupt_and_wait() -> None:
+        interrupt()
+        time.sleep(0.3)
+
+    with monkeypatch.context() as patched:
+        at_visit(patched, visit, interrupt_and_wait)
+        with promptly(), pytest.raises(KeyboardInterrupt):
+            train(state, X, Y)
+    assert enclave.statistics()["runs"] == 0
+    state, _ = train(state, X, Y)
+    assert_close(enclave.open(state), plain_state(2))
+
+
+def test_step_interrupted_twice_still_runs_out(enclave, train, state, monkeypatch):
+    # A program that ran on would write to shared memory that another run may have by then.
+    ended = []
+
+    def interrupt_twice() -> None:
+        for _ in range(2):
+            interrupt()
+            time.sleep(0.3)
+        ended.append(True)
+
+    with monkeypatch.context() as patched:
+        at_visit(patched, 1, interrupt_twice)
+        with pytest.raises(KeyboardInterrupt):
+            train(state, X, Y)
+            time.sleep(0.3)
+        assert ended
+    state, _ = train(state, X, Y)
+    assert_close(enclave.open(state), plain_state(2))
+
+
+# Threads
+
+
+def test_two_functions_from_two_threads(enclave, train):
+    shielded = shield_all(chain, enclave=enclave, donate=False)
+
+    def repeat_chain() -> None:
+        for _ in range(10):
+            assert_close(shielded(X, W, V), CHAIN)
+
+    def repeat_steps() -> Any:
+        state = enclave.seal(initial_state())
+        for _ in range(5):
+            state, _ = train(state, X, Y)
+        return enclave.open(state)
+
+    with ThreadPoolExecutor() as pool:
+        futures: list[Future[Any]] = [
+            pool.submit(run) for run in (repeat_chain, repeat_steps, repeat_steps, repeat_chain)
+        ]
+        results = [future.result(timeout=60) for future in futures]
+    for result in results[1:3]:
+        assert_close(result, plain_state(5))
+    assert enclave.statistics()["runs"] == 0
+
+
+# Values that are no numbers
+
+
+def test_nans_pass_through(enclave, train):
+    shielded = shield_all(chain, enclave=enclave, donate=False)
+    for values in (jnp.nan, jnp.inf, -jnp.inf):
+        x = X.at[2, 1].set(values)
+        out = shielded(x, W, V)
+        np.testing.assert_allclose(out, jnp.tanh(x @ W) @ V, rtol=1e-12, equal_nan=True)
+    assert np.isnan(shielded(X.at[2, 1].set(jnp.nan), W, V)).any(axis=1).tolist() == [
+        *(False, False, True, False, False, False)
+    ]
+    x = X.at[0, 0].set(jnp.nan)
+    state, loss = train(enclave.seal(initial_state()), x, Y)
+    expected, expected_loss = jax.jit(train_step)(initial_state(), x, Y)
+    assert np.isnan(loss) and np.isnan(expected_loss)
+    assert_close(enclave.open(state), expected)
+
+
+# Shared memory
+
+
+def test_too_little_shared_memory_is_said_before_anything_runs(enclave, train, state, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    program = train._runtime(_program(train, state))._program
+    before = train.traffic(state, X, Y).round_trips
+    with nothing_left_behind(), monkeypatch.context() as patched:
+        patched.setattr(enclave.connection, "_arenas", [])
+        patched.setattr(os, "posix_fallocate", full)
+        match = rf"too small for this step: it needs {program.arena_bytes} bytes"
+        with pytest.raises(SharedMemoryError, match=match) as caught:
+            train(state, X, Y)
+        assert "Enlarge it" in str(caught.value)
+        # Provisioning needs shared memory as well, for closed-over arrays.
+        late = tempo.shield(lambda x: tempo.reveal(x + X), enclave=enclave, donate=False)
+        with pytest.raises(SharedMemoryError, match="too small"):
+            late(X)
+    assert train.traffic(state, X, Y).round_trips == before
+    assert enclave.statistics()["runs"] == 0
+    assert_close(late(X), 2 * X)
+    state, _ = train(state, X, Y)
+    assert_close(enclave.open(state), plain_state(2))
+
+
+class Shared:
+    """In place of shared memory: the host changes it whenever a scheme is about to use it."""
+
+    def __init__(self, content: np.ndarray):
+        self.content = private_copy(content)  # aligned, so that XLA would use it in place
+
+    def view(self, array: ArrayType, _: int) -> np.ndarray:
+        return self.content
+
+    def change(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Has the host write over it as soon as a value is to be unblinded."""
+        unblind = SignedPermutation.unblind
+
+        def raced(*arguments: Any, **named: Any) -> Any:
+            self.content[...] = -1
+            return unblind(*arguments, **named)
+
+        monkeypatch.setattr(SignedPermutation, "unblind", raced)
+
+
+def unverified_run(memory: Any) -> Run:
+    """A run of `chain` that checks nothing."""
+    program = plan(chain, X, W, V, scheme=SignedPermutation()).plan.program
+    scheme = make_scheme(program.scheme, program.parameters)
+    return Run(program, scheme, {}, memory, 1, 1, KeySchedule(), Executor())
+
+
+def test_memory_that_changes_while_a_product_is_read(monkeypatch):
+    content = np.asarray(X @ W)
+    memory = Shared(content)
+    run = unverified_run(memory)
+    crossing = run.program.segments[1].uploads[0]
+    expected = np.array(run._receive(crossing))
+    memory.change(monkeypatch)
+    received = run._receive(crossing)
+    assert (memory.content == -1).all()
+    np.testing.assert_array_equal(received, expected)
+
+
+@pytest.mark.parametrize("layout", ["keyed", "clear"])
+def test_memory_that_changes_while_a_leaf_is_read(monkeypatch, layout):
+    session = Session(session_keys(bytes(32)), "00" * 16)
+    content = np.asarray(X)
+    memory = Shared(content)
+    run = unverified_run(memory)
+    (port,) = (p for p in run.program.inputs if p.array.shape == X.shape)
+    index, keys = run.program.inputs.index(port), {}
+    blinded = Layout.clear(2)
+    if layout == "keyed":
+        stream = KeySchedule().stream("test")
+        keys = {0: SignedPermutation().draw(KeyClass(6), stream)}
+        blinded = Layout((0, None), (1, 0))
+        SignedPermutation().blind(content, blinded, keys, memory.content, lambda: stream)
+    entry = Blinded(port.array, SignedPermutation(), blinded, keys, {}, {})
+    run.handles[index], run.awaiting = session._store.put(entry), {index}
+    session._runs[1] = run
+    memory.change(monkeypatch)
+    fields = {"run": 1, "offsets": {str(index): 0}, "blind_at": {}}
+    session.handle(Frame(Kind.SETTLE, 1, fields))
+    memory.content[...] = -2
+    np.testing.assert_array_equal(run._values[port.value], X)
+
+
+# A host that does not keep to the protocol
+
+
+class Provisioned(NamedTuple):
+    """A provisioned program and shared memory with its inputs, for requests made by hand."""
+
+    enclave: tempo.Enclave
+    program: Program
+    number: int
+    name: str
+    arena: Arena
+    inputs: Sequence[tempo.SealedArray]
+    runs: list[int]
+
+    def request(self, kind: Kind, **fields: Any) -> Any:
+        """Asks the enclave."""
+        return self.enclave.connection.request(kind, fields)
+
+    def begin(self, **changes: Any) -> int:
+        """Begins a run and returns its number."""
+        offsets, offset = [], 0
+        for port, sealed in zip(self.program.inputs, self.inputs, strict=True):
+            content = np.asarray(sealed.content)
+            np.copyto(self.arena.view(ArrayType(content.shape, "uint8"), offset), content)
+            offsets.append(offset)
+            offset += input_bytes(port.array)
+        fields = {
+            "program": self.number,
+            "arena": self.name,
+            "workers": 1,
+            "inputs": [{"offset": o} for o in offsets],
+            "blind_at": offsets,
+        }
+        self.runs.append(self.request(Kind.BEGIN, **{**fields, **changes})["run"])
+        return self.runs[-1]
+
+    def segment(self, run: Any, index: Any, worker: Any = 0) -> list[np.ndarray]:
+        """Asks for a segment and returns its downloads."""
+        self.request(Kind.SEGMENT, run=run, segment=index, worker=worker)
+        crossings = self.program.segments[index].downloads
+        return [self.arena.view(c.array, c.offset).copy() for c in crossings]
+
+    def upload(self, index: int, values: Sequence[np.ndarray]) -> None:
+        """Writes a segment's uploads."""
+        for crossing, value in zip(self.program.segments[index].uploads, values, strict=True):
+            np.copyto(self.arena.view(crossing.array, crossing.offset), value)
+
+
+@pytest.fixture
+def provisioned(enclave) -> Iterator[Provisioned]:
+    """`chain`, provisioned once for the session."""
+    shielded = _provisioned_chain(enclave)
+    arguments = enclave.seal((X, W, V))
+    runtime = shielded._runtime(shielded._program(shielded._signature(arguments, {})))
+    with enclave.arena(runtime._program.arena_bytes) as (name, arena):
+        host = Provisioned(enclave, runtime._program, runtime._number, name, arena, arguments, [])
+        yield host
+        for run in host.runs:
+            host.request(Kind.ABORT, run=run)
+
+
+_chains: dict[int, Any] = {}
+
+
+def _provisioned_chain(enclave: tempo.Enclave) -> Any:
+    if id(enclave) not in _chains:
+        _chains[id(enclave)] = shield_all(chain, enclave=enclave, donate=False)
+    return _chains[id(enclave)]
+
+
+def run_by_hand(host: Provisioned, run: int) -> np.ndarray:
+    """Carries a run of `chain` through and returns what it reveals."""
+    operands = {a.shape: a for a in host.segment(run, 0)}
+    host.upload(1, [operands[X.shape] @ operands[W.shape]])
+    (hidden,) = host.segment(run, 1)
+    host.upload(2, [hidden @ operands[V.shape]])
+    (out,) = host.segment(run, 2)
+    return out
+
+
+def refused(host: Provisioned, text: str | None, kind: Kind, **fields: Any) -> None:
+    """Asserts that a request is refused, with this text."""
+    with promptly(), pytest.raises(TempoError, match=text):
+        host.request(kind, **fields)
+
+
+def test_run_by_hand(provisioned):
+    run = provisioned.begin()
+    out = run_by_hand(provisioned, run)
+    np.testing.assert_allclose(out, CHAIN, rtol=1e-12)
+    assert provisioned.request(Kind.COMMIT, run=run, donate=[]) == {"handles": []}
+    refused(provisioned, "no such run", Kind.COMMIT, run=run, donate=[])
+
+
+@pytest.mark.parametrize("index", [1, 2, 3, -2, 10**30])
+def test_segment_out_of_order_ends_the_run(provisioned, index):
+    run = provisioned.begin()
+    fields = {"run": run, "segment": index, "worker": 0}
+    refused(
+        provisioned, f"segment {index} was asked for, segment 0 is next", Kind.SEGMENT, **fields
+    )
+    refused(provisioned, "no such run", Kind.SEGMENT, run=run, segment=0, worker=0)
+    refused(provisioned, "no such run", Kind.COMMIT, run=run, donate=[])
+
+
+def test_segment_before_the_first_is_not_repeated(provisioned):
+    fields = {"run": provisioned.begin(), "segment": -1, "worker": 0}
+    refused(provisioned, "segment -1 was asked for, segment 0 is next", Kind.SEGMENT, **fields)
+    refused(provisioned, "no such run", Kind.COMMIT, run=fields["run"], donate=[])
+
+
+def test_segment_after_the_last_is_refused(provisioned):
+    run = provisioned.begin()
+    run_by_hand(provisioned, run)
+    fields = {"run": run, "segment": 3, "worker": 0}
+    refused(provisioned, "segment 3 was asked for after the last", Kind.SEGMENT, **fields)
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, False, "0", None, [0]], ids=repr)
+@pytest.mark.parametrize("name", ["segment", "worker"])
+def test_segments_and_workers_are_whole_numbers(provisioned, name, number):
+    # A fraction would be one more worker, and end the wait for the others.
+    fields = {"run": provisioned.begin(workers=2), "segment": 0, "worker": 0, name: number}
+    refused(provisioned, "have whole numbers", Kind.SEGMENT, **fields)
+    refused(provisioned, "no such run", Kind.COMMIT, run=fields["run"], donate=[])
+
+
+def test_skipped_and_earlier_segments_are_refused(provisioned):
+    for index in (0, 3):
+        run = provisioned.begin()
+        provisioned.segment(run, 0)
+        provisioned.upload(1, [np.ones((6, 4))])
+        provisioned.segment(run, 1)
+        match = f"segment {index} was asked for, segment 2 is next"
+        refused(provisioned, match, Kind.SEGMENT, run=run, segment=index, worker=0)
+
+
+@pytest.mark.parametrize("worker", [1, -1, 10**30])
+def test_unknown_worker_is_refused(provisioned, worker):
+    fields = {"run": provisioned.begin(), "segment": 0, "worker": worker}
+    refused(provisioned, f"worker {worker} of a run with 1", Kind.SEGMENT, **fields)
+
+
+@pytest.mark.parametrize("number", [10**6, -1, None, "0", True, [0], 0.0], ids=repr)
+def test_unknown_program_is_refused(provisioned, number):
+    with pytest.raises(EnclaveError, match="no such program"):
+        provisioned.begin(program=number)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"workers": 0}, "between 1 and 4096 workers"),
+        ({"workers": 4097}, "between 1 and 4096 workers"),
+        ({"workers": True}, "between 1 and 4096 workers"),
+        ({"inputs": []}, "takes 3 inputs"),
+        ({"blind_at": [0]}, "takes 3 inputs"),
+        ({"inputs": [{"offset": 0}] * 2, "blind_at": [0] * 2}, "takes 3 inputs"),
+        ({"arena": "tempo_jax-" + "0" * 32}, "no such shared memory"),
+        ({"inputs": [{"handle": "00" * 16}] * 3}, "not in this enclave"),
+        ({"inputs": [{"offset": 1}] * 3}, "failed its authentication"),
+        ({"inputs": [{"offset": -64}] * 3}, "outside the shared memory"),
+        ({"inputs": [{"offset": 1 << 40}] * 3}, "outside the shared memory"),
+        ({"inputs": [{"offset": "0"}] * 3}, "an offset is not a number"),
+        ({"inputs": [{}] * 3}, "malformed BEGIN"),
+        ({"inputs": [None] * 3}, "malformed BEGIN"),
+        ({"inputs": None}, "malformed BEGIN"),
+    ],
+    ids=repr,
+)
+def test_malformed_begin_is_refused(provisioned, changes, text):
+    with promptly(), pytest.raises(TempoError, match=text):
+        provisioned.begin(**changes)
+
+
+def test_handle_of_another_type_is_refused(enclave, provisioned):
+    other = tempo.shield(lambda x: x, enclave=enclave)(jnp.ones(3))
+    handle = np.asarray(other.handle).tobytes().hex()
+    with pytest.raises(EnclaveError, match=r"input 0 is float64\[3\], expected float64\[6, 5\]"):
+        provisioned.begin(inputs=[{"handle": handle}] * 3)
+
+
+def test_repeated_segment_is_answered_again_or_refused(provisioned):
+    run = provisioned.begin()
+    first = provisioned.segment(run, 0)
+    for _ in range(2):
+        again = provisioned.segment(run, 0)
+        assert [a.tobytes() for a in again] == [a.tobytes() for a in first]
+    product = np.ones((6, 4))
+    provisioned.upload(1, [product])
+    hidden = provisioned.segment(run, 1)
+    for crossing in provisioned.program.segments[1].downloads:
+        provisioned.arena.view(crossing.array, crossing.offset)[...] = 0
+    again = provisioned.segment(run, 1)
+    assert [a.tobytes() for a in again] == [a.tobytes() for a in hidden]
+    product[0, 3] = np.nextafter(1, 2)
+    provisioned.upload(1, [product])
+    fields = {"run": run, "segment": 1, "worker": 0}
+    refused(provisioned, "segment 1 was asked for again with other bytes", Kind.SEGMENT, **fields)
+    refused(provisioned, "no such run", Kind.SEGMENT, run=run, segment=2, worker=0)
+
+
+def test_commit_too_early_is_refused(provisioned):
+    handles = provisioned.enclave.statistics()["handles"]
+    run = provisioned.begin()
+    refused(provisioned, "commit after 0 of 3 segments", Kind.COMMIT, run=run, donate=[])
+    provisioned.segment(run, 0)
+    refused(provisioned, "commit after 1 of 3 segments", Kind.COMMIT, run=run, donate=[])
+    assert provisioned.enclave.statistics()["handles"] == handles
+    provisioned.request(Kind.ABORT, run=run)
+    refused(provisioned, "no such run", Kind.COMMIT, run=run, donate=[])
+
+
+@pytest.mark.parametrize("donate", [[2], [-3], ["0"], [None], 3, None], ids=repr)
+def test_malformed_commit_commits_nothing(enclave, provisioned, donate):
+    shielded = tempo.shield(lambda x: x + 1, enclave=enclave)
+    kept = shielded(X)
+    runtime = shielded._runtime(shielded._program(shielded._signature((kept,), {})))
+    handles = enclave.statistics()["handles"]
+    with enclave.arena(runtime._program.arena_bytes) as (name, arena):
+        run, _ = runtime._begin(name, arena, [kept], raises=False)
+        fields = {"run": run.number, "segment": 0, "worker": 0}
+        provisioned.request(Kind.SEGMENT, **fields)
+        refused(provisioned, None, Kind.COMMIT, run=run.number, donate=donate)
+        runtime._abort(run)
+    assert enclave.statistics()["handles"] == handles
+    assert_close(enclave.open(kept), X + 1)
+
+
+def test_worker_that_comes_twice_ends_the_run_for_all(provisioned):
+    run = provisioned.begin(workers=2)
+    fields = {"run": run, "segment": 0, "worker": 0}
+    with promptly(), ThreadPoolExecutor() as pool:
+        futures = [pool.submit(provisioned.request, Kind.SEGMENT, **fields) for _ in range(2)]
+        for future in futures:
+            with pytest.raises(EnclaveError, match="asked for|failed or was aborted|no such run"):
+                future.result()
+
+
+def test_aborted_run_wakes_its_workers(provisioned):
+    run = provisioned.begin(workers=3)
+    with promptly(), ThreadPoolExecutor() as pool:
+        waiting = [
+            pool.submit(provisioned.request, Kind.SEGMENT, run=run, segment=0, worker=worker)
+            for worker in (0, 2)
+        ]
+        time.sleep(0.2)
+        assert not any(future.done() for future in waiting)
+        provisioned.request(Kind.ABORT, run=run)
+        for future in waiting:
+            with pytest.raises(EnclaveError, match="failed or was aborted|no such run"):
+                future.result()
+
+
+def test_input_on_the_devices_is_taken_over_once(enclave, train, state):
+    # Under new keys the enclave blinds it again; asking twice with other bytes would map one key
+    # to the other, element by element.
+    runtime = train._runtime(_program(train, state))
+    program, request = runtime._program, enclave.connection.request
+    other, _ = train(enclave.seal(initial_state()), X, Y)
+    mixed = ({**state[0], "first": other[0]["first"]}, state[1])
+    inputs = [*jax.tree.leaves(mixed, is_leaf=lambda x: isinstance(x, tempo.SealedArray))]
+    with enclave.arena(program.arena_bytes) as (name, arena):
+        given, offsets, offset = [], [], 0
+        for port, sealed in zip(program.inputs, [*inputs, *enclave.seal((X, Y))], strict=True):
+            offsets.append(offset)
+            given.append({"offset": offset})
+            if sealed.form == "encrypted":
+                content = np.asarray(sealed.content)
+                np.copyto(arena.view(ArrayType(content.shape, "uint8"), offset), content)
+            else:
+                given[-1] = {"handle": np.asarray(sealed.handle).tobytes().hex()}
+            offset += input_bytes(port.array)
+        fields = {"program": runtime._number, "arena": name, "workers": 1}
+        reply = request(Kind.BEGIN, {**fields, "inputs": given, "blind_at": offsets})
+        assert reply["upload"]
+        index, run = reply["upload"][0], reply["run"]
+        where = {str(index): offsets[index]}
+        view = arena.view(program.inputs[index].array, offsets[index])
+        settle = {"run": run, "offsets": where, "blind_at": where}
+        np.copyto(view, np.asarray(inputs[index].content))
+        request(Kind.SETTLE, settle)
+        view[...] = np.arange(view.size).reshape(view.shape)
+        try:
+            with pytest.raises(EnclaveError):
+                request(Kind.SETTLE, settle)
+        finally:
+            request(Kind.ABORT, {"run": run})
+
+
+@pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR, Kind.HELLO, Kind.PROOF])
+def test_frame_that_is_no_request_is_refused(provisioned, kind):
+    refused(provisioned, f"kind {kind.name} is not a request", kind)
+
+
+MALFORMED = [
+    *((kind, {}) for kind in Kind if Kind.MAP <= kind <= Kind.FREE and kind is not Kind.COMPILE),
+    (Kind.MAP, {"name": "../../etc/passwd", "size": 64}),
+    (Kind.MAP, {"name": "tempo_jax-" + "0" * 32, "size": 64}),
+    (Kind.MAP, {"name": "tempo_jax-" + "0" * 32, "size": -1}),
+    (Kind.MAP, {"name": "tempo_jax-" + "0" * 32, "size": True}),
+    (Kind.MAP, {"name": ["tempo_jax"], "size": 64}),
+    (Kind.COMPILE, {}),
+    (Kind.SEGMENT, {"run": [], "segment": 0, "worker": 0}),
+    (Kind.SEGMENT, {"run": 10**9, "segment": 0, "worker": 0}),
+    (Kind.COMMIT, {"run": None, "donate": []}),
+    (Kind.SETTLE, {"run": 10**9, "offsets": {}, "blind_at": {}}),
+    (Kind.OPEN, {"handle": "00" * 16, "arena": "", "offset": 0}),
+    (Kind.OPEN, {"handle": [], "arena": "", "offset": 0}),
+    (Kind.FREE, {"handles": 3}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), MALFORMED, ids=repr)
+def test_malformed_request_is_refused_and_the_enclave_goes_on(provisioned, kind, fields):
+    with promptly(), pytest.raises(TempoError) as caught:
+        provisioned.request(kind, **fields)
+    assert "Traceback" not in str(caught.value)
+    assert provisioned.request(Kind.STATISTICS)["process"]
+
+
+def test_foreign_ciphertext_is_no_program(enclave):
+    sealed = np.asarray(enclave.seal(X).content).tobytes()
+    compiled = enclave.encrypt(b"{}", "compile")
+    for kind, attachment in (
+        (Kind.COMPILE, sealed),
+        (Kind.PROVISION, sealed),
+        (Kind.PROVISION, compiled),
+        (Kind.COMPILE, enclave.encrypt(b"", "provision")),
+        (Kind.COMPILE, b""),
+    ):
+        with pytest.raises(SealedValueError, match="failed its authentication"):
+            enclave.connection.request(kind, {"arena": "", "offsets": []}, attachment)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b"\xff", b'{"scheme": "signed_permutation"}']
+)
+def test_malformed_program_is_refused(enclave, content):
+    attachment = enclave.encrypt(content, "provision")
+    with pytest.raises(EnclaveError):
+        enclave.connection.request(Kind.PROVISION, {"arena": "", "offsets": []}, attachment)

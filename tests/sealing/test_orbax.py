@@ -1,0 +1,83 @@
+"""Sealed checkpoints lie in Orbax beside the rest of a training run: an array of bytes each."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tempo_jax as tempo
+from tempo_jax.errors import CheckpointError
+from tests.support.steps import assert_close, shield_all, uniform
+
+ocp = pytest.importorskip("orbax.checkpoint", reason="Orbax is not installed")
+
+OPTIMIZER = tempo.cheap_update(optax.adam(1e-2))
+BATCHES = [(uniform(i, 8, 6), uniform(50 + i, 8, 3)) for i in range(4)]
+
+
+def train_step(state, x, y):
+    """One step of a linear model with Adam."""
+    params, optimizer = state
+    loss, gradients = jax.value_and_grad(lambda w: jnp.mean((jnp.tanh(x @ w) - y) ** 2))(params)
+    updates, optimizer = OPTIMIZER.update(gradients, optimizer, params)
+    return (optax.apply_updates(params, updates), optimizer), tempo.reveal(loss)
+
+
+def initial_state():
+    params = uniform(9, 6, 3)
+    return params, OPTIMIZER.init(params)
+
+
+def save(manager: Any, enclave: tempo.Enclave, state: Any, step: int) -> None:
+    sealed = np.frombuffer(enclave.checkpoint(state), np.uint8)
+    manager.save(step, args=ocp.args.StandardSave({"sealed": sealed, "next_batch": np.array(step)}))
+
+
+def test_training_resumes_from_orbax(enclave, tmp_path):
+    key = tempo.CheckpointKey.generate()
+    enclave.use_checkpoint_key(key)
+    train, state = shield_all(train_step, enclave=enclave), enclave.seal(initial_state())
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        for step in (1, 2):
+            state, _ = train(state, *BATCHES[step - 1])
+            save(manager, enclave, state, step)
+        manager.wait_until_finished()
+    ledger = tempo.CheckpointLedger.from_json(enclave.ledger.to_json())
+
+    expected = initial_state()
+    for batch in BATCHES:
+        expected, _ = jax.jit(train_step)(expected, *batch)
+
+    launched = tempo.Enclave.launch(checkpoint_key=key, checkpoint_ledger=ledger)
+    with launched as later, ocp.CheckpointManager(tmp_path / "run") as manager:
+        kept = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+        restored = later.restore(kept["sealed"].tobytes(), like=initial_state())
+        train = shield_all(train_step, enclave=later)
+        for batch in BATCHES[int(kept["next_batch"]) :]:
+            restored, _ = train(restored, *batch)
+        assert_close(later.open(restored), expected)
+        # Orbax keeps older ones too, and its user may name one; so must the client.
+        older = manager.restore(1, args=ocp.args.StandardRestore())["sealed"].tobytes()
+        with pytest.raises(CheckpointError, match="checkpoint 1 is older than checkpoint 2"):
+            later.restore(older, like=initial_state())
+        back = later.restore(older, like=initial_state(), allow_rollback_to=1)
+        assert_close(later.open(back), jax.jit(train_step)(initial_state(), *BATCHES[0])[0])
+
+
+def test_nothing_on_disk_is_plaintext(enclave, tmp_path):
+    enclave.use_checkpoint_key(tempo.CheckpointKey.generate())
+    secret = np.linspace(0.1, 0.2, 4096)
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        save(manager, enclave, enclave.seal({"weights": secret}), 1)
+        manager.wait_until_finished()
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        kept = manager.restore(1, args=ocp.args.StandardRestore())
+    assert set(kept) == {"sealed", "next_batch"}
+    files = [path.read_bytes() for path in Path(tmp_path).rglob("*") if path.is_file()]
+    assert len(files) > 1
+    for content in (kept["sealed"].tobytes(), *files):
+        assert secret[:2].tobytes() not in content and b"weights" not in content

@@ -319,7 +319,7 @@ def test_works_where_numba_can_write_no_cache(tmp_path):
     program = (
         "import numba.core.caching as caching\n"
         "caching.CacheImpl._locator_classes = [caching.UserProvidedCacheLocator]\n"
-        "from enclave_runtime.keys import KeyStream, _shuffled\n"
+        "from enclave_runtime.crypto.keys import KeyStream, _shuffled\n"
         "assert type(_shuffled._cache).__name__ == 'NullCache'\n"
         "import enclave_runtime.schemes.kernels.hadamard\n"
         "print(sorted(KeyStream(bytes(32)).permutation(3)))"

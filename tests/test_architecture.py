@@ -1,6 +1,7 @@
 """Who may import what: folders import one way, and the enclave imports nothing untrusted."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,3 +174,11 @@ def test_no_module_unpickles():
     for package in RULES:
         for module, sources in imported(package).items():
             assert not sources & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}, module
+
+
+def test_documents_name_files_that_exist():
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/**/*.md")]:
+        for name in re.findall(
+            r"`((?:tests|benchmarks|examples)/[\w/]+\.py)`", document.read_text()
+        ):
+            assert (ROOT / name).exists(), f"{document.name} names {name}"

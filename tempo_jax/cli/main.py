@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tempo_jax import __version__
 from tempo_jax.cli.doctor import diagnose, format_findings
 from tempo_jax.cli.inspect import inspect, signed_build
 from tempo_jax.cli.serve import served
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tempo-jax", description="Train JAX models on hardware you do not trust."
     )
+    parser.add_argument("--version", action="version", version=f"tempo-jax {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     enclave = commands.add_parser("enclave", help="serve or inspect an enclave")
     actions = enclave.add_subparsers(required=True, metavar="ACTION")

@@ -168,3 +168,10 @@ def test_serving_ends_with_the_command(tmp_path, how):
     assert wait_until(lambda: not is_running(where["process"]))
     if how is not signal.SIGKILL:
         assert status == 0 and not key.exists()
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"tempo-jax {tempo.__version__}\n"

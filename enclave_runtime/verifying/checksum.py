@@ -66,7 +66,13 @@ from enclave_runtime.protocol.descriptions import (
 )
 from enclave_runtime.protocol.program import ArrayType
 from enclave_runtime.protocol.updates import AxisNumbers, Update
-from enclave_runtime.verifying.integrity import FAINT_ROW, IntegrityError, convolve, scale_of
+from enclave_runtime.verifying.integrity import (
+    FAINT_ROW,
+    IntegrityError,
+    all_finite,
+    convolve,
+    scale_of,
+)
 
 MAX_FAILURES = 8  # comparisons of a leaf with one checksum that may fail
 _SUMMATION = 1e-12  # rounding of the sketches themselves, in float64
@@ -233,7 +239,7 @@ def _shapes(use: _Operands, own: jax.Array, other: jax.Array) -> tuple[AxisNumbe
 
 
 @functools.partial(jax.jit, static_argnames=("use", "shape", "out_axes"))
-def _product_excess(
+def _compared(
     use: _Operands,
     shape: AxisNumbers,
     out_axes: AxisNumbers,
@@ -242,7 +248,7 @@ def _product_excess(
     sketch: tuple[jax.Array, jax.Array, jax.Array],
     matrix: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Whether a product with a leaf can be compared, and its largest deviation over its tolerance.
+    """Whether a product with a leaf can be compared, and whether it is right.
 
     What comes back widens the tolerance, so that no value of it may make that infinite.
     """
@@ -259,11 +265,12 @@ def _product_excess(
     energy *= jnp.square(sizes[0] * sizes[1] / scale)
     energy += _row_energy(out / scale, jnp.abs(matrix[..., :1]), out_axes)
     drifted = DRIFT * use.both(drift, jnp.abs(exact))
-    comparable = jnp.all(jnp.isfinite(drifted)) & jnp.isfinite(sizes[0] * sizes[1])
+    comparable = all_finite(drifted) & all_finite(values) & all_finite(exact)
+    comparable &= jnp.isfinite(sizes[0] * sizes[1])
     tolerance = _tolerance(energy, terms, use, unit, scale) + drifted
     difference = jnp.abs(given - expected).reshape(*tolerance.shape, VECTORS)
-    difference = jnp.where(jnp.isfinite(tolerance)[..., None], difference, jnp.inf)
-    return comparable, jnp.max(difference / tolerance[..., None], initial=0)
+    right = all_finite(out) & all_finite(tolerance) & jnp.all(difference <= tolerance[..., None])
+    return comparable, right
 
 
 def sketch(signs: Signs, x: np.ndarray, axes: AxisNumbers) -> Sketch:
@@ -355,7 +362,6 @@ def check_product(
     """
     operands = _Operands(use.product, use.which, use.axes, out.dtype.name, leaf.signs.width)
     parts = (leaf.values, leaf.norms, leaf.drift)
-    finite = np.all(np.isfinite(leaf.values)) and bool(jnp.all(jnp.isfinite(other)))
     with leaf.signs.lock:
         if leaf.signs.failures > 0:
             raise SpentSignsError(
@@ -363,15 +369,15 @@ def check_product(
                 "The run was stopped, and the last committed state stands. Call again: the leaf "
                 "is then brought in, checked and blinded anew"
             )
-        comparable, worst = _product_excess(
+        comparable, right = _compared(
             operands, shape, use.out_axes, other, out, parts, leaf.signs.matrix
         )
-        if not (finite and comparable):
+        if not comparable:
             raise IntegrityError(
                 f"an operand is not finite, or too large, so that nothing can be checked: {source}."
                 " The run was stopped, and the last committed state stands"
             )
-        if not worst <= 1:  # NaN is not right either
+        if not right:
             leaf.signs.failures += 1
             raise IntegrityError(
                 f"the devices returned a wrong product: {source}. The run was stopped, "

@@ -183,13 +183,25 @@ def _dot(large: jax.Array, small: jax.Array, numbers: Any) -> jax.Array:
     return jnp.moveaxis(lax.optimization_barrier(turned), len(batch), -1)
 
 
+def all_finite(x: jax.Array) -> jax.Array:
+    """Whether no element is NaN or infinite.
+
+    No maximum tells: on a CPU XLA's forgets NaN in arrays of a few thousand elements (JAX 0.10 to
+    0.12), so that nothing here is decided by one.
+    """
+    return jnp.all(jnp.isfinite(x))
+
+
 def scale_of(x: jax.Array) -> jax.Array:
-    """The largest magnitude, in float64, or 1 where all is zero; squares of ``x / scale`` fit."""
+    """The largest magnitude, in float64, or 1 where all is zero; squares of ``x / scale`` fit.
+
+    Of a finite array: it may or may not show a NaN, so callers ask `all_finite`.
+    """
     largest = jnp.max(jnp.abs(x), initial=0).astype(np.float64)
     return jnp.where(largest == 0, 1, largest)
 
 
-def excess(
+def deviations(
     check: Check, lhs: jax.Array, rhs: jax.Array, out: jax.Array, signs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """How far a result is off; see the module for the formula.
@@ -202,8 +214,8 @@ def excess(
       signs: R by blocks, (columns, blocks, vectors), zero outside each column's block.
 
     Returns:
-      Whether the operands allow a comparison, and the largest deviation over its tolerance:
-      above 1, or NaN, the result is wrong.
+      Whether the operands allow a comparison, and for each combined column its deviation over its
+      tolerance: where one is not at most 1, the result is wrong.
     """
     (terms, columns), width = check.sizes, check.width
     blocks, vectors = signs.shape[1:]
@@ -216,6 +228,7 @@ def excess(
     scale = jnp.maximum(unit, scales[2])
     bound = unit * (terms * columns) * jnp.any(lhs != 0) * jnp.any(rhs != 0)
     comparable = bound < float(np.finfo(wide).max) / 4
+    comparable &= all_finite(lhs) & all_finite(rhs)
     combine = signs.astype(wide).reshape(columns, blocks * vectors)
     expected = _through(check, lhs, rhs, combine)
     given = _columns_last(check, out)
@@ -232,14 +245,24 @@ def excess(
     tiny = 10 * float(np.finfo(wide).tiny) * math.sqrt(terms * width)
     tolerance = rounding(terms, width, check.unit) * scale * jnp.sqrt(energy) + tiny
     by_block = difference.reshape(*difference.shape[:-1], blocks, vectors)
-    return comparable, jnp.max(by_block / tolerance[..., None])
+    # Against an infinite tolerance everything would pass.
+    tolerance = jnp.where(jnp.isfinite(tolerance), tolerance, 0.0)
+    return comparable, by_block / tolerance[..., None]
+
+
+def _passes(
+    check: Check, lhs: jax.Array, rhs: jax.Array, out: jax.Array, signs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Whether the operands allow a comparison, and whether the result passes it."""
+    comparable, off = deviations(check, lhs, rhs, out, signs)
+    return comparable, jnp.all(off <= 1) & all_finite(out)  # NaN is not at most 1
 
 
 @functools.cache
 def _compiled(check: Check) -> Callable[..., Any]:
     types = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (check.lhs, check.rhs, check.out)]
     signs = jax.ShapeDtypeStruct(draw_signs(check, None).shape, np.int8)
-    return jax.jit(functools.partial(excess, check)).lower(*types, signs).compile()
+    return jax.jit(functools.partial(_passes, check)).lower(*types, signs).compile()
 
 
 def _rounded(check: Check, lhs: jax.Array, rhs: jax.Array, out: jax.Array) -> jax.Array:
@@ -258,7 +281,7 @@ def _rounded(check: Check, lhs: jax.Array, rhs: jax.Array, out: jax.Array) -> ja
     tolerance = ELEMENT_ROUNDING * check.unit * jnp.sqrt(energy)
     tiny = float(np.finfo(np.dtype(check.out.dtype)).tiny) * check.sizes[0]
     tolerance += tiny / scales[0] / scales[1]
-    return jnp.all(jnp.abs(given - exact) <= tolerance)
+    return jnp.all((jnp.abs(given - exact) <= tolerance) & jnp.isfinite(tolerance))
 
 
 @functools.cache
@@ -288,11 +311,10 @@ def matches(
     """Whether ``out`` is the product, up to rounding; None if the operands allow no comparison."""
     if min(*check.lhs.shape, *check.rhs.shape, *check.out.shape, 1) == 0:
         return None
-    comparable, worst = _compiled(check)(lhs, rhs, out, draw_signs(check, stream))
+    comparable, right = _compiled(check)(lhs, rhs, out, draw_signs(check, stream))
     if not comparable:
         return None
-    # Written so that NaN does not match.
-    return bool(worst <= 1) or bool(_looks_closer(check)(lhs, rhs, out))
+    return bool(right) or bool(_looks_closer(check)(lhs, rhs, out))
 
 
 # A program's checks

@@ -27,7 +27,7 @@ from enclave_runtime.verifying.integrity import (
     Check,
     IntegrityError,
     Verifier,
-    excess,
+    deviations,
     matches,
     multiply,
 )
@@ -67,7 +67,7 @@ class Returned:
 
     def excess(self, out: Any, signs: np.ndarray) -> float:
         operands = (self.lhs, self.rhs, jnp.asarray(out), jnp.asarray(signs))
-        return float(excess(self.check, *operands)[1])
+        return float(np.max(deviations(self.check, *operands)[1]))
 
 
 def returned(product: ProductDescription, lhs: Any, rhs: Any) -> Returned:

@@ -265,7 +265,7 @@ def test_tolerance_in_a_row_that_one_element_dominates():
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("name", ["wide", "grouped", "kernel's gradient"])
 def test_a_closer_look_decides_like_the_check(monkeypatch, name, dtype):
-    monkeypatch.setattr(integrity, "_compiled", lambda check: lambda *_: (True, 2.0))
+    monkeypatch.setattr(integrity, "_compiled", lambda check: lambda *_: (True, False))
     case = random_case(name, dtype)
     rng = np.random.default_rng(6)
     assert case.matches(case.out) is True

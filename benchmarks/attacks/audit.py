@@ -84,7 +84,7 @@ class Auditor:
             factors = getattr(element, "scales", None) if factors is None else factors
             if factors is not None:
                 matrix *= np.asarray(factors, np.float64)[:, None]
-        if not self._scheme.group.orthogonal and not layout.weights[axis]:
+        if not self._scheme.group.orthogonal and not layout.parities[axis]:
             matrix = np.linalg.inv(matrix).T
         return DenseKey(matrix)
 

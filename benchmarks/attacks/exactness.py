@@ -48,23 +48,23 @@ class _Blinder(NamedTuple):
     stream: Callable[[], Any]
     decoys: int
 
-    def blind(self, plain: Any, classes: tuple[int, int], weights: tuple[int, int]) -> Any:
+    def blind(self, plain: Any, classes: tuple[int, int], parities: tuple[int, int]) -> Any:
         """The blinded operand, and what unblinding needs to know of it."""
         rows = self.decoys * (classes[0] == 0)
         out = np.empty((plain.shape[0] + rows, plain.shape[1]), plain.dtype)
-        layout = Layout(classes, self._weights(weights))
+        layout = Layout(classes, self._parities(parities))
         return out, self.scheme.blind(plain, layout, self.keys, out, self.stream)
 
     def unblind(
-        self, blinded: Any, classes: tuple[int, int], weights: tuple[int, int], operands: Any
+        self, blinded: Any, classes: tuple[int, int], parities: tuple[int, int], operands: Any
     ) -> Any:
         """The plain result."""
-        layout = Layout(classes, self._weights(weights))
+        layout = Layout(classes, self._parities(parities))
         return self.scheme.unblind(np.asarray(blinded), layout, self.keys, operands)
 
-    def _weights(self, weights: tuple[int, int]) -> tuple[int, int]:
-        # Orthogonal groups have one polarity; their weights say whether signs apply.
-        return (1, 1) if self.scheme.group.orthogonal else weights
+    def _parities(self, parities: tuple[int, int]) -> tuple[int, int]:
+        # Orthogonal groups have one polarity; their parities say whether signs apply.
+        return (1, 1) if self.scheme.group.orthogonal else parities
 
 
 def _blinder(scheme: Scheme, m: int, n: int, p: int) -> _Blinder:

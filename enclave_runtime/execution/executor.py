@@ -48,7 +48,7 @@ class Executor:
         if not layout.keyed:
             return []
         keyed = tuple(None if c is None else classes[c].batch for c in layout.classes)
-        use = (scheme, array, keyed, layout.weights)
+        use = (scheme, array, keyed, layout.parities)
         return [self.prepare(use, functools.partial(scheme.warm_up, array, layout, classes))]
 
     def prepare(self, use: Hashable, function: Callable[[], object]) -> Compilation:

@@ -123,13 +123,13 @@ class Layout:
 
     Attributes:
       classes: for each axis its key class, or None where the axis carries no key.
-      weights: for each axis the power of the key, modulo 2. For signs: 1 where they apply
+      parities: for each axis the power of the key, modulo 2. For signs: 1 where they apply
         (a gradient), 0 where they do not (its square). For a group with two polarities: 1
         for the key itself, 0 for its inverse transpose.
     """
 
     classes: tuple[int | None, ...]
-    weights: tuple[int, ...]
+    parities: tuple[int, ...]
 
     @property
     def keyed(self) -> bool:
@@ -153,15 +153,15 @@ class Layout:
     def decode(cls, fields: Any, array: ArrayType, classes: tuple[KeyClass, ...]) -> Layout:
         """Reads a layout and checks it against its array and the program's classes."""
         _require(isinstance(fields, dict), "a layout is not an object")
-        ids, weights = (_items(fields.get(name), name) for name in ("classes", "weights"))
-        _require(len(ids) == len(weights) == len(array.shape), "a layout has the wrong rank")
+        ids, parities = (_items(fields.get(name), name) for name in ("classes", "parities"))
+        _require(len(ids) == len(parities) == len(array.shape), "a layout has the wrong rank")
         for axis, (number, size) in enumerate(zip(ids, array.shape, strict=True)):
             if number is not None:
                 found = classes[_natural(number, len(classes), "a key class")]
                 _require(found.size == size, "a key class has another size than its axis")
                 copies = found.copies == 1 or (axis > 0 and found.copies == array.shape[0] > 0)
                 _require(copies, "a key class has another number of copies than its batch axis")
-        return cls(tuple(ids), tuple(_natural(w, 2, "a weight") for w in weights))
+        return cls(tuple(ids), tuple(_natural(w, 2, "a parity") for w in parities))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,7 +127,7 @@ class Scheme(abc.ABC):
 
 
 def keyed_axes(layout: Layout) -> Iterator[tuple[int, int, int]]:
-    """Each keyed axis of a layout, its class, and its weight."""
-    for axis, (number, weight) in enumerate(zip(layout.classes, layout.weights, strict=True)):
+    """Each keyed axis of a layout, its class, and its parity."""
+    for axis, (number, parity) in enumerate(zip(layout.classes, layout.parities, strict=True)):
         if number is not None:
-            yield axis, number, weight
+            yield axis, number, parity

@@ -151,9 +151,9 @@ class Mixing(Scheme):
         x = to_mixable(plain)
         draws = stream()
         maps, count = {}, 0
-        for axis, number, weight in keyed_axes(layout):
+        for axis, number, parity in keyed_axes(layout):
             element, decoys = keys[number]
-            maps[axis] = element if weight else element.inverse_transpose()
+            maps[axis] = element if parity else element.inverse_transpose()
             count = max(count, decoys)
         true_energy = _energy(x)
         # Nothing, and what is not finite, is no basis for a scale; it is hidden all the same.
@@ -231,9 +231,9 @@ class Mixing(Scheme):
         left, right = operands
         zero = left.energy * right.energy == 0 and np.isfinite(left.energy + right.energy)
         maps, keep = {}, None
-        for axis, number, weight in keyed_axes(layout):
+        for axis, number, parity in keyed_axes(layout):
             element, decoys = keys[number]
-            maps[axis] = element.inverse() if weight else element.transpose()
+            maps[axis] = element.inverse() if parity else element.transpose()
             if decoys:
                 keep = blinded.shape[axis] - decoys
         last = blinded.ndim - 1

@@ -116,10 +116,10 @@ def _apply(
     inverse: bool,
 ) -> jax.Array:
     axes, permutations, signs = [], [], []
-    for axis, number, weight in keyed_axes(layout):
+    for axis, number, parity in keyed_axes(layout):
         key = keys[number]
         permutations.append(key.inverse if inverse else key.permutation)
-        if key.signs is None or not weight:
+        if key.signs is None or not parity:
             signs.append(None)
         else:
             # The key's signs are indexed by the blinded position.

@@ -143,7 +143,7 @@ def _apply(
     x: jax.Array | np.ndarray, layout: Layout, keys: Mapping[int, TempoKey], inverse: bool
 ) -> jax.Array:
     axes, permutations, factors = [], [], []
-    for axis, number, weight in keyed_axes(layout):
+    for axis, number, parity in keyed_axes(layout):
         key = keys[number]
         axes.append(axis)
         permutations.append(key.inverse if inverse else key.permutation)
@@ -151,6 +151,6 @@ def _apply(
             factors.append(None)
             continue
         scales = key.scales[key.inverse] if inverse else key.scales
-        # Weight 1 is the key itself, weight 0 its inverse transpose.
-        factors.append(scales if weight != inverse else 1 / scales)
+        # Parity 1 is the key itself, parity 0 its inverse transpose.
+        factors.append(scales if parity != inverse else 1 / scales)
     return _permute(x, tuple(axes), tuple(permutations), tuple(factors))

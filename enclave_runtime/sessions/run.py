@@ -51,7 +51,7 @@ class ClassKeys:
           Whether they agree with the keys taken over before and with the port's layout, and may
           serve another run; if not, nothing changed and the array has to be blinded again.
         """
-        if entry.scheme != self._scheme or entry.layout.weights != port.layout.weights:
+        if entry.scheme != self._scheme or entry.layout.parities != port.layout.parities:
             return False
         taken: dict[int, Any] = {}
         uses: dict[int, KeyUses] = {}

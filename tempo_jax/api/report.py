@@ -169,7 +169,7 @@ class Report:
         """The type of a value with its axes' keys, as in `float32[128+32:k3, 32, 16:k5]`."""
         layout, classes = self.plan.layouts[v], self.plan.program.classes
         axes = []
-        for n, c, w in zip(v.aval.shape, layout.classes, layout.weights, strict=True):
+        for n, c, w in zip(v.aval.shape, layout.classes, layout.parities, strict=True):
             if c is None:
                 axes.append(str(n))
                 continue
@@ -178,13 +178,13 @@ class Report:
             axes.append(f"{n}{decoys}:k{c}{copies}{self._power(w, classes[c])}")
         return f"{v.aval.dtype}[{', '.join(axes)}]"
 
-    def _power(self, weight: int, key_class: KeyClass) -> str:
+    def _power(self, parity: int, key_class: KeyClass) -> str:
         group = self.plan.request.scheme.group
         if key_class.batch or group is Group.ORTHOGONAL:
             return ""
         if group is Group.SIGNED_PERMUTATION:
-            return "±" if weight else ""
-        return "" if weight else "⁻ᵀ"
+            return "±" if parity else ""
+        return "" if parity else "⁻ᵀ"
 
     def _legend(self) -> str:
         """What the marks on axes mean under the scheme."""

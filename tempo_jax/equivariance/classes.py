@@ -4,11 +4,11 @@ Every axis of every blinded value is a node; a linear operation forces equalitie
 union-find gives the classes. Two layers never come to share a class through a nonlinearity, because
 only equations that run on blinded values force anything, and activations run in the enclave.
 
-Beside its class an axis has a *weight*: the power, modulo 2, at which the key acts on it. For
+Beside its class an axis has a *parity*: the power, modulo 2, at which the key acts on it. For
 signed permutations it says how often the element's sign divides the value (1 for a gradient, 0 for
 its square), for orthogonal keys whether the value is linear (1) or a square that waits to be summed
 (0), and for a group with two polarities whether the key acts (1) or its inverse transpose (0). What
-is not yet known is solved for: a weight is a linear form over GF(2), an int whose bit 0 is the
+is not yet known is solved for: a parity is a linear form over GF(2), an int whose bit 0 is the
 constant 1 and whose other bits stand for unknowns. Equations demand that forms vanish;
 `Keying.solve` finds the first demand that cannot be met.
 
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from tempo_jax.schemes import Group
 
-ONE = 1  # the constant weight
+ONE = 1  # the constant parity
 
 
 class Axis(NamedTuple):
@@ -31,20 +31,20 @@ class Axis(NamedTuple):
 
     Attributes:
       node: its node, or None where the value is constant along the axis.
-      weight: a linear form over GF(2).
+      parity: a linear form over GF(2).
     """
 
     node: int | None
-    weight: int
+    parity: int
 
 
 Axes = tuple[Axis, ...]
 
 
 class Demand(NamedTuple):
-    """A weight that must vanish, if weights turn out to matter on the axis's class."""
+    """A parity that must vanish, if parities turn out to matter on the axis's class."""
 
-    weight: int
+    parity: int
     node: int
     equation: int
     reason: str
@@ -58,7 +58,7 @@ class _Class:
 
 
 class Keying:
-    """Nodes, their classes, and demands on weights, for one placement.
+    """Nodes, their classes, and demands on parities, for one placement.
 
     Attributes:
       group: what the keys form.
@@ -69,7 +69,7 @@ class Keying:
         self._parent: list[int] = []
         self._classes: dict[int, _Class] = {}
         self._unknowns = 0
-        self._unsettled: dict[int, int] = {}  # bit of a weight → equation that left it open
+        self._unsettled: dict[int, int] = {}  # bit of a parity → equation that left it open
         self._demands: list[Demand] = []
 
     # Nodes
@@ -88,7 +88,7 @@ class Keying:
         return tuple(Axis(self.node(n), ONE) for n in shape)
 
     def leaf(self, shape: Sequence[int]) -> Axes:
-        """Axes of a leaf of the state, whose weights may still be unknown."""
+        """Axes of a leaf of the state, whose parities may still be unknown."""
         if self.group is Group.ORTHOGONAL:
             return self.fresh(shape)
         return self._unknown(shape)
@@ -135,8 +135,8 @@ class Keying:
         """Whether a node's class carries a permutation alone, as far as is known."""
         return self._classes[self.find(node)].batch
 
-    def weighted(self, node: int | None) -> bool:
-        """Whether weights matter on a node's class, as far as is known."""
+    def has_parity(self, node: int | None) -> bool:
+        """Whether parities matter on a node's class, as far as is known."""
         return node is not None and self.keyed(node) and not self.batch(node)
 
     def same(self, a: int | None, b: int | None) -> bool:
@@ -149,15 +149,15 @@ class Keying:
         """Length of the axes of a node's class."""
         return self._classes[self.find(node)].size
 
-    # Weights
+    # Parities
 
-    def demand(self, weight: int, node: int | None, equation: int, reason: str) -> None:
-        """Demands that `weight` vanishes on this axis."""
-        if node is not None and weight:
-            self._demands.append(Demand(weight, node, equation, reason))
+    def demand(self, parity: int, node: int | None, equation: int, reason: str) -> None:
+        """Demands that `parity` vanishes on this axis."""
+        if node is not None and parity:
+            self._demands.append(Demand(parity, node, equation, reason))
 
     def unsettled(self, equation: int) -> int:
-        """A weight that differs from one run to the next, so that no demand can settle it.
+        """A parity that differs from one run to the next, so that no demand can settle it.
 
         It may only vanish, in an even function or a product with itself.
         """
@@ -165,9 +165,9 @@ class Keying:
         self._unsettled[self._unknowns] = equation
         return 1 << self._unknowns
 
-    def left_open(self, weight: int, pivots: dict[int, int]) -> int | None:
-        """The equation that left a weight open, if any did."""
-        form = reduce_form(weight, pivots)
+    def left_open(self, parity: int, pivots: dict[int, int]) -> int | None:
+        """The equation that left a parity open, if any did."""
+        form = reduce_form(parity, pivots)
         return next((e for bit, e in self._unsettled.items() if form >> bit & 1), None)
 
     def solve(self) -> tuple[dict[int, int], Demand | None]:
@@ -179,9 +179,9 @@ class Keying:
         """
         pivots: dict[int, int] = {}
         for demand in self._demands:
-            if not self.weighted(demand.node):
+            if not self.has_parity(demand.node):
                 continue
-            form = reduce_form(demand.weight, pivots)
+            form = reduce_form(demand.parity, pivots)
             culprit = self.left_open(form, pivots)
             if culprit is not None:
                 return pivots, demand._replace(equation=culprit)
@@ -200,7 +200,7 @@ def reduce_form(form: int, pivots: dict[int, int]) -> int:
     return form
 
 
-def resolve_weight(form: int, pivots: dict[int, int]) -> int:
-    """The weight, 0 or 1; unknowns that nothing determines count as 1."""
+def resolve_parity(form: int, pivots: dict[int, int]) -> int:
+    """The parity, 0 or 1; unknowns that nothing determines count as 1."""
     form = reduce_form(form, pivots)
     return bin(form).count("1") % 2

@@ -21,7 +21,7 @@ class Operand:
 
     Attributes:
       axes: its axes; all without a node for values that are constant along them.
-      zero: whether it is known to be zero, which fits any weight and any class.
+      zero: whether it is known to be zero, which fits any parity and any class.
       blinded: whether it is a blinded value, as opposed to a scalar or a constant.
     """
 
@@ -39,7 +39,7 @@ class Context:
       equation: the equation's number.
       update: whether the rules for updates apply.
       loose: whether a selection between a signed value and a constant is let pass, its
-        weight left open.
+        parity left open.
     """
 
     keying: Keying
@@ -63,7 +63,7 @@ class Context:
             raise NotEquivariantError(f"{what} is not linear")
 
     def need_signs_alone(self, axis: Axis, what: str) -> None:
-        """Refuses what only vanishing weights could let pass, where weights are polarities."""
+        """Refuses what only vanishing parities could let pass, where parities are polarities."""
         if not self.keying.group.orthogonal and self.keying.keyed(axis.node):
             raise NotEquivariantError(f"{what} does not commute with {self.keying.group.value}")
 
@@ -71,7 +71,7 @@ class Context:
         """Refuses to multiply values along a keyed axis, unless as the terms of an inner product.
 
         Under orthogonal keys the products of two linear values are no value's blinding, but
-        their sum along the axis is invariant; weight 0 keeps them for that sum.
+        their sum along the axis is invariant; parity 0 keeps them for that sum.
         """
         group = self.keying.group
         if group.elementwise or not any(self.keying.keyed(a.node) for a in axes):
@@ -79,11 +79,11 @@ class Context:
         if not group.orthogonal:
             raise NotEquivariantError(f"{what} does not commute with {group.value}")
         for axis in axes:
-            self.need_weight(axis, ONE, f"{what} of a square, which only a sum may use")
+            self.need_parity(axis, ONE, f"{what} of a square, which only a sum may use")
 
-    def need_weight(self, axis: Axis, weight: int, reason: str) -> None:
-        """Demands that an axis has this weight."""
-        self.keying.demand(axis.weight ^ weight, axis.node, self.equation, reason)
+    def need_parity(self, axis: Axis, parity: int, reason: str) -> None:
+        """Demands that an axis has this parity."""
+        self.keying.demand(axis.parity ^ parity, axis.node, self.equation, reason)
 
     def match(self, axes: Sequence[Axis], reason: str) -> Axis:
         """One axis for values that are combined element by element."""

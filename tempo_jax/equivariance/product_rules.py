@@ -56,17 +56,17 @@ def _contract(context: Context, a: Axis, b: Axis, name: str) -> None:
         if not keying.group.orthogonal and keying.keyed(known.node):
             raise NotEquivariantError(f"{name} sums along an axis whose key is not orthogonal")
         reason = f"{name} sums along a signed or mixed axis"
-        keying.demand(a.weight ^ b.weight, known.node, equation, reason)
+        keying.demand(a.parity ^ b.parity, known.node, equation, reason)
     elif keying.group is Group.ORTHOGONAL:
         for axis in (a, b):
             reason = f"{name} contracts a square along a mixed axis"
-            keying.demand(axis.weight ^ ONE, known.node, equation, reason)
+            keying.demand(axis.parity ^ ONE, known.node, equation, reason)
     elif keying.group.orthogonal:
         reason = f"{name} contracts a signed axis with an unsigned one"
-        keying.demand(a.weight ^ b.weight, known.node, equation, reason)
+        keying.demand(a.parity ^ b.parity, known.node, equation, reason)
     else:
         reason = f"{name} contracts two axes of the same polarity"
-        keying.demand(a.weight ^ b.weight ^ ONE, known.node, equation, reason)
+        keying.demand(a.parity ^ b.parity ^ ONE, known.node, equation, reason)
 
 
 def conv_general_dilated(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:

@@ -3,7 +3,7 @@
 An equation may run on blinded values if applying it to them gives the blinded result, ``f(g·x) =
 g·f(x)``, for every element g of the scheme's group: permutations and signs let many elementwise
 functions pass, orthogonal keys linear maps and full sums of squares, other keys linear maps alone.
-This is decided for each equation from the classes and weights of its operands' axes. There are two
+This is decided for each equation from the classes and parities of its operands' axes. There are two
 strictnesses:
 
 * *linear* rules hold for any value and never force two classes to become one; the
@@ -45,8 +45,8 @@ def _require_rank(operands: Sequence[Operand], rank: int) -> list[Operand]:
     return full
 
 
-def _same_weight(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
-    """Elementwise, and additive in all operands: classes and weights must agree."""
+def _same_parity(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
+    """Elementwise, and additive in all operands: classes and parities must agree."""
     name = eqn.primitive.name
     rank = len(eqn.outvars[0].aval.shape)
     full = [o for o in _require_rank(operands, rank) if not o.zero]
@@ -60,7 +60,7 @@ def _same_weight(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -
         for axis in axes:
             reason = f"{name} mixes values whose signs or polarities differ"
             context.keying.demand(
-                axis.weight ^ matched.weight, matched.node, context.equation, reason
+                axis.parity ^ matched.parity, matched.node, context.equation, reason
             )
         out.append(matched)
     return tuple(out)
@@ -80,10 +80,10 @@ def _multiply(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> A
         matched = context.match(axes, name)
         if sum(a.node is not None for a in axes) > 1:
             context.need_square(axes, name)
-        weight = 0
+        parity = 0
         for axis in axes:
-            weight ^= axis.weight
-        out.append(Axis(matched.node, weight))
+            parity ^= axis.parity
+        out.append(Axis(matched.node, parity))
     return tuple(out)
 
 
@@ -97,7 +97,7 @@ def _any_function(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) 
         matched = context.match(axes, name)
         for axis in axes:
             reason = f"{name} is not an odd function, and its operand carries signs"
-            context.keying.demand(axis.weight, matched.node, context.equation, reason)
+            context.keying.demand(axis.parity, matched.node, context.equation, reason)
         out.append(Axis(matched.node, 0))
     return tuple(out)
 
@@ -137,16 +137,16 @@ def _select(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axe
         # As in optax's safe norms, which square the result: right up to its signs.
         chosen = tuple(
             a if a.node is None else Axis(a.node, context.keying.unsettled(context.equation))
-            for a in _same_weight(context, eqn, varying)
+            for a in _same_parity(context, eqn, varying)
         )
     else:
-        chosen = _same_weight(context, eqn, cases)
+        chosen = _same_parity(context, eqn, cases)
     (which,) = _require_rank([which], rank)
     out = []
     for decision, value in zip(which.axes, chosen, strict=True):
-        context.need_weight(decision, 0, "select_n decides by a value that carries signs")
+        context.need_parity(decision, 0, "select_n decides by a value that carries signs")
         matched = context.match([value, decision], "select_n")
-        out.append(Axis(matched.node, value.weight))
+        out.append(Axis(matched.node, value.parity))
     return tuple(out)
 
 
@@ -250,7 +250,7 @@ def _along_unkeyed(axis_numbers: Callable[[JaxprEqn], Sequence[int]]) -> Callabl
             for axis in axes:
                 reason = f"{eqn.primitive.name} joins values whose signs differ"
                 context.keying.demand(
-                    axis.weight ^ matched.weight, matched.node, context.equation, reason
+                    axis.parity ^ matched.parity, matched.node, context.equation, reason
                 )
             out[number] = matched
         return tuple(out)
@@ -272,7 +272,7 @@ def _pad(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
         context.need_update("pad with a value other than zero")
         for axis in operands[0].axes:
             context.need_signs_alone(axis, "pad with a value other than zero")
-            context.need_weight(axis, 0, "pad with a value other than zero")
+            context.need_parity(axis, 0, "pad with a value other than zero")
     return _along_unkeyed(_pad_axes)(context, eqn, operands[:1])
 
 
@@ -282,7 +282,7 @@ def _reduce_sum(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) ->
     for number in gone:
         context.need_signs_alone(operands[0].axes[number], "reduce_sum")
         reason = "reduce_sum adds up elements that carry signs"
-        context.need_weight(operands[0].axes[number], 0, reason)
+        context.need_parity(operands[0].axes[number], 0, reason)
     return tuple(a for i, a in enumerate(operands[0].axes) if i not in gone)
 
 
@@ -290,7 +290,7 @@ def _reduce_order(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) 
     """reduce_max and the like: of values that carry no signs at all."""
     context.need_elementwise(eqn.primitive.name, operands)
     for axis in operands[0].axes:
-        context.need_weight(axis, 0, f"{eqn.primitive.name} compares values that carry signs")
+        context.need_parity(axis, 0, f"{eqn.primitive.name} compares values that carry signs")
     gone = set(eqn.params["axes"])
     return tuple(a for i, a in enumerate(operands[0].axes) if i not in gone)
 
@@ -301,7 +301,7 @@ _RULES: dict[Any, Callable[[Context, JaxprEqn, Sequence[Operand]], Axes]] = {
         (prims.neg_p, prims.copy_p, prims.reduce_precision_p, cheap_p, optimization_barrier_p),
         _identity,
     ),
-    **dict.fromkeys((prims.add_p, prims.sub_p, prims.add_jaxvals_p), _same_weight),
+    **dict.fromkeys((prims.add_p, prims.sub_p, prims.add_jaxvals_p), _same_parity),
     **dict.fromkeys((prims.mul_p, prims.div_p), _multiply),
     **dict.fromkeys((prims.abs_p, prims.is_finite_p, prims.cosh_p), _even_function),
     prims.square_p: _square,
@@ -377,7 +377,7 @@ def commute(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axe
     """The axes of an equation's result if it runs on blinded operands.
 
     Raises:
-      NotEquivariantError: it has no rule, or its operands do not fit the rule. Weights that do
+      NotEquivariantError: it has no rule, or its operands do not fit the rule. Parities that do
         not fit become demands of the keying instead, which may be settled later.
     """
     rule = _RULES.get(eqn.primitive)

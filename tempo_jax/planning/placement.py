@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as prims
 
-from tempo_jax.equivariance.classes import ONE, Axes, Keying, resolve_weight
+from tempo_jax.equivariance.classes import ONE, Axes, Keying, resolve_parity
 from tempo_jax.equivariance.operands import Context, NotEquivariantError, Operand
 from tempo_jax.equivariance.product_rules import PRODUCTS
 from tempo_jax.equivariance.rules import commute, is_zero
@@ -77,7 +77,7 @@ class Placement:
       axes: axes of every value that exists on the host, blinded or scalar.
       host: values that the host computes or holds, as opposed to those it is sent.
       keying: their classes.
-      pivots: the solved weights.
+      pivots: the solved parities.
       resident: input positions of device-resident leaves.
       reasons: why a leaf that was a candidate lives in the enclave, by input position.
       kept_inside: why a product stays in the enclave, by equation.
@@ -102,11 +102,11 @@ class Placement:
             for a in self.axes[variable]
         )
 
-    def weights(self, variable: Var) -> tuple[int, ...]:
+    def parities(self, variable: Var) -> tuple[int, ...]:
         """For each axis whether signs apply."""
         pivots = dict(self.pivots)
         return tuple(
-            resolve_weight(a.weight, pivots) if self.keying.weighted(a.node) else 0
+            resolve_parity(a.parity, pivots) if self.keying.has_parity(a.node) else 0
             for a in self.axes[variable]
         )
 
@@ -433,12 +433,12 @@ class _Walk:
             for old, updated in zip(old_axes, new_axes, strict=True):
                 assert old.node is not None
                 if updated.node is None:
-                    weight = old.weight
+                    parity = old.parity
                 else:
                     self.keying.join(old.node, updated.node)
-                    weight = old.weight ^ updated.weight
+                    parity = old.parity ^ updated.parity
                 reason = "its new value carries other signs"
-                self.keying.demand(weight, old.node, -1 - index, reason)
+                self.keying.demand(parity, old.node, -1 - index, reason)
         return out
 
     def _cause(self, eqn: JaxprEqn) -> str:
@@ -485,12 +485,12 @@ class _Walk:
         out = {}
         for v in leaving:
             for axis in self.axes[v]:
-                if not self.keying.weighted(axis.node):
+                if not self.keying.has_parity(axis.node):
                     continue
-                culprit = self.keying.left_open(axis.weight, pivots)
+                culprit = self.keying.left_open(axis.parity, pivots)
                 if culprit is not None:
                     out[culprit] = "select_n mixes values whose signs differ"
-                elif self.keying.group is Group.ORTHOGONAL and axis.weight != ONE:
+                elif self.keying.group is Group.ORTHOGONAL and axis.parity != ONE:
                     out[self.placer.order[v]] = "a sum of squares over part of the mixed axes"
         return out
 

@@ -278,7 +278,7 @@ def _layouts(
                 batch = keying.batch(root)
                 classes.append(KeyClass(keying.size(root), batch, rows.get(root, 0), copies))
             ids.append(None if root is None else numbers[root])
-        layouts[v] = Layout(tuple(ids), placement.weights(v))
+        layouts[v] = Layout(tuple(ids), placement.parities(v))
     return layouts, tuple(classes)
 
 

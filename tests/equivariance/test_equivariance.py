@@ -1,8 +1,8 @@
 """Each rule that lets an equation run on blinded values: ``f(g·x) = g·f(x)``, checked in numbers.
 
 A value is written as a string with one letter for each axis, naming its key class, and the
-weight of its axes: ``"ab"`` is a matrix whose sign appears (a gradient), ``"ab:0"`` one whose
-sign does not (its square), ``"ab:?"`` a leaf of the state, whose weight is still unknown. ``.``
+parity of its axes: ``"ab"`` is a matrix whose sign appears (a gradient), ``"ab:0"`` one whose
+sign does not (its square), ``"ab:?"`` a leaf of the state, whose parity is still unknown. ``.``
 is an axis of size 4 without a key; letters in upper case name classes whose key has no signs.
 """
 
@@ -21,7 +21,7 @@ from jax.extend.core import primitives as prims
 from enclave_runtime.crypto.keys import KeySchedule
 from enclave_runtime.protocol.program import KeyClass, Layout
 from tempo_jax.equivariance import rules
-from tempo_jax.equivariance.classes import ONE, Axis, Keying, reduce_form, resolve_weight
+from tempo_jax.equivariance.classes import ONE, Axis, Keying, reduce_form, resolve_parity
 from tempo_jax.equivariance.operands import Context, NotEquivariantError, Operand
 from tempo_jax.equivariance.rules import commute, is_zero
 from tempo_jax.jaxprs import equations, flatten, primitives, types
@@ -44,7 +44,7 @@ class Harness:
 
     def operand(self, text: str) -> tuple[Operand, jax.Array]:
         """An operand by its description, and values for it, distinct and in (0, 1) or (-1, 1)."""
-        letters, _, weight = text.partition(":")
+        letters, _, parity = text.partition(":")
         axes = []
         for letter in letters:
             if letter not in self._nodes:
@@ -54,10 +54,10 @@ class Harness:
                 self.keying.strip_key(node)
             if letter.isupper():
                 self.keying.mark_batch(node)
-            form = self.keying.leaf((SIZES[letter],))[0].weight if weight == "?" else ONE
-            axes.append(Axis(node, 0 if weight == "0" else form))
+            form = self.keying.leaf((SIZES[letter],))[0].parity if parity == "?" else ONE
+            axes.append(Axis(node, 0 if parity == "0" else form))
         values = uniform(len(letters) + ord(letters[0]), *(SIZES[letter] for letter in letters))
-        return Operand(tuple(axes)), jnp.abs(values) if weight == "0" else values
+        return Operand(tuple(axes)), jnp.abs(values) if parity == "0" else values
 
     def apply(self, function: Callable[..., Any], *texts: str) -> None:
         """Checks that a function commutes with the blinding.
@@ -99,19 +99,19 @@ class Harness:
         return jnp.asarray(blinded)
 
     def _layout(self, operand: Operand, pivots: Any) -> Layout:
-        classes, weights = [], []
-        for node, weight in operand.axes:
+        classes, parities = [], []
+        for node, parity in operand.axes:
             number = None
             if node is not None and self.keying.keyed(node):
                 number = self.keying.find(node)
             classes.append(number)
-            weighted = self.keying.weighted(node)
-            weights.append(resolve_weight(weight, pivots) if weighted else 0)
+            has_parity = self.keying.has_parity(node)
+            parities.append(resolve_parity(parity, pivots) if has_parity else 0)
             if number is not None and number not in self._keys:
                 key_class = KeyClass(self.keying.size(number), self.keying.batch(number))
                 stream = self._schedule.stream("test", number)
                 self._keys[number] = SIGNED_PERMUTATION.draw(key_class, stream)
-        return Layout(tuple(classes), tuple(weights))
+        return Layout(tuple(classes), tuple(parities))
 
 
 def flat_jaxpr(function: Callable[..., Any], *values: Any) -> Any:
@@ -339,7 +339,7 @@ def test_a_wrong_rule_would_be_noticed(monkeypatch):
 def test_batch_axes_lose_their_signs():
     harness = Harness(update=False)
     harness.apply(product("Abc", "Acd", "Abd"), "abc", "acd")
-    assert harness.keying.keyed(0) and not harness.keying.weighted(0)
+    assert harness.keying.keyed(0) and not harness.keying.has_parity(0)
 
 
 def test_convolution_keys_are_on_batch_and_features():
@@ -360,7 +360,7 @@ def test_classes_join_and_lose_keys_together():
     keying.join(a, b)
     keying.mark_batch(b)
     assert keying.same(a, b) and not keying.same(a, c)
-    assert keying.keyed(a) and keying.batch(a) and not keying.weighted(a)
+    assert keying.keyed(a) and keying.batch(a) and not keying.has_parity(a)
     keying.strip_key(c)
     keying.join(c, a)
     assert not keying.keyed(b)
@@ -397,8 +397,8 @@ def test_demands_are_solved_over_gf2(forms):
     assert (None if contradiction is None else contradiction.equation) == first
     if contradiction is None:
         assert all(reduce_form(form, pivots) == 0 for form in forms)
-        weights = [resolve_weight(1 << bit, pivots) for bit in range(1, 5)]
-        chosen = sum(weight << bit for bit, weight in enumerate(weights))
+        parities = [resolve_parity(1 << bit, pivots) for bit in range(1, 5)]
+        chosen = sum(parity << bit for bit, parity in enumerate(parities))
         assert all(vanishes(form, chosen) for form in forms)
 
 

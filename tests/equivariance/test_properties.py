@@ -381,7 +381,7 @@ def blindings(draw: Any) -> tuple[np.ndarray, Layout, dict[int, Any]]:
         which = draw(st.sampled_from(["unkeyed", "first", "second"]))
         keyed = which != "unkeyed" and n > 1
         layout_classes.append(numbers.setdefault((n, which), len(numbers)) if keyed else None)
-    weights = tuple(draw(st.integers(0, 1)) for _ in shape)
+    parities = tuple(draw(st.integers(0, 1)) for _ in shape)
     schedule = KeySchedule()
     keys = {}
     for (size, _), number in numbers.items():
@@ -399,7 +399,7 @@ def blindings(draw: Any) -> tuple[np.ndarray, Layout, dict[int, Any]]:
         else st.just(np.random.default_rng(0).normal(size=shape))
     )
     x = np.asarray(values, np.float64).reshape(shape).astype(dtype)
-    return x, Layout(tuple(layout_classes), weights), keys
+    return x, Layout(tuple(layout_classes), parities), keys
 
 
 def blind_signed(x: Any, layout: Layout, keys: dict[int, Any]) -> np.ndarray:

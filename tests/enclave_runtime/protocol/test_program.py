@@ -151,7 +151,7 @@ def test_encoded_form_is_frozen():  # what both ends write down; change them tog
     assert dataclasses.asdict(array) == {"shape": (2, 3), "dtype": "float32"}
     assert array.nbytes == 24 and aligned(array.nbytes) == ALIGNMENT and aligned(0) == 0
     layout = Layout((0, None), (1, 0))
-    assert dataclasses.asdict(layout) == {"classes": (0, None), "weights": (1, 0)}
+    assert dataclasses.asdict(layout) == {"classes": (0, None), "parities": (1, 0)}
     assert layout.keyed and not Layout((None,), (0,)).keyed
     key_class = KeyClass(3)
     described = {"size": 3, "batch": False, "decoys": 0, "copies": 1}
@@ -305,9 +305,9 @@ REFUSALS: list[tuple[str, Callable[[Any], None]]] = [
     # Layouts
     ("a layout is not an object", change(*INPUT, "layout", to=[])),
     ("classes is not a list", drop(*INPUT, "layout", "classes")),
-    ("weights is not a list", drop(*INPUT, "layout", "weights")),
+    ("parities is not a list", drop(*INPUT, "layout", "parities")),
     ("a layout has the wrong rank", change(*INPUT, "layout", "classes", to=[None] * 9)),
-    ("a layout has the wrong rank", change(*INPUT, "layout", "weights", to=[0] * 9)),
+    ("a layout has the wrong rank", change(*INPUT, "layout", "parities", to=[0] * 9)),
     ("a key class is out of range", _unknown_class),
     ("another size than its axis", _resize_class),
     ("another number of copies than its batch axis", _copies_on_port),
@@ -424,10 +424,10 @@ def test_contradiction_about_a_product_is_refused(product_fields, text, alter):
         Program.decode(product_fields)
 
 
-def test_weight_out_of_range_is_refused(fields):
-    layout = next(p["layout"] for p in fields["inputs"] if p["layout"]["weights"])
-    layout["weights"][0] = 2
-    with pytest.raises(ProgramError, match="a weight is out of range"):
+def test_parity_out_of_range_is_refused(fields):
+    layout = next(p["layout"] for p in fields["inputs"] if p["layout"]["parities"])
+    layout["parities"][0] = 2
+    with pytest.raises(ProgramError, match="a parity is out of range"):
         Program.decode(fields)
 
 

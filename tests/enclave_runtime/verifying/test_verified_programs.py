@@ -45,7 +45,7 @@ def first_upload(fields: Any) -> Any:
         (lambda f: first_upload(f).update(source="x" * 1001), "source is too long"),
         (lambda f: first_upload(f).update(source=3), "source is too long"),
         (
-            lambda f: first_upload(f).update(layout={"classes": [None] * 2, "weights": [0, 0]}),
+            lambda f: first_upload(f).update(layout={"classes": [None] * 2, "parities": [0, 0]}),
             "carries no key",
         ),
         (lambda f: f.update(verify=1), "verify is not a flag"),

@@ -23,8 +23,8 @@ from enclave_runtime.protocol.updates import AxisNumbers, free_axes
 from tempo_jax.jaxprs import equations
 from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.jaxprs.types import array_type
-from tempo_jax.planning.placement import Side
 from tempo_jax.planning.plan import Plan, offloaded, offloaded_work
+from tempo_jax.planning.walk import Side
 from tempo_jax.schemes import Group
 
 

@@ -26,7 +26,8 @@ from tempo_jax.enclave.enclave import Enclave
 from tempo_jax.errors import RoleError, SecrecyError, UnsupportedError
 from tempo_jax.jaxprs import trace
 from tempo_jax.jaxprs import types as jaxpr_types
-from tempo_jax.planning.plan import Plan, Request, make_plan
+from tempo_jax.planning.plan import Plan, make_plan
+from tempo_jax.planning.request import Request
 from tempo_jax.running.call import Runtime, Traffic
 from tempo_jax.running.observation import active_views
 from tempo_jax.schemes import Mixing, Scheme

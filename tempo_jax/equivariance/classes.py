@@ -18,7 +18,7 @@ Untrusted and pure.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tempo_jax.schemes import Group
@@ -42,12 +42,21 @@ Axes = tuple[Axis, ...]
 
 
 class Demand(NamedTuple):
-    """A parity that must vanish, if parities turn out to matter on the axis's class."""
+    """A parity that must vanish, if parities turn out to matter on the axis's class.
+
+    Attributes:
+      parity: a linear form over GF(2).
+      node: the axis's.
+      reason: what it means if it cannot vanish.
+      equation: the equation that demands it, if it is one's.
+      leaf: the leaf of the state that does, by its input's position, if it is one's.
+    """
 
     parity: int
     node: int
-    equation: int
     reason: str
+    equation: int | None = None
+    leaf: int | None = None
 
 
 @dataclasses.dataclass
@@ -152,9 +161,14 @@ class Keying:
     # Parities
 
     def demand(self, parity: int, node: int | None, equation: int, reason: str) -> None:
-        """Demands that `parity` vanishes on this axis."""
+        """Demands that `parity` vanishes on this axis, for an equation's sake."""
         if node is not None and parity:
-            self._demands.append(Demand(parity, node, equation, reason))
+            self._demands.append(Demand(parity, node, reason, equation=equation))
+
+    def demand_of_leaf(self, parity: int, node: int, leaf: int, reason: str) -> None:
+        """Demands that `parity` vanishes on an axis of a leaf of the state."""
+        if parity:
+            self._demands.append(Demand(parity, node, reason, leaf=leaf))
 
     def unsettled(self, equation: int) -> int:
         """A parity that differs from one run to the next, so that no demand can settle it.
@@ -165,7 +179,7 @@ class Keying:
         self._unsettled[self._unknowns] = equation
         return 1 << self._unknowns
 
-    def left_open(self, parity: int, pivots: dict[int, int]) -> int | None:
+    def left_open(self, parity: int, pivots: Mapping[int, int]) -> int | None:
         """The equation that left a parity open, if any did."""
         form = reduce_form(parity, pivots)
         return next((e for bit, e in self._unsettled.items() if form >> bit & 1), None)
@@ -184,7 +198,7 @@ class Keying:
             form = reduce_form(demand.parity, pivots)
             culprit = self.left_open(form, pivots)
             if culprit is not None:
-                return pivots, demand._replace(equation=culprit)
+                return pivots, demand._replace(equation=culprit, leaf=None)
             if form == ONE:
                 return pivots, demand
             if form:
@@ -192,15 +206,16 @@ class Keying:
         return pivots, None
 
 
-def reduce_form(form: int, pivots: dict[int, int]) -> int:
+def reduce_form(form: int, pivots: Mapping[int, int]) -> int:
     """The form with every pivot's unknown eliminated."""
-    for bit in range(form.bit_length() - 1, 0, -1):
-        if form >> bit & 1 and bit in pivots:
-            form ^= pivots[bit]
+    rest = form & ~ONE
+    while rest:
+        bit = rest.bit_length() - 1
+        form ^= pivots.get(bit, 0)
+        rest = form & ((1 << bit) - 2)  # what lies below, without the constant
     return form
 
 
-def resolve_parity(form: int, pivots: dict[int, int]) -> int:
+def resolve_parity(form: int, pivots: Mapping[int, int]) -> int:
     """The parity, 0 or 1; unknowns that nothing determines count as 1."""
-    form = reduce_form(form, pivots)
-    return bin(form).count("1") % 2
+    return reduce_form(form, pivots).bit_count() % 2

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from enclave_runtime.protocol.descriptions import Convolution, DotGeneral, ProductDescription
-from tempo_jax.jaxprs.equations import equations, subjaxprs
+from enclave_runtime.protocol.program import MAX_SOURCE
+from tempo_jax.jaxprs.equations import equations, line, subjaxprs
 from tempo_jax.jaxprs.primitives import cheap_p, conv_p, dot_general_p, keep_p
 from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Var
 
@@ -104,6 +105,12 @@ def description(eqn: JaxprEqn) -> ProductDescription:
         eqn.params["feature_group_count"],
         eqn.params["batch_group_count"],
     )
+
+
+def described(eqn: JaxprEqn) -> str:
+    """An equation in an error's text: its operands' types and where it comes from."""
+    operands = " × ".join(v.aval.str_short() for v in eqn.invars)
+    return f"{eqn.primitive.name} {operands} at {line(eqn)}"[:MAX_SOURCE]
 
 
 def contracted_axes(eqn: JaxprEqn) -> tuple[int, ...]:

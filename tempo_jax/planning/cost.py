@@ -104,3 +104,11 @@ class CostModel:
     def worthwhile(self, inside: float, outside: float) -> bool:
         """Whether sending a product out saves the enclave enough."""
         return inside > self.margin * outside
+
+
+def too_cheap(inside: float, outside: float) -> str:
+    """Why a product stays inside, from the seconds that either way takes."""
+    return (
+        f"computing it inside takes about {inside * 1e3:.2g} ms, blinding and moving its operands "
+        f"{outside * 1e3:.2g} ms"
+    )

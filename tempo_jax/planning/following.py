@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from enclave_runtime.protocol.fields import ProgramError
 from enclave_runtime.protocol.updates import AxisNumbers, Needs, Update, free_axes
 from tempo_jax.jaxprs import equations
 from tempo_jax.jaxprs.primitives import cheap_p, optimization_barrier_p
-from tempo_jax.jaxprs.products import description, is_product
+from tempo_jax.jaxprs.products import described, description, is_product
 from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Literal, Var
 
 _SAME = (cheap_p, prims.copy_p, optimization_barrier_p)
@@ -108,7 +108,6 @@ def follow(
     resident: Sequence[int],
     carried: Mapping[int, int],
     kept: Sequence[int],
-    source: Callable[[JaxprEqn], str],
 ) -> Following:
     """Describes the updates of a placed program, and finds the projections that leaves need.
 
@@ -118,7 +117,6 @@ def follow(
       resident: input positions of leaves on the devices.
       carried: for each input that is a leaf of the carried state, its output's position.
       kept: positions of outputs that stay on the devices.
-      source: names an equation.
     """
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     known: set[Any] = {jaxpr.invars[i] for i in resident}
@@ -141,7 +139,7 @@ def follow(
             made[out] = Update(
                 *(out, updates.PRODUCT, tuple(operands), shape, dtype),
                 product=description(eqn),
-                source=source(eqn),
+                source=described(eqn),
             )
             known.add(out)
             above[out] = frozenset()

@@ -39,8 +39,7 @@ from tempo_jax.jaxprs.products import (
     work,
 )
 from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
-from tempo_jax.planning.cost import CostModel
-from tempo_jax.planning.placement import too_cheap
+from tempo_jax.planning.cost import CostModel, too_cheap
 from tempo_jax.schemes import Mixing
 
 # Fewer rows than this, without decoys, or a shorter side than that, mix too little to hide.

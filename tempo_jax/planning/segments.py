@@ -21,7 +21,8 @@ from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from tempo_jax.jaxprs.equations import forward_only
 from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Var, nbytes
-from tempo_jax.planning.placement import Placement, Side
+from tempo_jax.planning.placement import Placement
+from tempo_jax.planning.walk import Side
 
 # Cheap enough, and fused by XLA, that computing them again can beat keeping their result.
 _LIGHT = {

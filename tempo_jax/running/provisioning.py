@@ -21,7 +21,8 @@ from enclave_runtime.protocol.wire import Kind
 from tempo_jax.enclave.enclave import Enclave
 from tempo_jax.errors import UnprovisionedError
 from tempo_jax.jaxprs import types
-from tempo_jax.planning.plan import Plan, export_segments
+from tempo_jax.planning.export import export_segments
+from tempo_jax.planning.plan import Plan
 
 
 def provisioned(plan: Plan, enclave: Enclave) -> tuple[Program, int]:

@@ -28,7 +28,7 @@ from tempo_jax.errors import (
     UnsupportedError,
 )
 from tempo_jax.planning.cost import CostModel
-from tempo_jax.planning.plan import export_segments
+from tempo_jax.planning.export import export_segments
 from tempo_jax.transport.channel import dial
 from tempo_jax.transport.host_key import default_path, read_host_key, write_host_key
 from tests.support.steps import assert_close, shield_all, uniform

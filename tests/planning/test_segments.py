@@ -11,7 +11,8 @@ import tempo_jax as tempo
 from tempo_jax.jaxprs.products import is_product
 from tempo_jax.jaxprs.types import array_type
 from tempo_jax.planning import segments as segments_module
-from tempo_jax.planning.plan import Plan, export_segments
+from tempo_jax.planning.export import export_segments
+from tempo_jax.planning.plan import Plan
 from tests.support.interpreter import Flat, interpret, is_variable, plan
 from tests.support.steps import assert_close, training, uniform
 

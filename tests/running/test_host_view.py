@@ -22,8 +22,8 @@ from tempo_jax.api import shielded as shielded_module
 from tempo_jax.errors import UnsupportedError
 from tempo_jax.jaxprs import equations as equations_module
 from tempo_jax.jaxprs import primitives
-from tempo_jax.planning.placement import Side
 from tempo_jax.planning.plan import Plan, offloaded
+from tempo_jax.planning.walk import Side
 from tempo_jax.testing import HostView
 from tests.support.steps import assert_close, plain_steps, shield_all, uniform
 

@@ -20,7 +20,8 @@ from enclave_runtime.protocol.program import ArrayType, Crossing, Layout
 from enclave_runtime.schemes import Scheme, make_scheme
 from tempo_jax.jaxprs import equations, types
 from tempo_jax.jaxprs.types import array_type
-from tempo_jax.planning.plan import Plan, Request, make_plan
+from tempo_jax.planning.plan import Plan, make_plan
+from tempo_jax.planning.request import Request
 from tests.support.steps import SIGNED_PERMUTATION
 
 

@@ -27,12 +27,9 @@ State = Any  # any pytree
 Batch = dict[str, Any]  # arrays of one length: NumPy's outside a step, traced ones inside
 Metrics = dict[str, jax.Array]
 
-# The names `--scheme` takes; another scheme needs one more line here.
-SCHEMES: dict[str, Callable[[], tempo.schemes.Scheme]] = {
-    "mixing": tempo.schemes.Mixing,
-    "orthogonal": tempo.schemes.Orthogonal,
-    "signed-permutation": tempo.schemes.SignedPermutation,
-    "tempo": tempo.schemes.Tempo,
+# The names `--scheme` takes.
+SCHEMES: dict[str, type[tempo.schemes.Scheme]] = {
+    name.replace("_", "-"): scheme for name, scheme in sorted(tempo.schemes.SCHEMES.items())
 }
 
 HELD_OUT_DIGITS = 297

@@ -27,7 +27,6 @@ from benchmarks.attacks.traces import Trace
 from enclave_runtime.crypto.keys import KeySchedule
 from enclave_runtime.protocol.program import KeyClass, Layout
 from enclave_runtime.schemes import SCHEMES, Scheme
-from tempo_jax.planning.matrix_form import decoy_count
 
 ROUNDING = {"float32": 6.0, "bfloat16": 3.5, "float16": 3.5}  # limits, over plain JAX's
 DEVIATION, MIXING_DEVIATION = (
@@ -73,7 +72,7 @@ def _blinder(scheme: Scheme, m: int, n: int, p: int) -> _Blinder:
     def stream() -> Any:
         return schedule.stream("exactness", next(uses))
 
-    decoys = decoy_count(m, getattr(scheme, "decoy_rows", 0))
+    decoys = scheme.decoys(m)
     classes = KeyClass(m, decoys=decoys), KeyClass(n), KeyClass(p)
     keys = {i: scheme.draw(c, stream()) for i, c in enumerate(classes)}
     return _Blinder(scheme, keys, stream, decoys)
@@ -118,7 +117,8 @@ def deviations(
 def blinding_costs() -> dict[str, float]:
     """Nanoseconds for each blinded element, by scheme, as the enclave measured them here."""
     with tempo.Enclave.launch() as enclave:
-        return dict(enclave.costs.blinding)
+        costs = enclave.costs
+    return {name: costs.cost_of(scheme()).blinding for name, scheme in SCHEMES.items()}
 
 
 def family(scheme: Scheme, x: Any, w: Any, g: Any) -> Callable[[], None]:
@@ -181,7 +181,7 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     measurements = [_cost("deviation in float64", worst, limit, note)]
     shapes = (ROWS, INNER), (INNER, COLUMNS), (ROWS, COLUMNS)
     x, w, g = (rng.normal(size=shape) for shape in shapes)
-    decoys = decoy_count(ROWS, getattr(scheme, "decoy_rows", 0))
+    decoys = scheme.decoys(ROWS)
     cases = [("", x, dtype, limit) for dtype, limit in ROUNDING.items()]
     cases.append((", x after ReLU", np.maximum(x, 0), "float32", ROUNDING["float32"]))
     for kind, left, dtype, limit in cases:

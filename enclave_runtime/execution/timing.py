@@ -6,6 +6,7 @@ sending out. Keys are drawn for the purpose and forgotten; nothing measured depe
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 import time
@@ -18,10 +19,12 @@ import numpy as np
 
 from enclave_runtime.crypto.keys import KeySchedule
 from enclave_runtime.protocol.program import KeyClass, Layout
-from enclave_runtime.schemes import SCHEMES, Scheme
+from enclave_runtime.schemes import SCHEMES
+from enclave_runtime.schemes.contract import Scheme, SchemeCost
 
 _REPEATS = 5
 _SMALL, _LARGE = (256, 64), (2048, 1024)  # shapes from which overhead and slope follow
+_ENTRIES = 4096  # of a key
 _SIDE = 1024  # of the matrix product
 _IMAGES = (32, 28, 28, 64)  # of the convolution, with a window of 3×3 and 64 channels out
 
@@ -31,9 +34,8 @@ def measure() -> dict[str, Any]:
 
     Returns:
       `dot_flops` and `convolution_flops` per second in float32, `nanoseconds_per_byte` of a
-      copy, and for each scheme by name `overhead` (seconds for a tensor of no size) and
-      `blinding` (nanoseconds for one element more, the mean of blinding and unblinding);
-      `drawing`, nanoseconds for one entry of a key that mixes.
+      copy, and in `schemes` for each scheme by name the fields of a `SchemeCost`: `overhead` of a
+      tensor of no size, `blinding` for one element more, the mean of both ways, and `drawing`.
     """
     side = jnp.ones((_SIDE, _SIDE), jnp.float32)
     images = jnp.ones(_IMAGES, jnp.float32)
@@ -46,10 +48,6 @@ def measure() -> dict[str, Any]:
     )
     block = np.ones(1 << 22, np.uint8)
     copied = np.empty_like(block)
-    crossings = {name: _crossing(scheme()) for name, scheme in SCHEMES.items()}
-    keys = _Keys()
-    mixed = SCHEMES["mixing"]()
-    entries = 4096
     return {
         "dot_flops": 2 * _SIDE**3 / _seconds(lambda: multiply(side, side)),
         "convolution_flops": 2
@@ -58,9 +56,7 @@ def measure() -> dict[str, Any]:
         * _IMAGES[-1]
         / _seconds(lambda: convolve(images, window)),
         "nanoseconds_per_byte": 1e9 * _seconds(lambda: np.copyto(copied, block)) / block.size,
-        "overhead": {name: overhead for name, (overhead, _) in crossings.items()},
-        "blinding": {name: 1e9 * slope for name, (_, slope) in crossings.items()},
-        "drawing": 1e9 * _seconds(lambda: mixed.draw(KeyClass(entries), keys.stream())) / entries,
+        "schemes": {name: dataclasses.asdict(_cost(scheme())) for name, scheme in SCHEMES.items()},
     }
 
 
@@ -86,6 +82,13 @@ def _seconds(work: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
+def _cost(scheme: Scheme) -> SchemeCost:
+    keys = _Keys()
+    overhead, slope = _crossing(scheme)
+    drawing = _seconds(lambda: scheme.draw(KeyClass(_ENTRIES), keys.stream())) / _ENTRIES
+    return SchemeCost(overhead, 1e9 * slope, 1e9 * drawing)
+
+
 def _crossing(scheme: Scheme) -> tuple[float, float]:
     """Seconds to blind or unblind a float32 tensor: for no element, and for each element."""
     small, large = (_both_ways(scheme, shape) for shape in (_SMALL, _LARGE))
@@ -98,7 +101,7 @@ def _both_ways(scheme: Scheme, shape: tuple[int, int]) -> float:
     """The mean time of blinding a tensor and of unblinding a product's result of its size."""
     keys = _Keys()
     # As in a forward product: what goes out has decoy rows, of which the result is rid again.
-    decoys = 64 if scheme.keys_per_product else 0
+    decoys = scheme.decoys(shape[0])
     classes = KeyClass(shape[0], decoys=decoys), KeyClass(shape[1])
     layout = Layout((0, 1), (1, 1))
     elements = {i: scheme.draw(c, keys.stream()) for i, c in enumerate(classes)}
@@ -110,7 +113,6 @@ def _both_ways(scheme: Scheme, shape: tuple[int, int]) -> float:
         secrets.append(scheme.blind(plain, layout, elements, out, keys.stream))
 
     blinding = _seconds(blind)
-    secret = secrets[-1]
-    operands = None if secret is None else (secret, secret._replace(decoys=None))
+    operands = scheme.cheapest_operands(secrets[-1])
     unblinding = _seconds(lambda: scheme.unblind(out, layout, elements, operands))
     return (blinding + unblinding) / 2

@@ -1,8 +1,12 @@
 """What a blinding scheme is: a group acting on axes, a lifetime for its keys, and their arithmetic.
 
 A value is blinded by one group element for each of its axes. The client's planner reads a
-scheme's description (which equations commute with it, how long keys may live); the enclave
-calls its arithmetic. One class holds both, so that they cannot disagree.
+scheme's description (which equations commute with it, how long keys may live, what it costs, which
+products it wants); the enclave calls its arithmetic. One class holds both, so that they cannot
+disagree, and nothing else knows one scheme from another.
+
+To add a scheme, write its class in a module of its own, mark it with `register`, and add the line
+that imports it to `enclave_runtime.schemes.registry`.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import abc
 import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
@@ -40,6 +44,21 @@ class Group(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class SchemeCost:
+    """What a scheme costs the enclave.
+
+    Attributes:
+      overhead: seconds to blind or unblind a tensor however small.
+      blinding: nanoseconds for each of its elements.
+      drawing: nanoseconds to draw one entry of an axis's key.
+    """
+
+    overhead: float
+    blinding: float
+    drawing: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Scheme(abc.ABC):
     """A blinding scheme.
 
@@ -49,15 +68,24 @@ class Scheme(abc.ABC):
     Attributes:
       name: the scheme's module, and its name in programs.
       group: what its keys form.
+      reference: what it costs on two cores of a current server, where nothing was measured.
       keys_per_product: whether every product, forward and backward together, has keys of its
         own at every step; otherwise values are blinded once for all their uses, and the keys
-        of device-resident weights are kept.
+        of device-resident weights are kept. Such a scheme gets products as those of matrices or
+        batches of matrices, each operand blinded for one product and its gradients alone.
+      least_rows: of a product under keys of its own, below which it stays inside.
+      least_side: of its columns and of what it sums over, likewise.
+      first_layer_share: of the arithmetic, below which the first layer stays inside, likewise.
       host_learns: one sentence for `explain`.
     """
 
     name: ClassVar[str]
     group: ClassVar[Group]
+    reference: ClassVar[SchemeCost]
     keys_per_product: ClassVar[bool] = False
+    least_rows: ClassVar[int] = 1
+    least_side: ClassVar[int] = 1
+    first_layer_share: ClassVar[float] = 0.0
     host_learns: ClassVar[str]
 
     @property
@@ -69,6 +97,32 @@ class Scheme(abc.ABC):
     def parameters(self) -> dict[str, Any]:
         """What distinguishes it from other schemes of its class, as JSON fields."""
         return dataclasses.asdict(self)
+
+    def decoys(self, rows: int) -> int:
+        """How many decoys are appended to so many rows, under keys per product."""
+        return 0
+
+    def arithmetic(self, rows: int, inner: int, columns: int, results: int, gradients: int) -> int:
+        """Floating-point operations of blinding a product, beside the cost of each element.
+
+        Under keys per product, for ``Y = X W`` and its gradients.
+
+        Args:
+          rows: of X, without decoys.
+          inner: what Y sums over.
+          columns: of W.
+          results: how many of Y and dX come back.
+          gradients: whether dW does, 0 or 1.
+        """
+        return 0
+
+    def cheapest_operands(self, secret: Any) -> tuple[Any, Any] | None:
+        """Operands of a product that is unblinded with no `arithmetic`, to be timed.
+
+        Args:
+          secret: what `blind` returned for its first operand.
+        """
+        return None if secret is None else (secret, secret)
 
     @abc.abstractmethod
     def draw(self, key_class: KeyClass, stream: KeyStream) -> Any:
@@ -124,6 +178,23 @@ class Scheme(abc.ABC):
     @abc.abstractmethod
     def warm_up(self, array: ArrayType, layout: Layout, classes: tuple[KeyClass, ...]) -> None:
         """Compiles what `blind` and `unblind` need for such values."""
+
+
+SCHEMES: dict[str, type[Scheme]] = {}
+
+_SchemeClass = TypeVar("_SchemeClass", bound=type[Scheme])
+
+
+def register(scheme: _SchemeClass) -> _SchemeClass:
+    """Makes a scheme known by its name, to planner and enclave; for use as a decorator.
+
+    Raises:
+      ValueError: another scheme has the name.
+    """
+    if scheme.name in SCHEMES:
+        raise ValueError(f"there is a scheme of the name {scheme.name!r} already")
+    SCHEMES[scheme.name] = scheme
+    return scheme
 
 
 def keyed_axes(layout: Layout) -> Iterator[tuple[int, int, int]]:

@@ -27,13 +27,14 @@ import numpy as np
 from enclave_runtime.crypto.encryption import refuse_pickling
 from enclave_runtime.crypto.keys import KeyStream
 from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout
-from enclave_runtime.schemes.contract import Group, Scheme, keyed_axes
+from enclave_runtime.schemes.contract import Group, Scheme, SchemeCost, keyed_axes, register
 from enclave_runtime.schemes.kernels import hadamard
 from enclave_runtime.schemes.kernels.hadamard import AxisMap
 from enclave_runtime.schemes.orthogonal import mix_into, rounded, to_mixable
 
 DECOY_ENERGY = 4.0  # of all decoy rows, over the signal's
 _SAMPLED_ROWS = 512  # at most so many rows of the signal give decoys its spectrum
+_BLOCK = 64  # rows and decoys together are a multiple of it
 _ROUNDS = 3  # Hadamard transforms of a key: one inside D, two outside
 _FAINT = 2.0**-6  # of a decoy's length, in directions that the signal may not have
 _LEAST_ENERGY = 1e-25  # below, squares of float32 may have lost digits
@@ -75,6 +76,7 @@ class TensorSecret(NamedTuple):
     __reduce__ = refuse_pickling
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Mixing(Scheme):
     """Mixes every axis by a fresh random invertible map, with decoy rows: the default.
@@ -106,7 +108,12 @@ class Mixing(Scheme):
     traded: int = 8
     name: ClassVar[str] = "mixing"
     group: ClassVar[Group] = Group.INVERTIBLE
+    reference: ClassVar[SchemeCost] = SchemeCost(overhead=4e-4, blinding=3.0, drawing=60.0)
     keys_per_product: ClassVar[bool] = True
+    # Fewer rows than this, without decoys, or a shorter side than that, mix too little to hide.
+    least_rows: ClassVar[int] = 128
+    least_side: ClassVar[int] = 64
+    first_layer_share: ClassVar[float] = 0.05
     host_learns: ClassVar[str] = (
         "shapes, ranks, part of each weight's singular directions and, if it has the weights and "
         "all of a batch, that the batch was used; weights, inputs and labels are protected "
@@ -126,6 +133,24 @@ class Mixing(Scheme):
     def key_budget(self) -> int | None:
         """Nothing is kept."""
         return 0
+
+    def decoys(self, rows: int) -> int:
+        """At least `decoy_rows`, filling up to a multiple of 64."""
+        least = self.decoy_rows
+        return -(-(rows + least) // _BLOCK) * _BLOCK - rows if least else 0
+
+    def arithmetic(self, rows: int, inner: int, columns: int, results: int, gradients: int) -> int:
+        """What decoys and masks cost beside the mixing."""
+        decoys = self.decoys(rows)
+        flops = gradients * 2 * decoys * inner * columns
+        # The mask of W comes off each result.
+        flops += results * 4 * self.traded * (rows + decoys) * (inner + columns)
+        # A sketch of W, its singular directions, and the mask.
+        return flops + 10 * self.traded * inner * columns
+
+    def cheapest_operands(self, secret: TensorSecret) -> tuple[TensorSecret, TensorSecret]:
+        """A first operand, and a second without decoys and mask."""
+        return secret, secret._replace(decoys=None)
 
     def draw(self, key_class: KeyClass, stream: KeyStream) -> MixingKey:
         """Draws an element for each copy, over the axis with its decoys."""

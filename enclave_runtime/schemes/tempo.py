@@ -18,7 +18,7 @@ import numpy as np
 from enclave_runtime.crypto.encryption import refuse_pickling
 from enclave_runtime.crypto.keys import KeyStream
 from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout
-from enclave_runtime.schemes.contract import Group, Scheme, keyed_axes
+from enclave_runtime.schemes.contract import Group, Scheme, SchemeCost, keyed_axes, register
 from enclave_runtime.schemes.signed_permutation import inverse_permutation
 
 COEFFICIENTS = ("powers_of_two", "integers")
@@ -43,6 +43,7 @@ class TempoKey(NamedTuple):
     __reduce__ = refuse_pickling
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Tempo(Scheme):
     """Obfuscation without confidentiality, as published: rows and columns permuted and scaled.
@@ -68,6 +69,7 @@ class Tempo(Scheme):
     coefficients: str = "powers_of_two"
     name: ClassVar[str] = "tempo"
     group: ClassVar[Group] = Group.SCALED_PERMUTATION
+    reference: ClassVar[SchemeCost] = SchemeCost(overhead=4e-5, blinding=0.8, drawing=60.0)
     host_learns: ClassVar[str] = (
         "every blinded matrix up to the order and positive scales of its rows and columns, which "
         "is enough to rebuild the model and most inputs: obfuscation, not confidentiality"

@@ -18,8 +18,9 @@ import jax
 
 from tempo_jax.cache import cache_directory
 from tempo_jax.planning.cost import CostModel
+from tempo_jax.schemes import SchemeCost
 
-_FORMAT = 2  # raise when what is measured changes its meaning
+_FORMAT = 3  # raise when what is measured changes its meaning
 
 
 def machine_costs(kind: str, measure: Callable[[], dict[str, Any]]) -> CostModel:
@@ -52,7 +53,8 @@ def cost_model(measured: dict[str, Any]) -> CostModel:
     names = {f.name for f in dataclasses.fields(CostModel)}
     if not set(measured) <= names:
         raise ValueError("figures of another version")
-    return CostModel(**measured)
+    schemes = {name: SchemeCost(**cost) for name, cost in measured.get("schemes", {}).items()}
+    return CostModel(**{**measured, "schemes": schemes})
 
 
 def _machine(kind: str) -> str:

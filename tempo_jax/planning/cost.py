@@ -17,15 +17,7 @@ from enclave_runtime.protocol.descriptions import VECTORS, block_width, unit_rou
 from tempo_jax.jaxprs.primitives import dot_general_p
 from tempo_jax.jaxprs.products import description, work
 from tempo_jax.jaxprs.types import JaxprEqn
-from tempo_jax.schemes import Scheme
-
-
-def _reference_blinding() -> Mapping[str, float]:
-    return {"signed_permutation": 0.6, "tempo": 0.8, "orthogonal": 2.5, "mixing": 3.0}
-
-
-def _reference_overhead() -> Mapping[str, float]:
-    return {"signed_permutation": 3e-5, "tempo": 4e-5, "orthogonal": 1e-4, "mixing": 4e-4}
+from tempo_jax.schemes import Scheme, SchemeCost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +29,7 @@ class CostModel:
       convolution_flops: of convolutions, per second.
       nanoseconds_per_byte: of moving a tensor through shared memory into the host program.
       latency: seconds that one more product adds to a round trip.
-      overhead: seconds to blind or unblind a tensor however small, by the scheme's name.
-      blinding: nanoseconds for each of its elements, by the scheme's name.
-      drawing: nanoseconds to draw one entry of a key that mixes.
+      schemes: what each scheme costs, by its name; its own reference counts where it is missing.
       checking: nanoseconds for each element of operands and result to check a product, beside
         the arithmetic; 0 where products are not checked.
       margin: a product goes out only where the enclave saves by this factor: what is measured once,
@@ -50,9 +40,7 @@ class CostModel:
     convolution_flops: float = 6e10
     nanoseconds_per_byte: float = 0.25
     latency: float = 1e-4
-    overhead: Mapping[str, float] = dataclasses.field(default_factory=_reference_overhead)
-    blinding: Mapping[str, float] = dataclasses.field(default_factory=_reference_blinding)
-    drawing: float = 60.0
+    schemes: Mapping[str, SchemeCost] = dataclasses.field(default_factory=dict)
     checking: float = 0.0
     margin: float = 1.6
 
@@ -63,8 +51,13 @@ class CostModel:
 
     def tensor(self, count: int, itemsize: int, scheme: Scheme) -> float:
         """Seconds to blind (or unblind) a tensor of so many elements and move it."""
-        cost = self.blinding[scheme.name] + itemsize * self.nanoseconds_per_byte
-        return self.overhead[scheme.name] + count * cost * 1e-9
+        cost = self.cost_of(scheme)
+        each = cost.blinding + itemsize * self.nanoseconds_per_byte
+        return cost.overhead + count * each * 1e-9
+
+    def cost_of(self, scheme: Scheme) -> SchemeCost:
+        """What a scheme costs on this machine."""
+        return self.schemes.get(scheme.name, scheme.reference)
 
     def crossing(self, aval: Any, scheme: Scheme) -> float:
         """Seconds to blind (or unblind) a value and move it."""
@@ -77,9 +70,9 @@ class CostModel:
         terms, columns = description(eqn).sizes(lhs, rhs)
         return self.check(terms, columns, math.prod(lhs) + math.prod(rhs) + result, result)
 
-    def keys(self, entries: int) -> float:
-        """Seconds to draw keys that mix, over so many entries of axes."""
-        return entries * self.drawing * 1e-9
+    def keys(self, entries: int, scheme: Scheme) -> float:
+        """Seconds to draw keys, over so many entries of axes."""
+        return entries * self.cost_of(scheme).drawing * 1e-9
 
     def rearranging(self, count: int, itemsize: int) -> float:
         """Seconds to copy so many elements into another order, read and written once."""

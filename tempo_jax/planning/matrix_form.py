@@ -40,13 +40,7 @@ from tempo_jax.jaxprs.products import (
 )
 from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from tempo_jax.planning.cost import CostModel, too_cheap
-from tempo_jax.schemes import Mixing
-
-# Fewer rows than this, without decoys, or a shorter side than that, mix too little to hide.
-LEAST_ROWS = 128
-LEAST_SIDE = 64
-FIRST_LAYER_SHARE = 0.05  # of the arithmetic, below which the first layer stays inside
-_BLOCK = 64
+from tempo_jax.schemes import Scheme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +59,9 @@ class MatrixForm:
     decoys: tuple[int, ...]
 
 
-def decoy_count(rows: int, least: int) -> int:
-    """Decoys for so many rows: at least `least`, filling up to a multiple of 64."""
-    return -(-(rows + least) // _BLOCK) * _BLOCK - rows if least else 0
-
-
 def matrix_form(
     closed: ClosedJaxpr,
-    scheme: Mixing,
+    scheme: Scheme,
     costs: CostModel | None,
     carried: Mapping[int, int],
 ) -> MatrixForm:
@@ -100,7 +89,7 @@ def matrix_form(
                 decoys.append(0)
             else:
                 # Of G as well, whose rows have X's key only where a gradient of W ties them.
-                decoys.append(decoy_count(product.sizes[0], scheme.decoy_rows))
+                decoys.append(scheme.decoys(product.sizes[0]))
     return MatrixForm(_rewrite(closed, sequence), tuple(reasons), tuple(decoys))
 
 
@@ -132,7 +121,7 @@ class _Policy:
         self,
         jaxpr: Jaxpr,
         families: Sequence[Family],
-        scheme: Mixing,
+        scheme: Scheme,
         costs: CostModel | None,
         data: frozenset[Var],
     ):
@@ -202,8 +191,9 @@ class _Policy:
             return "an operand comes from the last product before the loss, and may show the labels"
         if any(map(self.flow.is_coded, operands)):
             return "an operand is made of comparisons alone, as one-hot labels are"
-        if self._is_first(family) and self._work(family) < FIRST_LAYER_SHARE * self.total:
-            return f"the first layer stays inside below {FIRST_LAYER_SHARE:.0%} of the arithmetic"
+        share = self.scheme.first_layer_share
+        if self._is_first(family) and self._work(family) < share * self.total:
+            return f"the first layer stays inside below {share:.0%} of the arithmetic"
         return None
 
     def _work(self, family: Family) -> int:
@@ -211,16 +201,17 @@ class _Policy:
 
     def _too_thin(self, fused: Fused) -> str | None:
         rows, contracted, columns = fused.sizes
-        if fused.primary in self.per_example and contracted < LEAST_SIDE:
+        least_rows, least_side = self.scheme.least_rows, self.scheme.least_side
+        if fused.primary in self.per_example and contracted < least_side:
             return (
                 f"it is a weight's gradient for each example, which sums over {contracted} rows, "
-                f"and fewer than {LEAST_SIDE} mix too little to hide"
+                f"and fewer than {least_side} mix too little to hide"
             )
-        if rows < LEAST_ROWS:
-            return f"{rows} rows, and fewer than {LEAST_ROWS} mix too little to hide"
-        if min(contracted, columns) < LEAST_SIDE:
+        if rows < least_rows:
+            return f"{rows} rows, and fewer than {least_rows} mix too little to hide"
+        if min(contracted, columns) < least_side:
             side = min(contracted, columns)
-            return f"a side of {side}, and fewer than {LEAST_SIDE} mix too little to hide"
+            return f"a side of {side}, and fewer than {least_side} mix too little to hide"
         return None
 
     def _is_first(self, family: Family) -> bool:
@@ -230,11 +221,10 @@ class _Policy:
         """Seconds that the enclave works for what goes out."""
         rows, inner, columns = fused.sizes
         copies = fused.copies
-        decoys = decoy_count(rows, self.scheme.decoy_rows)
-        padded = rows + decoys
+        padded = rows + self.scheme.decoys(rows)
         lengths = {"x": padded * inner, "w": inner * columns, "g": padded * columns}
         seconds = costs.latency * len(fused.kinds)
-        seconds += costs.keys((padded + inner + columns) * copies)
+        seconds += costs.keys((padded + inner + columns) * copies, self.scheme)
         for name in fused.parts[0].operands:
             operand = fused.operand(name)[0]
             itemsize = operand.variable.aval.dtype.itemsize
@@ -251,14 +241,10 @@ class _Policy:
             seconds += copies * costs.check(terms, width, sum(lengths.values()), lengths[name])
             if isinstance(fused.parts[0].members[number].out, Patches):
                 seconds += costs.rearranging(lengths[name], itemsize)
-            if kind == TO_WEIGHT:
-                flops = 2 * decoys * inner * columns
-            else:  # the mask of w comes off
-                flops = 4 * self.scheme.traded * padded * (inner + columns)
-            seconds += flops * copies / costs.dot_flops
-        # A sketch of w, its singular directions, and the mask.
-        seconds += 10 * self.scheme.traded * lengths["w"] * copies / costs.dot_flops
-        return seconds
+        gradients = sum(kind == TO_WEIGHT for kind in fused.kinds)
+        results = len(fused.kinds) - gradients
+        flops = self.scheme.arithmetic(rows, inner, columns, results, gradients)
+        return seconds + flops * copies / costs.dot_flops
 
 
 def _rewrite(closed: ClosedJaxpr, sequence: Sequence[tuple[int, Fused | None]]) -> ClosedJaxpr:

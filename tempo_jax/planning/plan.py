@@ -26,7 +26,7 @@ from tempo_jax.planning.program_writer import ProgramWriter
 from tempo_jax.planning.request import Request
 from tempo_jax.planning.segments import Cut, cut
 from tempo_jax.planning.walk import Question, Side
-from tempo_jax.schemes import Group, Mixing
+from tempo_jax.schemes import Group
 
 CHECKING = 1.0  # nanoseconds for each element of a checked product, see `CostModel.checking`
 
@@ -165,7 +165,6 @@ def rewrite(flat: Flat) -> Rewritten:
     counts: tuple[int, ...] = ()
     if request.offload:
         if scheme.keys_per_product:
-            assert isinstance(scheme, Mixing), "the only scheme with keys per product"
             form = matrix_form(closed, scheme, costs, request.carried)
             closed, stays, counts = form.closed, form.stays, form.decoys
         elif not scheme.group.orthogonal:

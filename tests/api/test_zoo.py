@@ -18,7 +18,6 @@ from flax.training import train_state
 from jax import lax
 
 import tempo_jax as tempo
-from tempo_jax.planning import matrix_form
 from tempo_jax.planning.plan import offloaded
 from tempo_jax.schemes import Mixing, Orthogonal, Tempo
 from tests.support.interpreter import interpret, plan
@@ -348,9 +347,9 @@ def test_models(enclave, model):
 def test_models_under_every_scheme(monkeypatch, model, scheme, tolerance):
     """One step in this process, by the reference interpreter: nothing compiles but plain JAX."""
     # Mixing keeps products as small as these inside, for what they would hide too little.
-    monkeypatch.setattr(matrix_form, "LEAST_ROWS", 1)
-    monkeypatch.setattr(matrix_form, "LEAST_SIDE", 1)
-    monkeypatch.setattr(matrix_form, "FIRST_LAYER_SHARE", 0.0)
+    monkeypatch.setattr(Mixing, "least_rows", 1)
+    monkeypatch.setattr(Mixing, "least_side", 1)
+    monkeypatch.setattr(Mixing, "first_layer_share", 0.0)
     case = model(tempo.cheap_update(optax.sgd(0.1, momentum=0.9)))
     flat = plan(case.step, case.state, case.batches[0], stateful=True, scheme=scheme)
     assert offloaded(flat.plan)

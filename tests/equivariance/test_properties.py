@@ -23,7 +23,6 @@ from enclave_runtime.crypto.keys import KeySchedule
 from enclave_runtime.protocol.program import KeyClass, Layout
 from tempo_jax.jaxprs import primitives
 from tempo_jax.jaxprs.types import array_type
-from tempo_jax.planning import matrix_form
 from tempo_jax.planning.plan import Plan, offloaded
 from tempo_jax.schemes import Mixing, Orthogonal, Tempo
 from tests.support.interpreter import blind, interpret, plan
@@ -314,9 +313,9 @@ def test_no_class_crosses_a_nonlinearity(scheme, net):
     """Sharing one would hand the host a working model, up to the order of its neurons."""
     case = net.training()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matrix_form, "LEAST_ROWS", 1)
-        patch.setattr(matrix_form, "LEAST_SIDE", 1)
-        patch.setattr(matrix_form, "FIRST_LAYER_SHARE", 0.0)
+        patch.setattr(Mixing, "least_rows", 1)
+        patch.setattr(Mixing, "least_side", 1)
+        patch.setattr(Mixing, "first_layer_share", 0.0)
         flat = plan(case.step, case.state, case.batches[0], stateful=True, scheme=scheme)
     kernels = blinded_kernels(flat.plan, case.state)
     inside = scheme == Mixing()  # the last one

@@ -16,7 +16,7 @@ from tempo_jax.jaxprs import equations, flatten
 from tempo_jax.jaxprs.flatten import Flattening
 from tempo_jax.jaxprs.products import KEPT, is_product, products_above
 from tempo_jax.planning import matrix_form as matrix_form_module
-from tempo_jax.planning.matrix_form import decoy_count, matrix_form
+from tempo_jax.planning.matrix_form import matrix_form
 from tempo_jax.planning.plan import offloaded
 from tempo_jax.schemes import Mixing, Orthogonal, SignedPermutation, Tempo
 from tests.support.interpreter import interpret, plan
@@ -38,9 +38,9 @@ def families(function: Callable[..., Any], *arguments: Any) -> list[Any]:
 @pytest.fixture
 def any_size(monkeypatch):
     """Lets small and single products out, so that tests need not be large."""
-    monkeypatch.setattr(matrix_form_module, "LEAST_ROWS", 1)
-    monkeypatch.setattr(matrix_form_module, "LEAST_SIDE", 1)
-    monkeypatch.setattr(matrix_form_module, "FIRST_LAYER_SHARE", 0.0)
+    monkeypatch.setattr(Mixing, "least_rows", 1)
+    monkeypatch.setattr(Mixing, "least_side", 1)
+    monkeypatch.setattr(Mixing, "first_layer_share", 0.0)
     monkeypatch.setattr(matrix_form_module, "last_products", lambda *_: {})
 
 
@@ -466,9 +466,9 @@ def test_grouped_convolution_stays_inside():
 
 @pytest.mark.parametrize("rows", [128, 129, 160, 1000])
 def test_decoys_fill_up_to_whole_blocks(rows):
-    count = decoy_count(rows, 32)
+    count = Mixing().decoys(rows)
     assert 32 <= count < 96 and (rows + count) % 64 == 0
-    assert decoy_count(rows, 0) == 0
+    assert Mixing(decoy_rows=0).decoys(rows) == 0
 
 
 def test_costs_decide_by_the_family(enclave):

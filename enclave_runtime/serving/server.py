@@ -9,7 +9,7 @@ gone and it ends at once, whatever it was doing.
 A connection proves itself before anything else is read from it. Its requests are numbered
 upwards, so that none can be repeated or taken out of order, and every reply carries its
 request's number. What breaks the protocol ends the connection, and what a host asks for that does
-not fit its run ends the run. The host learns that it was refused and the error's class, and the
+not fit its run ends the run. The host learns that it was refused and the error's code, and the
 detail goes to the enclave's own log; see `_EXPLAINED_TO_HOSTS` for what a host is told in full.
 """
 
@@ -40,6 +40,7 @@ from enclave_runtime.protocol.configuration import (
 from enclave_runtime.protocol.limits import MAX_STRANGERS
 from enclave_runtime.protocol.memory import ArenaError
 from enclave_runtime.protocol.program import ProgramError
+from enclave_runtime.protocol.refusals import ErrorCode, refusal
 from enclave_runtime.protocol.wire import Frame, Kind, WireError
 from enclave_runtime.serving import log
 from enclave_runtime.serving.peers import CLIENT, HOST, PARENT, Ownership, Role, UnownedError
@@ -54,26 +55,28 @@ HANDSHAKE_SECONDS = 10.0  # in all, until a peer has proved itself
 
 _log = logging.getLogger("enclave_runtime")
 
-# Texts of these are written for the peer; of any other only that something failed leaves.
-_EXPLAINED = (
-    ArenaError,
-    CheckpointError,
-    DecryptionError,
-    IntegrityError,
-    ProgramError,
-    RequestError,
-    RunError,
-    UnknownHandleError,
-    WireError,
-)
-# Those of them that the host of a serving enclave gets too: it cannot act on them otherwise, and
+# The codes of errors whose texts are written for the peer; of any other error only that something
+# failed leaves. A class not named here has its base's code.
+_CODES: dict[type[BaseException], ErrorCode] = {
+    ArenaError: ErrorCode.SHARED_MEMORY,
+    CheckpointError: ErrorCode.CHECKPOINT,
+    DecryptionError: ErrorCode.DECRYPTION,
+    IntegrityError: ErrorCode.INTEGRITY,
+    ProgramError: ErrorCode.PROGRAM,
+    RequestError: ErrorCode.REQUEST,
+    RunError: ErrorCode.RUN,
+    UnknownHandleError: ErrorCode.UNKNOWN_HANDLE,
+    UnownedError: ErrorCode.UNOWNED,
+    UnprovisionedError: ErrorCode.UNPROVISIONED,
+    WireError: ErrorCode.WIRE,
+}
+# Those whose text the host of a serving enclave gets too: it cannot act on them otherwise, and
 # they speak of what the host itself holds or of what the client did not do.
-_EXPLAINED_TO_HOSTS = (
-    ArenaError,
-    CheckpointError,
-    IntegrityError,
-    UnownedError,
-    UnprovisionedError,
+_EXPLAINED_TO_HOSTS = frozenset(
+    {
+        *(ErrorCode.SHARED_MEMORY, ErrorCode.CHECKPOINT, ErrorCode.INTEGRITY),
+        *(ErrorCode.UNOWNED, ErrorCode.UNPROVISIONED),
+    }
 )
 # Requests that belong to a run.
 _OF_A_RUN = frozenset({Kind.SETTLE, Kind.SEGMENT, Kind.COMMIT})
@@ -144,21 +147,21 @@ def _answer(ownership: Ownership, role: Role, frame: Frame) -> Frame:
         role.check(frame.kind)
         fields, attachment = ownership.session.handle(frame)
         return Frame(Kind.REPLY, frame.request, fields, attachment)
-    except _EXPLAINED as error:
+    except tuple(_CODES) as error:
         _log.warning("refused %s: %s", frame.kind.name, error)
-        text, kind = str(error), type(error).__name__
-        told = role.is_client or isinstance(error, _EXPLAINED_TO_HOSTS)
+        code = next(_CODES[base] for base in type(error).__mro__ if base in _CODES)
+        text = str(error)
     except (KeyError, TypeError, ValueError, AttributeError):
         _log.exception("malformed %s", frame.kind.name)
-        text, kind = f"a malformed {frame.kind.name} request", "RequestError"
-        told = role.is_client
+        code, text = ErrorCode.REQUEST, f"a malformed {frame.kind.name} request"
     except Exception:
         _log.exception("failed in %s", frame.kind.name)
-        text, kind = f"{frame.kind.name} failed inside the enclave (see its log)", "InternalError"
-        told = role.is_client
+        code = ErrorCode.INTERNAL
+        text = f"{frame.kind.name} failed inside the enclave (see its log)"
     if not role.is_client and ownership.owned:
         _end_run(ownership.session, frame)
-    return Frame(Kind.ERROR, frame.request, {"error": kind, "text": text if told else wire.REFUSAL})
+    told = role.is_client or code in _EXPLAINED_TO_HOSTS
+    return refusal(frame.request, code, text if told else wire.REFUSAL)
 
 
 def _end_run(session: Session, frame: Frame) -> None:
@@ -172,8 +175,7 @@ def _encoded(reply: Frame) -> bytes:
     try:
         return reply.encode()
     except WireError as error:
-        fields = {"error": "WireError", "text": str(error)}
-        return Frame(Kind.ERROR, reply.request, fields).encode()
+        return refusal(reply.request, ErrorCode.WIRE, str(error)).encode()
 
 
 class _Listener:
@@ -255,7 +257,7 @@ class _Listener:
             f"it serves {self._role.connections} connections of the {self._role.name} at a time, "
             "and all are open; close some first"
         )
-        return Frame(Kind.ERROR, 0, {"error": "RequestError", "text": text})
+        return refusal(0, ErrorCode.REQUEST, text)
 
     def _converse(self, connection: socket.socket) -> None:
         last = 0
@@ -267,8 +269,7 @@ class _Listener:
             except WireError as error:
                 _log.warning("closed a connection: %s", error)
                 with contextlib.suppress(OSError):
-                    fields = {"error": "WireError", "text": wire.REFUSAL}
-                    wire.send(connection, Frame(Kind.ERROR, 0, fields))
+                    wire.send(connection, refusal(0, ErrorCode.WIRE, wire.REFUSAL))
                 return
             except (OSError, ValueError):
                 return

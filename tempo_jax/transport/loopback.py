@@ -19,6 +19,7 @@ from typing import Any
 from enclave_runtime.crypto.encryption import SessionKeys, derive_key
 from enclave_runtime.protocol import wire
 from enclave_runtime.protocol.memory import Arena, ArenaError
+from enclave_runtime.protocol.refusals import ErrorCode, refused
 from enclave_runtime.protocol.wire import Frame, Kind, WireError
 from tempo_jax.errors import (
     ChannelError,
@@ -32,20 +33,20 @@ from tempo_jax.errors import (
     UnprovisionedError,
 )
 
-_ERRORS: dict[str, type[Exception]] = {
-    "ArenaError": SharedMemoryError,
-    "CheckpointError": CheckpointError,
-    "DecryptionError": SealedValueError,
-    "IntegrityError": IntegrityError,
-    "UnknownHandleError": SealedValueError,
-    "UnprovisionedError": UnprovisionedError,
+_ERRORS: dict[ErrorCode, type[TempoError]] = {
+    ErrorCode.SHARED_MEMORY: SharedMemoryError,
+    ErrorCode.CHECKPOINT: CheckpointError,
+    ErrorCode.DECRYPTION: SealedValueError,
+    ErrorCode.INTEGRITY: IntegrityError,
+    ErrorCode.UNKNOWN_HANDLE: SealedValueError,
+    ErrorCode.UNPROVISIONED: UnprovisionedError,
 }
-# A serving enclave tells its host the class of an error and no more. What most often causes it:
+# A serving enclave tells its host the code of an error and no more. What most often causes it:
 _HINTS = {
-    "DecryptionError": ". What the host carried failed its authentication: it was altered, or made "
-    "for another enclave",
-    "UnknownHandleError": ". A sealed value is not in this enclave: it was donated to an earlier "
-    "call, was freed, or belongs to another enclave",
+    ErrorCode.DECRYPTION: ". What the host carried failed its authentication: it was altered, or "
+    "made for another enclave",
+    ErrorCode.UNKNOWN_HANDLE: ". A sealed value is not in this enclave: it was donated to an "
+    "earlier call, was freed, or belongs to another enclave",
 }
 
 
@@ -56,9 +57,9 @@ def fields_of(reply: Frame) -> dict[str, Any]:
       EnclaveError: the enclave refused, `SealedValueError` and others where those fit.
     """
     if reply.kind is Kind.ERROR:
-        name, text = reply.fields.get("error", ""), reply.fields.get("text")
-        hint = _HINTS.get(name, "") if text == wire.REFUSAL else ""
-        raise _ERRORS.get(name, EnclaveError)(f"enclave: {text}{hint}")
+        code, text = refused(reply)
+        hint = _HINTS.get(code, "") if text == wire.REFUSAL else ""
+        raise _ERRORS.get(code, EnclaveError)(f"enclave: {text}{hint}")
     return reply.fields
 
 

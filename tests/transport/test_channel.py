@@ -26,6 +26,7 @@ import tempo_jax as tempo
 from enclave_runtime.crypto.encryption import session_keys
 from enclave_runtime.protocol import handshake, limits, wire
 from enclave_runtime.protocol.evidence import make_evidence
+from enclave_runtime.protocol.refusals import ErrorCode, refusal, refused
 from enclave_runtime.protocol.wire import Frame, Kind, WireError
 from enclave_runtime.serving import log, peers, server, tls
 from enclave_runtime.serving.tls import ServerIdentity
@@ -190,7 +191,7 @@ def breaks(connection: socket.socket, frames: list[bytes]) -> None:
         assert wire.receive(connection).kind is Kind.REPLY
     connection.sendall(frames[-1])
     answer = wire.receive(connection)
-    assert answer == Frame(Kind.ERROR, 0, {"error": "WireError", "text": wire.REFUSAL})
+    assert answer == refusal(0, ErrorCode.WIRE, wire.REFUSAL)
     assert is_closed(connection)
 
 
@@ -324,42 +325,58 @@ def raises(error: Exception) -> Callable[..., Any]:
     return function
 
 
-# What goes wrong inside, its class for the outside, and whether the host of a serving enclave is
+class SpecialRunError(server.RunError):
+    """An error that the table of codes does not name."""
+
+
+# What goes wrong inside, its code for the outside, and whether the host of a serving enclave is
 # told more than that.
 DETAIL = "detail of shape [3, 4]"
-INSIDE: list[tuple[Exception, str, bool]] = [
-    (server.RunError(DETAIL), "RunError", False),
-    (server.RequestError(DETAIL), "RequestError", False),
-    (server.ProgramError(DETAIL), "ProgramError", False),
-    (server.DecryptionError(DETAIL), "DecryptionError", False),
-    (server.UnknownHandleError(DETAIL), "UnknownHandleError", False),
-    (server.WireError(DETAIL), "WireError", False),
-    (KeyError(DETAIL), "RequestError", False),
-    (TypeError(DETAIL), "RequestError", False),
-    (ZeroDivisionError(DETAIL), "InternalError", False),
-    (server.ArenaError(DETAIL), "ArenaError", True),
-    (server.CheckpointError(DETAIL), "CheckpointError", True),
-    (server.IntegrityError(DETAIL), "IntegrityError", True),
-    (server.UnownedError(DETAIL), "UnownedError", True),
-    (server.UnprovisionedError(DETAIL), "UnprovisionedError", True),
+INSIDE: list[tuple[Exception, ErrorCode, bool]] = [
+    (server.RunError(DETAIL), ErrorCode.RUN, False),
+    (SpecialRunError(DETAIL), ErrorCode.RUN, False),
+    (server.RequestError(DETAIL), ErrorCode.REQUEST, False),
+    (server.ProgramError(DETAIL), ErrorCode.PROGRAM, False),
+    (server.DecryptionError(DETAIL), ErrorCode.DECRYPTION, False),
+    (server.UnknownHandleError(DETAIL), ErrorCode.UNKNOWN_HANDLE, False),
+    (server.WireError(DETAIL), ErrorCode.WIRE, False),
+    (server.ArenaError(DETAIL), ErrorCode.SHARED_MEMORY, True),
+    (server.CheckpointError(DETAIL), ErrorCode.CHECKPOINT, True),
+    (server.IntegrityError(DETAIL), ErrorCode.INTEGRITY, True),
+    (server.UnownedError(DETAIL), ErrorCode.UNOWNED, True),
+    (server.UnprovisionedError(DETAIL), ErrorCode.UNPROVISIONED, True),
+]
+# Errors that were not written for a peer.
+UNSPOKEN: list[tuple[Exception, ErrorCode]] = [
+    (KeyError(DETAIL), ErrorCode.REQUEST),
+    (TypeError(DETAIL), ErrorCode.REQUEST),
+    (ZeroDivisionError(DETAIL), ErrorCode.INTERNAL),
 ]
 
 
-@pytest.mark.parametrize(("error", "name", "told"), INSIDE, ids=lambda value: type(value).__name__)
-def test_host_of_a_serving_enclave_gets_one_text(monkeypatch, error, name, told):
+def answer_to(monkeypatch: pytest.MonkeyPatch, role: peers.Role, error: Exception) -> Frame:
+    """What a peer of an owned enclave is told of an error inside."""
     ownership = peers.Ownership("00" * 16)
     ownership.claim(bytes(32))
     monkeypatch.setattr(ownership.session, "handle", raises(error))
-    frame = Frame(Kind.CALIBRATE, 7, {})
-    refusal = server._answer(ownership, peers.HOST, frame)
+    return server._answer(ownership, role, Frame(Kind.CALIBRATE, 7, {}))
+
+
+@pytest.mark.parametrize(("error", "code", "told"), INSIDE, ids=lambda value: type(value).__name__)
+def test_host_of_a_serving_enclave_gets_one_text(monkeypatch, error, code, told):
     text = DETAIL if told else wire.REFUSAL
-    assert refusal == Frame(Kind.ERROR, 7, {"error": name, "text": text})
-    # Who holds the session's secret is told more, but nobody what an error says that was not
-    # written for a peer.
+    assert answer_to(monkeypatch, peers.HOST, error) == refusal(7, code, text)
+    # Who holds the session's secret is told more.
     for role in (peers.CLIENT, peers.PARENT):
-        shown = server._answer(ownership, role, frame).fields
-        assert shown["error"] == name and shown["text"] != wire.REFUSAL
-        assert (DETAIL in shown["text"]) == (type(error).__name__ == name)
+        assert answer_to(monkeypatch, role, error) == refusal(7, code, DETAIL)
+
+
+@pytest.mark.parametrize(("error", "code"), UNSPOKEN, ids=lambda value: type(value).__name__)
+def test_nobody_is_told_what_was_not_written_for_a_peer(monkeypatch, error, code):
+    assert answer_to(monkeypatch, peers.HOST, error) == refusal(7, code, wire.REFUSAL)
+    for role in (peers.CLIENT, peers.PARENT):
+        shown, text = refused(answer_to(monkeypatch, role, error))
+        assert shown is code and DETAIL not in text and text != wire.REFUSAL
 
 
 def test_host_learns_what_it_can_act_on(host):
@@ -372,11 +389,13 @@ def test_host_learns_what_it_can_act_on(host):
     ):
         with pytest.raises(error, match=text):
             host.request(kind, fields)
-    # Of two classes it is said here what most often causes them.
-    for name, hint in (("UnknownHandleError", "was donated"), ("DecryptionError", "was altered")):
-        frame = Frame(Kind.ERROR, 1, {"error": name, "text": wire.REFUSAL})
+    # Of two codes it is said here what most often causes them.
+    for code, hint in (
+        (ErrorCode.UNKNOWN_HANDLE, "was donated"),
+        (ErrorCode.DECRYPTION, "was altered"),
+    ):
         with pytest.raises(SealedValueError, match=f"^enclave: {wire.REFUSAL}. .*{hint}"):
-            fields_of(frame)
+            fields_of(refusal(1, code, wire.REFUSAL))
 
 
 def test_log_of_the_enclave_has_the_detail(tmp_path, capfd):

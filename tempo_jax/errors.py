@@ -20,6 +20,10 @@ class EnclaveDiedError(EnclaveError):
     """The enclave process ended, or its connection broke."""
 
 
+class ForkedError(EnclaveError):
+    """A forked child used an enclave that belongs to its parent, which may go on using it."""
+
+
 class LaunchError(EnclaveError):
     """An enclave of the wanted kind that cannot be started here; the message says what to do."""
 

@@ -364,6 +364,7 @@ class Shielded:
         """Runs the shielded function; see `shield`."""
         if _inside.get():
             return self._function(*args, **kwargs)
+        self._enclave.check_process()
         if not self._enclave.is_host:
             raise RoleError(
                 f"shield: `{self._name}` runs on the host, and this is the client's side "

@@ -205,7 +205,16 @@ class Enclave:
         """Whether this side shares memory with the enclave: it runs programs."""
         return isinstance(self._connection, Loopback)
 
+    def check_process(self) -> None:
+        """Refuses a forked child of the process that opened this side, which may go on using it.
+
+        Raises:
+          ForkedError: this is such a child.
+        """
+        self._connection.check_process()
+
     def _keys(self, what: str) -> encryption.SessionKeys:
+        self.check_process()
         if self._connection.keys is None:
             raise RoleError(
                 f"{what} needs the client's keys, and this is the host's side (`Enclave.attach`): "
@@ -215,6 +224,7 @@ class Enclave:
         return self._connection.keys
 
     def _lines(self, what: str) -> Loopback:
+        self.check_process()
         if not isinstance(self._connection, Loopback):
             raise RoleError(
                 f"{what} is the host's work, and this is the client's side (`Enclave.connect`): "

@@ -6,6 +6,7 @@ Untrusted: the host counts its own arrays.
 from __future__ import annotations
 
 import collections
+import os
 import threading
 import weakref
 from typing import Any
@@ -14,9 +15,13 @@ from tempo_jax.sealing.array import handle_text
 
 
 class Handles:
-    """The handles of one enclave, in text, and the arrays of this process that hold them."""
+    """The handles of one enclave, in text, and the arrays of this process that hold them.
+
+    A forked child's copies of these arrays count for nothing: the handles are its parent's.
+    """
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._owned: collections.Counter[str] = collections.Counter()
         self._counted: dict[int, weakref.finalize[..., Any]] = {}
         self._released: collections.deque[tuple[int, str]] = collections.deque()
@@ -27,7 +32,7 @@ class Handles:
     def adopt(self, handle: Any) -> None:
         """Counts an array that holds a handle; when the last one is gone, the handle is dropped."""
         key = id(handle)
-        if self._is_counted(key):
+        if os.getpid() != self._process or self._is_counted(key):
             return
         # Reading it may wait for a program whose callbacks need the lock, so it comes first.
         text = handle_text(handle)
@@ -69,7 +74,9 @@ class Handles:
             self._dropped.append(text)
 
     def take_dropped(self) -> list[str]:
-        """The handles dropped since the last time."""
+        """The handles dropped since the last time; none in a forked child."""
+        if os.getpid() != self._process:
+            return []
         with self._lock:
             self._count_released()
             dropped, self._dropped = self._dropped, []

@@ -34,6 +34,7 @@ from tempo_jax.errors import (
 )
 from tempo_jax.transport.identity import ClientIdentity
 from tempo_jax.transport.loopback import fields_of
+from tempo_jax.transport.ownership import Owned
 
 CONNECT_SECONDS = 30.0
 GREETING_BYTES = 1024
@@ -121,7 +122,7 @@ def _read(encoded: bytes | None, nonce: bytes) -> Certificate:
     return Certificate(public_key, extension.value, nonce)
 
 
-class Channel:
+class Channel(Owned):
     """A client's connection to an enclave that it has verified and owns.
 
     Attributes:
@@ -145,6 +146,7 @@ class Channel:
         self._requests = itertools.count(1)
         self.closed = False
         self._connection, certificate = dial(address)
+        super().__init__()
         try:
             self.verified: Verified = verify_evidence(
                 certificate.evidence,
@@ -162,6 +164,10 @@ class Channel:
 
     def __repr__(self) -> str:
         return self._address
+
+    def leave_to_parent(self) -> None:
+        """Closes a forked child's copy; see `Owned`."""
+        self._connection.close()
 
     def _prove(self, identity: ClientIdentity, public_key: bytes) -> tuple[str, SessionKeys]:
         own, theirs = (handshake.proof_role(r, public_key) for r in ("client", "enclave"))
@@ -197,9 +203,11 @@ class Channel:
 
         Raises:
           EnclaveDiedError: the connection broke.
+          ForkedError: this is a forked child of the process that connected.
           EnclaveError: the enclave refused.
           UnsupportedError: the request is too long for one frame.
         """
+        self.check_process()
         if self.closed:
             raise EnclaveError("this connection was closed; connect again with the same identity")
         with self._lock:
@@ -232,7 +240,12 @@ class Channel:
         return self.exchange(kind, fields, attachment).fields
 
     def close(self) -> None:
-        """Leaves; the enclave goes on, and the same identity may come back."""
+        """Leaves; the enclave goes on, and the same identity may come back.
+
+        A forked child leaves its parent's connection as it is.
+        """
+        if not self.is_owned:
+            return
         self.closed = True
         with contextlib.suppress(OSError):
             self._connection.close()

@@ -7,6 +7,7 @@ pipe.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import subprocess
 import threading
@@ -17,13 +18,19 @@ from tempo_jax.errors import EnclaveDiedError
 from tempo_jax.transport import launch
 from tempo_jax.transport.launch import Command
 from tempo_jax.transport.loopback import Loopback
+from tempo_jax.transport.ownership import Owned
 
 START_SECONDS = 120.0
 STOP_SECONDS = 5.0
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process: closing its pipe asks, and after a while it is killed."""
+def _stop(process: subprocess.Popen[bytes], owner: int) -> None:
+    """Ends the process: closing its pipe asks, and after a while it is killed.
+
+    A forked child of the process `owner`, which started it, drops its copy and ends nothing.
+    """
+    if os.getpid() != owner:
+        return
     with contextlib.suppress(OSError):
         if process.stdin:
             process.stdin.close()
@@ -36,7 +43,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.stdout.close()
 
 
-class EnclaveProcess:
+class EnclaveProcess(Owned):
     """A child that runs the enclave; it ends when this object is dropped.
 
     Attributes:
@@ -63,7 +70,8 @@ class EnclaveProcess:
             env=command.environment,
             cwd=command.directory,
         )
-        self._finalizer = weakref.finalize(self, _stop, self.process)
+        super().__init__()
+        self._finalizer = weakref.finalize(self, _stop, self.process, os.getpid())
         assert self.process.stdin and self.process.stdout
         # A child that ended already breaks the pipe; its missing greeting tells below.
         with contextlib.suppress(BrokenPipeError):
@@ -75,6 +83,12 @@ class EnclaveProcess:
         timer.cancel()
         if len(self.greeting) != words:
             raise self.died()
+
+    def leave_to_parent(self) -> None:
+        """Closes a forked child's copies of the pipes, by which the enclave knows its parent."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                pipe.close()
 
     def died(self) -> EnclaveDiedError:
         """What a broken connection to the child means."""
@@ -126,6 +140,6 @@ class Connection(Loopback):
         return self._child.died()
 
     def close(self) -> None:
-        """Ends the enclave."""
+        """Ends the enclave; a forked child leaves its parent's as it is."""
         super().close()
         self._child.stop()

@@ -13,6 +13,7 @@ import itertools
 import secrets
 import socket
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,7 @@ from tempo_jax.errors import (
     TempoError,
     UnprovisionedError,
 )
+from tempo_jax.transport.ownership import Owned
 
 _ERRORS: dict[ErrorCode, type[TempoError]] = {
     ErrorCode.SHARED_MEMORY: SharedMemoryError,
@@ -63,7 +65,7 @@ def fields_of(reply: Frame) -> dict[str, Any]:
     return reply.fields
 
 
-class Loopback(abc.ABC):
+class Loopback(Owned):
     """Lines to one enclave on this machine.
 
     Attributes:
@@ -78,10 +80,12 @@ class Loopback(abc.ABC):
     def __init__(self, port: int):
         self.port = port
         self._idle: list[socket.socket] = []
+        self._connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._requests = itertools.count(1)
         self._arenas: list[tuple[str, Arena]] = []
         self.closed = False
+        super().__init__()
 
     @abc.abstractmethod
     def _connection_key(self) -> bytes:
@@ -91,10 +95,17 @@ class Loopback(abc.ABC):
     def _died(self) -> EnclaveDiedError:
         """What a broken connection means."""
 
+    def leave_to_parent(self) -> None:
+        """Closes a forked child's copies; see `Owned`."""
+        for connection in list(self._connections):
+            connection.close()
+        self._idle, self._arenas = [], []
+
     # Requests
 
     def _connect(self) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port))
+        self._connections.add(connection)
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             greet(connection, self._connection_key())
@@ -122,8 +133,10 @@ class Loopback(abc.ABC):
 
         Raises:
           EnclaveDiedError: the process ended or the connection broke.
+          ForkedError: this is a forked child of the process that made the connection.
           EnclaveError: it refused; `SealedValueError` or `SharedMemoryError` where those fit.
         """
+        self.check_process()
         if self.closed:
             raise EnclaveError("this enclave was closed; launch a new one")
         try:
@@ -145,7 +158,9 @@ class Loopback(abc.ABC):
 
         Raises:
           SharedMemoryError: `/dev/shm` is too small; the message says how much is needed.
+          ForkedError: this is a forked child of the process that made the connection.
         """
+        self.check_process()
         with self._lock:
             fitting = [a for a in self._arenas if a[1].size >= size]
             if fitting:
@@ -178,7 +193,9 @@ class Loopback(abc.ABC):
             self.request(Kind.UNMAP, {"name": reserved[0]})
 
     def close(self) -> None:
-        """Closes all connections."""
+        """Closes all connections; a forked child leaves its parent's as they are."""
+        if not self.is_owned:
+            return
         self.closed = True
         with self._lock:
             for connection in self._idle:

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = models.ConvNet(data.num_classes)
     params = fit(model, data, options)
 
-    def predict(params: Any, images: jax.Array) -> Any:
+    def predict(params: Any, images: jax.typing.ArrayLike) -> Any:
         return model.apply({"params": params}, images)
 
     # The requests go round the held-out images, so that all have one shape and compile once.

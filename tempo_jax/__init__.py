@@ -7,7 +7,8 @@ optimizer update blinded weights where they lie.
 
 from tempo_jax import checkpoints, errors, schemes, testing
 from tempo_jax.api.markers import cheap_update, keep_inside, reveal
-from tempo_jax.api.shielded import Shielded, shield
+from tempo_jax.api.shield import shield
+from tempo_jax.api.shielded import Shielded
 from tempo_jax.attestation.policy import AttestationPolicy
 from tempo_jax.attestation.tcb import Collateral
 from tempo_jax.enclave.enclave import Enclave

@@ -1,6 +1,6 @@
-"""`shield`: from a user's function to planned, provisioned, running programs.
+"""Shielded functions: from a call's arguments to planned, provisioned, running programs.
 
-The public edge: arguments are checked here, once. Untrusted.
+Arguments are checked here, once. Untrusted.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh
 
-from enclave_runtime.protocol.limits import MAX_WORKERS
 from enclave_runtime.protocol.program import DEVICE
+from tempo_jax.api.options import Options
 from tempo_jax.api.report import Report
-from tempo_jax.enclave.enclave import Enclave
 from tempo_jax.errors import RoleError, SecrecyError, UnsupportedError
 from tempo_jax.jaxprs import trace
 from tempo_jax.jaxprs import types as jaxpr_types
@@ -30,85 +28,12 @@ from tempo_jax.planning.plan import Plan, make_plan
 from tempo_jax.planning.request import Request
 from tempo_jax.running.call import Runtime, Traffic
 from tempo_jax.running.observation import active_views
-from tempo_jax.schemes import Mixing, Scheme
 from tempo_jax.sealing.array import BLINDED, RESIDENT, SealedArray, is_sealed
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_shield", default=False)
-
-
-def shield(
-    function: Callable[..., Any] | None = None,
-    *,
-    enclave: Enclave,
-    scheme: Scheme | None = None,
-    public: Sequence[str | int] = (),
-    placement: str = "auto",
-    offload: str = "auto",
-    mesh: Mesh | None = None,
-    donate: bool = True,
-    verify: bool = False,
-) -> Any:
-    """Transforms a function so that untrusted devices compute on blinded operands only.
-
-    Matrix products and convolutions run in this JAX process on blinded operands, everything
-    else in the enclave. Results equal those of the plain function up to the order of
-    floating-point sums.
-
-    The first argument and the result, or its first part as in `jax.lax.scan`, carry state when
-    their structure, shapes and dtypes agree: the argument is donated, and using it again is an
-    error. Plain arguments are sealed on the way in. Every output stays sealed unless the
-    function passes it through `reveal`.
-
-    Args:
-      function: any function that `jax.jit` takes; omitted when used as a decorator.
-      enclave: where the trusted part runs.
-      scheme: how operands are blinded; `schemes.Mixing()` by default. The others keep weights
-        on the devices and are cheaper; they obfuscate and do not protect (see their
-        documentation).
-      public: names or positions of arguments that the host may know.
-      placement: "auto", or "enclave" to run the whole function inside.
-      offload: "auto" sends a product out when that is less work for the enclave; "all" sends
-        every product that can be blinded.
-      mesh: a mesh with one axis to spread the blinded products over.
-      donate: whether a carried state is donated.
-      verify: whether the enclave checks every product that the devices return (Freivalds). A
-        wrong one stops the run with an `IntegrityError` that names the equation, and the last
-        state stands. A leaf stays on the devices only if its update is linear there (SGD,
-        momentum, weight decay), so that a secret checksum in the enclave can follow it; others
-        are updated in the enclave. `explain` says what is checked, how small an error is noticed,
-        and why a leaf is not on the devices.
-
-    Returns:
-      A `Shielded` function.
-
-    Raises:
-      UnsupportedError: an option has an unknown value.
-
-    Example:
-      >>> import tempo_jax as tempo
-      >>> with tempo.Enclave.launch() as enclave:
-      ...     double = tempo.shield(lambda x: tempo.reveal(2 * x), enclave=enclave)
-      ...     float(double(3.0))
-      6.0
-
-    References:
-      Tempo, arXiv 2401.11531.
-    """
-    if function is None:
-        return functools.partial(
-            shield,
-            enclave=enclave,
-            scheme=scheme,
-            public=public,
-            placement=placement,
-            offload=offload,
-            mesh=mesh,
-            donate=donate,
-            verify=verify,
-        )
-    return Shielded(
-        function, enclave, scheme or Mixing(), public, placement, offload, mesh, donate, verify
-    )
 
 
 class _Signature:
@@ -156,75 +81,24 @@ class _PlannedSignature:
         self.runtime: Runtime | None = None
 
 
-class Shielded:
+class Shielded(Generic[P, R]):
     """A shielded function; make one with `shield`.
 
     Call it like the original. `explain` says what runs where and what crosses.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        enclave: Enclave,
-        scheme: Scheme,
-        public: Sequence[str | int],
-        placement: str,
-        offload: str,
-        mesh: Mesh | None,
-        donate: bool,
-        verify: bool = False,
-    ):
-        """Checks the options; see `shield`."""
+    def __init__(self, function: Callable[P, R], options: Options):
+        """Wraps a function; users call `shield`."""
         functools.update_wrapper(self, function)
-        if not isinstance(enclave, Enclave):
-            raise UnsupportedError(
-                f"shield: enclave is a {type(enclave).__name__}, expected what `Enclave.launch()`, "
-                "`.connect(...)` or `.attach(...)` returns"
-            )
-        if not isinstance(scheme, Scheme):
-            raise UnsupportedError(
-                f"shield: scheme is a {type(scheme).__name__}, expected an object such as "
-                "`tempo_jax.schemes.Mixing()`"
-            )
-        _check_option("placement", placement, ("auto", "enclave"))
-        _check_option("offload", offload, ("auto", "all"))
-        if mesh is not None and len(mesh.axis_names) != 1:
-            raise UnsupportedError(
-                f"shield: mesh has the axes {mesh.axis_names}, expected exactly one"
-            )
-        if mesh is not None and mesh.size > MAX_WORKERS:
-            raise UnsupportedError(
-                f"shield: mesh has {mesh.size} devices, expected at most {MAX_WORKERS}, each of "
-                "which the enclave serves on a connection and a thread of its own"
-            )
-        self._function = function
-        self._enclave = enclave
-        self._scheme = scheme
-        self._public = self._public_names(public)
-        self._offload = placement == "auto"
-        self._weighs_costs = placement == "auto" and offload == "auto"
-        self._mesh = mesh
-        self._donate = donate
-        self._verify = verify
+        self._function: Callable[..., Any] = function
+        self._options = options
+        self._enclave = options.enclave
+        self._public = options.public_names(function)
         self._programs: dict[Any, list[_PlannedSignature]] = {}
         self._lock = threading.RLock()
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
-
-    def _public_names(self, public: Sequence[str | int]) -> frozenset[str | int]:
-        if isinstance(public, (str, int)):
-            public = (public,)
-        names = list(inspect.signature(self._function).parameters)
-        both: set[str | int] = set()
-        for item in public:
-            known = item in names if isinstance(item, str) else 0 <= item < len(names)
-            if not known:
-                raise UnsupportedError(
-                    f"shield: public names {item!r}, but the arguments are {', '.join(names)}"
-                )
-            both |= {item, names.index(item) if isinstance(item, str) else names[item]}
-        return frozenset(both)
 
     # Arguments
 
@@ -310,16 +184,17 @@ class Shielded:
 
         closed = trace.trace(flat_function, [_physical(a) for a in signature.avals])
         (out_structure, carry_structures), types = structures
+        options = self._options
         request = Request(
             closed=closed,
             carried=self._carried(signature, carry_structures, types),
             public=signature.public,
             on_devices=signature.on_devices,
-            scheme=self._scheme,
-            costs=self._enclave.costs if self._weighs_costs else None,
-            offload=self._offload,
-            workers=1 if self._mesh is None else self._mesh.size,
-            verify=self._verify,
+            scheme=options.scheme,
+            costs=self._enclave.costs if options.weighs_costs else None,
+            offload=options.offloads,
+            workers=options.workers,
+            verify=options.verify,
         )
         return _PlannedSignature(make_plan(request), out_structure, types)
 
@@ -348,19 +223,19 @@ class Shielded:
     def _runtime(self, program: _PlannedSignature) -> Runtime:
         with self._lock:
             if program.runtime is None:
-                program.runtime = Runtime(program.plan, self._enclave, self._mesh)
+                program.runtime = Runtime(program.plan, self._enclave, self._options.mesh)
             return program.runtime
 
     def _donated(self, plan: Plan) -> list[int]:
         """Inputs that a call consumes; what is revealed replaces no state."""
         carried = plan.request.carried
-        if not self._donate or not set(carried.values()).isdisjoint(plan.revealed):
+        if not self._options.donate or not set(carried.values()).isdisjoint(plan.revealed):
             return []
         return sorted(carried)
 
     # Public
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the shielded function; see `shield`."""
         if _inside.get():
             return self._function(*args, **kwargs)
@@ -467,11 +342,6 @@ class Shielded:
           **kwargs: likewise.
         """
         return self._runtime(self._program(self._signature(args, kwargs))).traffic
-
-
-def _check_option(name: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UnsupportedError(f"shield: {name} is {value!r}, expected one of {', '.join(known)}")
 
 
 def _physical(aval: Any) -> jax.ShapeDtypeStruct:

@@ -1,5 +1,6 @@
 """What a user of `shield` meets: options, state, sealed values, transformations, refusals."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from jax.core import Tracer
 from jax.experimental import io_callback
 
 import tempo_jax as tempo
+from tempo_jax.api import options as options_module
 from tempo_jax.api import shielded as shielded_module
+from tempo_jax.api.options import OptionFields, Options
 from tempo_jax.errors import SealedValueError, SecrecyError, UnsupportedError
 from tests.support.steps import (
     SIGNED_PERMUTATION,
@@ -151,7 +154,7 @@ def test_unknown_option_is_refused(enclave, options, text):
 def test_mesh_that_the_enclave_cannot_serve_is_refused(enclave, monkeypatch):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("a",))
     tempo.shield(lambda x: x, enclave=enclave, mesh=mesh)
-    monkeypatch.setattr(shielded_module, "MAX_WORKERS", 3)
+    monkeypatch.setattr(options_module, "MAX_WORKERS", 3)
     with pytest.raises(UnsupportedError, match="mesh has 4 devices, expected at most 3"):
         tempo.shield(lambda x: x, enclave=enclave, mesh=mesh)
 
@@ -672,3 +675,12 @@ def test_a_product_that_stays_makes_those_that_shared_its_operand_dearer(enclave
     shielded = tempo.shield(step, enclave=enclave, scheme=tempo.schemes.Orthogonal())
     report = shielded.explain(weights, jnp.ones((rows, width), jnp.float32))
     assert report.offloaded_work[0] == 0
+
+
+# Types
+
+
+def test_options_are_written_down_once():
+    fields = {field.name for field in dataclasses.fields(Options)}
+    assert fields == set(OptionFields.__annotations__)
+    assert fields == set(inspect.signature(tempo.shield).parameters) - {"function"}

@@ -527,7 +527,7 @@ def test_host_key_is_found_or_named(tmp_path, monkeypatch):
 
 def test_shield_takes_an_enclave_of_any_role_and_nothing_else():
     with pytest.raises(UnsupportedError, match="expected what `Enclave.launch"):
-        tempo.shield(scaled, enclave=None)  # pyright: ignore[reportArgumentType]
+        tempo.shield(scaled, enclave=None)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def test_host_that_leaves_keeps_what_it_saved(roles, tmp_path):

@@ -26,7 +26,7 @@ TOLERANCE = 1e-10
 FLOAT32_TOLERANCE = 1e-6
 
 # `shield` with every product on the devices, however small: what most tests are about.
-shield_all = functools.partial(tempo.shield, scheme=SIGNED_PERMUTATION, offload="all")
+shield_all: Any = functools.partial(tempo.shield, scheme=SIGNED_PERMUTATION, offload="all")
 
 _MOMENTUM = tempo.cheap_update(optax.sgd(0.1, momentum=0.9))
 

@@ -21,7 +21,7 @@ from tests.test_architecture import modules_of
 # Where a scheme is named besides its own module: in the registry, and as the default of `shield`.
 NAMED = {
     "enclave_runtime.schemes.registry": {scheme.__name__ for scheme in SCHEMES.values()},
-    "tempo_jax.api.shielded": {"Mixing"},
+    "tempo_jax.api.options": {"Mixing"},
 }
 
 

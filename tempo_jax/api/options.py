@@ -1,0 +1,113 @@
+"""The options of `shield`, checked once where they are given.
+
+Untrusted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
+
+from jax.sharding import Mesh
+
+from enclave_runtime.protocol.limits import MAX_WORKERS
+from tempo_jax.enclave.enclave import Enclave
+from tempo_jax.errors import UnsupportedError
+from tempo_jax.schemes import Mixing, Scheme
+
+
+class OptionFields(TypedDict, total=False):
+    """The keywords of `shield` for type checkers: the fields of `Options`."""
+
+    enclave: Enclave
+    scheme: Scheme | None
+    public: Sequence[str | int] | int
+    placement: str
+    offload: str
+    mesh: Mesh | None
+    donate: bool
+    verify: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a function is shielded; `shield` says what each option means.
+
+    Raises:
+      UnsupportedError: an option has an unknown value.
+    """
+
+    enclave: Enclave
+    scheme: Scheme = dataclasses.field(default_factory=Mixing)
+    public: Sequence[str | int] | int = ()
+    placement: str = "auto"
+    offload: str = "auto"
+    mesh: Mesh | None = None
+    donate: bool = True
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every option that needs no function."""
+        if not isinstance(self.enclave, Enclave):
+            raise UnsupportedError(
+                f"shield: enclave is a {type(self.enclave).__name__}, expected what "
+                "`Enclave.launch()`, `.connect(...)` or `.attach(...)` returns"
+            )
+        if self.scheme is None:
+            object.__setattr__(self, "scheme", Mixing())
+        if not isinstance(self.scheme, Scheme):
+            raise UnsupportedError(
+                f"shield: scheme is a {type(self.scheme).__name__}, expected an object such as "
+                "`tempo_jax.schemes.Mixing()`"
+            )
+        _check("placement", self.placement, ("auto", "enclave"))
+        _check("offload", self.offload, ("auto", "all"))
+        if self.mesh is not None and len(self.mesh.axis_names) != 1:
+            raise UnsupportedError(
+                f"shield: mesh has the axes {self.mesh.axis_names}, expected exactly one"
+            )
+        if self.workers > MAX_WORKERS:
+            raise UnsupportedError(
+                f"shield: mesh has {self.workers} devices, expected at most {MAX_WORKERS}, each of "
+                "which the enclave serves on a connection and a thread of its own"
+            )
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything may leave the enclave."""
+        return self.placement == "auto"
+
+    @property
+    def weighs_costs(self) -> bool:
+        """Whether only what costs the enclave less outside leaves it."""
+        return self.offloads and self.offload == "auto"
+
+    @property
+    def workers(self) -> int:
+        """Devices of the mesh, 1 without one."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    def public_names(self, function: Callable[..., Any]) -> frozenset[str | int]:
+        """Names and positions of the public arguments of a function.
+
+        Raises:
+          UnsupportedError: it has no such argument.
+        """
+        public = (self.public,) if isinstance(self.public, (str, int)) else self.public
+        names = list(inspect.signature(function).parameters)
+        both: set[str | int] = set()
+        for item in public:
+            known = item in names if isinstance(item, str) else 0 <= item < len(names)
+            if not known:
+                raise UnsupportedError(
+                    f"shield: public names {item!r}, but the arguments are {', '.join(names)}"
+                )
+            both |= {item, names.index(item) if isinstance(item, str) else names[item]}
+        return frozenset(both)
+
+
+def _check(name: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UnsupportedError(f"shield: {name} is {value!r}, expected one of {', '.join(known)}")

@@ -1,0 +1,92 @@
+"""`shield`, the public edge.
+
+Untrusted.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, Unpack, overload
+
+from tempo_jax.api.options import OptionFields, Options
+from tempo_jax.api.shielded import Shielded
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@overload
+def shield(function: Callable[P, R], **options: Unpack[OptionFields]) -> Shielded[P, R]: ...
+
+
+@overload
+def shield(
+    function: None = None, **options: Unpack[OptionFields]
+) -> Callable[[Callable[P, R]], Shielded[P, R]]: ...
+
+
+def shield(  # noqa: D417 (the options are documented one by one)
+    function: Callable[..., Any] | None = None, **options: Any
+) -> Any:
+    """Transforms a function so that untrusted devices compute on blinded operands only.
+
+    Matrix products and convolutions run in this JAX process on blinded operands, everything
+    else in the enclave. Results equal those of the plain function up to the order of
+    floating-point sums.
+
+    The first argument and the result, or its first part as in `jax.lax.scan`, carry state when
+    their structure, shapes and dtypes agree: the argument is donated, and using it again is an
+    error. Plain arguments are sealed on the way in. Every output stays sealed unless the
+    function passes it through `reveal`.
+
+    Args:
+      function: any function that `jax.jit` takes; omitted when used as a decorator.
+      enclave: where the trusted part runs.
+      scheme: how operands are blinded; `schemes.Mixing()` by default. The others keep weights
+        on the devices and are cheaper; they obfuscate and do not protect (see their
+        documentation).
+      public: names or positions of arguments that the host may know.
+      placement: "auto", or "enclave" to run the whole function inside.
+      offload: "auto" sends a product out when that is less work for the enclave; "all" sends
+        every product that can be blinded.
+      mesh: a mesh with one axis to spread the blinded products over.
+      donate: whether a carried state is donated.
+      verify: whether the enclave checks every product that the devices return (Freivalds). A
+        wrong one stops the run with an `IntegrityError` that names the equation, and the last
+        state stands. A leaf stays on the devices only if its update is linear there (SGD,
+        momentum, weight decay), so that a secret checksum in the enclave can follow it; others
+        are updated in the enclave. `explain` says what is checked, how small an error is noticed,
+        and why a leaf is not on the devices.
+
+    Returns:
+      A `Shielded` function with the parameters and the result of `function`.
+
+    Raises:
+      UnsupportedError: an option has an unknown value.
+
+    Example:
+      >>> import tempo_jax as tempo
+      >>> with tempo.Enclave.launch() as enclave:
+      ...     double = tempo.shield(lambda x: tempo.reveal(2 * x), enclave=enclave)
+      ...     float(double(3.0))
+      6.0
+
+    References:
+      Tempo, arXiv 2401.11531.
+    """
+    checked = Options(**options)
+
+    def decorate(function: Callable[P, R]) -> Shielded[P, R]:
+        return Shielded(function, checked)
+
+    return decorate if function is None else decorate(function)
+
+
+# For `help` and editors, the options with their defaults.
+shield.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+    [
+        inspect.Parameter("function", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None),
+        *inspect.signature(Options).parameters.values(),
+    ]
+)

@@ -10,6 +10,7 @@ import logging
 import sys
 import threading
 import time
+import warnings
 
 BURST = 100  # records of one place that are written at once
 SECONDS = 60.0  # until one more is
@@ -50,8 +51,20 @@ class ShortFormatter(logging.Formatter):
         return f"{text[:half]} […] {text[-half:]}"
 
 
+def _discard(*_: object, **__: object) -> None:
+    """Shows no warning."""
+
+
 def configure() -> None:
-    """Has this process log to its standard error."""
+    """Has this process log to its standard error, and show no warning of a library.
+
+    NumPy and JAX warn when a value overflows or is invalid, so a warning in the log would tell the
+    host something of the data.
+    """
+    # NumPy's own switch, `seterr`, holds for one thread alone.
+    warnings.simplefilter("ignore")
+    # Whoever sets another filter later is not shown either.
+    warnings.showwarning = _discard
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(ShortFormatter("enclave: %(message)s"))
     handler.addFilter(RateLimit())

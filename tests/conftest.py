@@ -1,7 +1,9 @@
 """What all tests share: eight CPU devices, float64, one enclave, one hypothesis profile."""
 
 import os
+import shutil
 import signal
+import tempfile
 
 # JAX reads this when it starts, so it stands before the imports. Tests run what they compile once,
 # so this process optimises little; enclaves optimise as always. Of two values the last one counts.
@@ -16,8 +18,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 # The attacks multiply small matrices, for which BLAS's threads only wait for each other.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import shutil  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
+from typing import Any  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -40,6 +42,30 @@ enclave_module.machine_costs = lambda kind, measure: CostModel()
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+COMPILED = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps what XLA compiles, so that equal programs of different tests are compiled once.
+
+    The folder lives as long as the run, and workers share it. Set in this process alone: enclaves
+    and fresh interpreters compile as they always do.
+    """
+    worker: dict[str, str] | None = getattr(config, "workerinput", None)
+    folder = worker["compiled"] if worker else tempfile.mkdtemp(prefix="tempo_jax-tests-")
+    config.stash[COMPILED] = folder
+    if not worker:
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tells a worker of pytest-xdist where compiled programs are kept."""
+    node.workerinput["compiled"] = node.config.stash[COMPILED]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

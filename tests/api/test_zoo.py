@@ -338,6 +338,7 @@ def test_models(enclave, model):
     assert_trains_alike(shielded, enclave, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
 @pytest.mark.parametrize(
     ("scheme", "tolerance"),

@@ -36,6 +36,8 @@ from benchmarks.attacks import (
 from benchmarks.attacks.results import Control, Row, measure
 from enclave_runtime.crypto.keys import KeySchedule
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 
 

@@ -17,6 +17,8 @@ from benchmarks.attacks.results import Measurement
 from benchmarks.attacks.traces import History, ProductView, Trace, blind_history, train
 from benchmarks.attacks.victims import VICTIMS
 
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def history(victim: str, count: int, repeat: bool) -> History:

@@ -43,6 +43,7 @@ def run_fuzzer(command: list[str], tmp_path: Path) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", harness.TARGETS)
 @needs_atheris
 def test_fuzzer_finds_no_crash(target, tmp_path):

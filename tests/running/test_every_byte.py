@@ -31,6 +31,8 @@ from tests.support.boundary import Boundary, open_command, recording
 from tests.support.plaintext_search import Finding, Search
 from tests.support.steps import assert_close, plain_steps, uniform
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 WIDTH, CLASSES, BATCH = 64, 10, 128
 X = uniform(1, BATCH, WIDTH)

@@ -10,6 +10,7 @@ from benchmarks.faults.tally import Tally
 from tempo_jax.transport import child
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "scheme", "counts"),
     [
@@ -41,6 +42,7 @@ def test_training_survives_its_host(kind, scheme, counts):
     assert tally.survived == tally.tried == sum(counts.values())
 
 
+@pytest.mark.slow
 def test_checkpoint_on_a_full_disk_leaves_the_one_before():
     tally = Tally()
     full_disk.fill(1, tally, mount=full_disk.may_mount())

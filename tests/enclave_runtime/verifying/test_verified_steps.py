@@ -144,6 +144,7 @@ def plain_steps(task: Task, steps: int) -> Any:
     return state, losses
 
 
+@pytest.mark.slow
 def test_every_wrong_product_stops_the_step(watchful, task):
     shielded = task.shield(watchful)
     state, _ = shielded(task.state, task.batch)

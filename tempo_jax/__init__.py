@@ -12,7 +12,7 @@ from tempo_jax.api.shielded import Shielded
 from tempo_jax.attestation.policy import AttestationPolicy
 from tempo_jax.attestation.tcb import Collateral
 from tempo_jax.enclave.enclave import Enclave
-from tempo_jax.sealing.array import SealedArray
+from tempo_jax.sealing.array import SealedArray, is_sealed, shapes
 from tempo_jax.sealing.file import load_sealed, save_sealed
 from tempo_jax.sealing.ledger import CheckpointKey, CheckpointLedger
 from tempo_jax.transport.identity import ClientIdentity
@@ -31,11 +31,13 @@ __all__ = [
     "cheap_update",
     "checkpoints",
     "errors",
+    "is_sealed",
     "keep_inside",
     "load_sealed",
     "reveal",
     "save_sealed",
     "schemes",
+    "shapes",
     "shield",
     "testing",
 ]

@@ -28,7 +28,7 @@ from tempo_jax.planning.plan import Plan, make_plan
 from tempo_jax.planning.request import Request
 from tempo_jax.running.call import Runtime, Traffic
 from tempo_jax.running.observation import active_views
-from tempo_jax.sealing.array import BLINDED, RESIDENT, SealedArray, is_sealed
+from tempo_jax.sealing.array import BLINDED, RESIDENT, SealedArray, is_sealed, refuse_opaque
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,6 +61,7 @@ class _Signature:
 def _aval(x: Any) -> Any:
     if is_sealed(x) or isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
+    refuse_opaque(x, "shield")
     try:
         aval = jax.typeof(x)
     except TypeError as error:

@@ -44,7 +44,16 @@ from tempo_jax.jaxprs import types
 from tempo_jax.jaxprs.types import array_type
 from tempo_jax.planning.calibration import cost_model, machine_costs
 from tempo_jax.planning.cost import CostModel
-from tempo_jax.sealing.array import BLINDED, ENCRYPTED, SealedArray, handle_text, is_sealed, owners
+from tempo_jax.sealing.array import (
+    BLINDED,
+    ENCRYPTED,
+    SealedArray,
+    handle_text,
+    is_sealed,
+    no_handle,
+    owners,
+    refuse_opaque,
+)
 from tempo_jax.sealing.handles import Handles
 from tempo_jax.sealing.leaves import leaves_of
 from tempo_jax.sealing.ledger import CheckpointKey, CheckpointLedger
@@ -275,6 +284,7 @@ class Enclave:
         if is_sealed(leaf):
             return self.check_owned(leaf)
         keys = self._keys("`enclave.seal`")
+        refuse_opaque(leaf, "enclave.seal")
         try:
             aval = jax.typeof(leaf)
             if isinstance(leaf, Tracer):
@@ -290,7 +300,7 @@ class Enclave:
             ) from error
         encrypted = encryption.encrypt_array(keys.to_enclave, plain, self.session)
         return SealedArray(
-            (jnp.asarray(encrypted),),
+            (jnp.asarray(encrypted), no_handle()),
             ENCRYPTED,
             aval.shape,
             aval.dtype,
@@ -338,7 +348,8 @@ class Enclave:
                 size = array.nbytes + encryption.OVERHEAD_BYTES
                 encrypted = arena.view(ArrayType((size,), "uint8"), 0).copy()
             plain = self._decrypt(keys.to_client, encrypted, array)
-        return types.from_physical(jnp.asarray(plain), sealed)
+        opened = types.from_physical(jnp.asarray(plain), sealed)
+        return types.with_weak_type(opened, sealed.weak_type)
 
     def _decrypt(self, key: bytes, encrypted: np.ndarray, array: ArrayType) -> np.ndarray:
         try:
@@ -350,6 +361,36 @@ class Enclave:
                 f"a sealed {array.dtype}{list(array.shape)} failed its authentication: it was "
                 "altered, or its shape, dtype or session is not the one it was sealed with"
             ) from error
+
+    def copy(self, tree: Any) -> Any:
+        """Copies sealed values, so that each lives on when the other is donated.
+
+        `jnp.copy` copies the name of a value in the enclave and not the value. The content passes
+        through this client, encrypted on the way. A host without keys copies with
+        ``shield(lambda x: x, donate=False)``.
+
+        Args:
+          tree: any pytree; leaves that are not sealed stay as they are.
+
+        Returns:
+          The same pytree, freshly sealed.
+
+        Raises:
+          SealedValueError: a leaf was donated, altered, or belongs to another enclave.
+          RoleError: this is the host's side.
+
+        Example:
+          >>> import tempo_jax as tempo
+          >>> with tempo.Enclave.launch() as enclave:
+          ...     state = enclave.seal({"weight": 2.0})
+          ...     float(enclave.open(enclave.copy(state))["weight"])
+          2.0
+        """
+        return jax.tree.map(
+            lambda x: self._seal_leaf(self._open_leaf(x)) if is_sealed(x) else x,
+            tree,
+            is_leaf=is_sealed,
+        )
 
     # Checkpoints
 
@@ -477,6 +518,16 @@ class Enclave:
                 f"{sealed!r} was donated to an earlier call, which replaced it by the new state it "
                 "returned. Use that one, or pass `donate=False` to `shield`."
             )
+        if not isinstance(sealed.handle, Tracer):
+            handle_text(sealed.handle)
+        if sealed.form == BLINDED:
+            blinded, array = sealed.content, array_type(sealed)
+            if blinded.ndim != len(array.shape) or np.dtype(blinded.dtype).name != array.dtype:
+                raise SealedValueError(
+                    f"{sealed!r} lies on the devices as {blinded.dtype}{list(blinded.shape)}: its "
+                    "blinded content was changed outside a shielded function. Compute with it "
+                    "inside one."
+                )
         return sealed
 
     # Handles

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.lax.lax import _convert_element_type  # JAX 0.10-0.12: sets weak types.
 from jax.extend import core as jex_core
 
 from enclave_runtime.protocol.program import ArrayType
@@ -93,6 +94,13 @@ def from_physical(x: Any, aval: Any) -> Any:
         return x
     # JAX 0.10-0.12: a key type's implementation has no public name.
     return jax.random.wrap_key_data(x, impl=aval.dtype._impl.name)
+
+
+def with_weak_type(x: jax.Array, weak_type: bool) -> jax.Array:
+    """The same array, weakly typed as `weak_type` says."""
+    if is_key_array(x) or x.weak_type == weak_type:
+        return x
+    return jnp.asarray(_convert_element_type(x, x.dtype, weak_type))
 
 
 def avals_of(closed: ClosedJaxpr) -> list[jax.ShapeDtypeStruct]:

@@ -26,6 +26,7 @@ from enclave_runtime.protocol.program import DEVICE, ArrayType
 from enclave_runtime.protocol.wire import Kind
 from tempo_jax.enclave.enclave import Enclave
 from tempo_jax.errors import EnclaveError, TempoError
+from tempo_jax.jaxprs import opaque
 from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.planning.mesh import local_shape, sharded_axis
 from tempo_jax.planning.plan import Plan, offloaded
@@ -39,6 +40,7 @@ from tempo_jax.sealing.array import (
     SealedArray,
     handle_array,
     handle_text,
+    handle_words,
     is_sealed,
 )
 
@@ -367,6 +369,7 @@ class Runtime:
           donated: positions of inputs that the run consumes.
         """
         leaves, structure = jax.tree.flatten(list(inputs))
+        leaves = [opaque.words_of(x) for x in leaves]
         ports = self._program.inputs
         # Keys with a budget may run out in any run, and checksums do; the leaves come back anew.
         request = self.plan.request
@@ -430,7 +433,9 @@ class Runtime:
             finally:
                 # No worker is under way any more.
                 self._enclave.connection.give_back(run.reserved)
-            named = np.stack([handle_array(h) for h in handles] or [np.zeros(4, np.uint32)])
+            named = np.stack(
+                [handle_words(h) for h in handles] or [np.zeros(opaque.WORDS, np.uint32)]
+            )
             return named, *(np.asarray(x) for x in revealed)
 
         count = max(1, len(self._program.outputs))
@@ -438,7 +443,7 @@ class Runtime:
         handles, *revealed = jax.pure_callback(
             commit,
             (
-                jax.ShapeDtypeStruct((count, 4), np.uint32),
+                jax.ShapeDtypeStruct((count, opaque.WORDS), np.uint32),
                 *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in result.revealed),
             ),
             number,
@@ -447,7 +452,8 @@ class Runtime:
         )
         result = dataclasses.replace(result, revealed=list(revealed))
         named = [
-            lax.index_in_dim(handles, i, keepdims=False) for i in range(len(self._program.outputs))
+            opaque.opaque(lax.index_in_dim(handles, i, keepdims=False))
+            for i in range(len(self._program.outputs))
         ]
         return self._outputs(result, named, types)
 

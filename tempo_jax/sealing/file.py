@@ -43,6 +43,7 @@ from tempo_jax.sealing.array import (
     handle_array,
     handle_text,
     is_sealed,
+    no_handle,
     owners,
 )
 
@@ -194,7 +195,7 @@ def _read_leaf(file: BinaryIO, session: str, fields: Any, name: str, like: Any) 
         or (handle != "" if form == ENCRYPTED else not named)
     ):
         raise SealedValueError(f"load_sealed: the description of `{name}` is malformed")
-    children: tuple[Any, ...] = () if form == ENCRYPTED else (handle_array(handle),)
+    children: tuple[Any, ...] = (no_handle() if form == ENCRYPTED else handle_array(handle),)
     if form != RESIDENT:
         array = array_type(aval)
         if form == ENCRYPTED:

@@ -11,7 +11,9 @@ import threading
 import weakref
 from typing import Any
 
-from tempo_jax.sealing.array import handle_text
+import numpy as np
+
+from tempo_jax.jaxprs import opaque
 
 
 class Handles:
@@ -24,7 +26,7 @@ class Handles:
         self._process = os.getpid()
         self._owned: collections.Counter[str] = collections.Counter()
         self._counted: dict[int, weakref.finalize[..., Any]] = {}
-        self._released: collections.deque[tuple[int, str]] = collections.deque()
+        self._released: collections.deque[tuple[int, tuple[str, ...]]] = collections.deque()
         self._dropped: list[str] = []
         self._kept: set[str] = set()
         self._lock = threading.RLock()
@@ -35,12 +37,12 @@ class Handles:
         if os.getpid() != self._process or self._is_counted(key):
             return
         # Reading it may wait for a program whose callbacks need the lock, so it comes first.
-        text = handle_text(handle)
+        texts = _texts(handle)
         with self._lock:
             self._count_released()
             if not self._is_counted(key):
-                self._owned[text] += 1
-                self._counted[key] = weakref.finalize(handle, self._released.append, (key, text))
+                self._owned.update(texts)
+                self._counted[key] = weakref.finalize(handle, self._released.append, (key, texts))
 
     def _is_counted(self, key: int) -> bool:
         # The number of an array that is gone may name another one by now.
@@ -53,14 +55,15 @@ class Handles:
         A finalizer runs at any point of any thread, so it takes no lock and only appends.
         """
         while self._released:
-            key, text = self._released.popleft()
+            key, texts = self._released.popleft()
             if not self._is_counted(key):
                 self._counted.pop(key, None)
-            self._owned[text] -= 1
-            if self._owned[text] <= 0:
-                del self._owned[text]
-                if text not in self._kept:
-                    self._dropped.append(text)
+            for text in texts:
+                self._owned[text] -= 1
+                if self._owned[text] <= 0:
+                    del self._owned[text]
+                    if text not in self._kept:
+                        self._dropped.append(text)
 
     def keep(self, text: str) -> None:
         """Exempts a handle: arrays that go no longer drop it."""
@@ -81,3 +84,10 @@ class Handles:
             self._count_released()
             dropped, self._dropped = self._dropped, []
         return dropped
+
+
+def _texts(handle: Any) -> tuple[str, ...]:
+    """The handles in an array of one or, stacked, of several; what is none counts for nothing."""
+    rows = np.asarray(opaque.words_of(handle)).reshape(-1, opaque.WORDS)
+    names = [opaque.name_of(row) for row in rows]
+    return tuple(name.hex() for name in names if name is not None)

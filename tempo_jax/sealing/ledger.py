@@ -251,8 +251,8 @@ def open_checkpoint(data: bytes, key: CheckpointKey, like: Any) -> Any:
     if (text := checkpoint.mismatch(reader.leaves, leaves)) is not None:
         raise CheckpointError(text)
     plain = [
-        types.from_physical(jnp.asarray(value), aval)
-        for value, aval in zip(values, avals, strict=True)
+        types.with_weak_type(types.from_physical(jnp.asarray(value), aval), leaf.weak)
+        for value, aval, leaf in zip(values, avals, reader.leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, plain)
 

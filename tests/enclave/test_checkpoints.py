@@ -29,6 +29,7 @@ from tempo_jax.errors import (
     UnsupportedError,
 )
 from tempo_jax.sealing import ledger as ledger_module
+from tempo_jax.sealing.array import handle_text
 from tests.support.steps import TOLERANCE, assert_close, shield_all, uniform
 
 OPTIMIZER = tempo.cheap_update(optax.adam(1e-2))
@@ -532,7 +533,7 @@ def _leaf(shape: list[int]) -> dict[str, Any]:
 
 
 def _text(sealed: tempo.SealedArray) -> str:
-    return np.asarray(sealed.handle).tobytes().hex()
+    return handle_text(sealed.handle)
 
 
 def test_leaves_are_written_and_restored_once(keyed):

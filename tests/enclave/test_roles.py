@@ -29,6 +29,7 @@ from tempo_jax.errors import (
 )
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.export import export_segments
+from tempo_jax.sealing.array import handle_text
 from tempo_jax.transport.channel import dial
 from tempo_jax.transport.host_key import default_path, read_host_key, write_host_key
 from tests.support.steps import assert_close, shield_all, uniform
@@ -369,7 +370,7 @@ def test_blinded_value_is_opened_with_its_content_only(roles, tmp_path, change):
     leaf = state[0]["first"]
     assert leaf.form == "blinded"
     content = np.asarray(leaf.content).tobytes()
-    handle = np.asarray(leaf.handle).tobytes().hex()
+    handle = handle_text(leaf.handle)
     sent, text = {
         "short": (content[:-1], "of 160 bytes comes with 159"),
         "long": (content + b"\0", "of 160 bytes comes with 161"),

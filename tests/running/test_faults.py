@@ -37,6 +37,7 @@ from tempo_jax.errors import (
     TempoError,
 )
 from tempo_jax.running.call import Runtime
+from tempo_jax.sealing.array import handle_text
 from tests.enclave.test_enclave import is_running, nothing_left_behind
 from tests.support.boundary import mappings
 from tests.support.interpreter import plan
@@ -592,7 +593,7 @@ def test_malformed_begin_is_refused(provisioned, changes, text):
 
 def test_handle_of_another_type_is_refused(enclave, provisioned):
     other = tempo.shield(lambda x: x, enclave=enclave)(jnp.ones(3))
-    handle = np.asarray(other.handle).tobytes().hex()
+    handle = handle_text(other.handle)
     with pytest.raises(EnclaveError, match=r"input 0 is float64\[3\], expected float64\[6, 5\]"):
         provisioned.begin(inputs=[{"handle": handle}] * 3)
 
@@ -686,7 +687,7 @@ def test_input_on_the_devices_is_taken_over_once(enclave, train, state):
                 content = np.asarray(sealed.content)
                 np.copyto(arena.view(ArrayType(content.shape, "uint8"), offset), content)
             else:
-                given[-1] = {"handle": np.asarray(sealed.handle).tobytes().hex()}
+                given[-1] = {"handle": handle_text(sealed.handle)}
             offset += input_bytes(port.array)
         fields = {"program": runtime._number, "arena": name, "workers": 1}
         reply = request(Kind.BEGIN, {**fields, "inputs": given, "blind_at": offsets})

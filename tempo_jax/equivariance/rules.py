@@ -31,27 +31,35 @@ from tempo_jax.equivariance.product_rules import PRODUCTS
 from tempo_jax.jaxprs.primitives import cheap_p, optimization_barrier_p
 from tempo_jax.jaxprs.types import JaxprEqn
 
+_NEUTRAL = Axis(None, 0)  # of a value that is constant along it
 
-def _require_rank(operands: Sequence[Operand], rank: int) -> list[Operand]:
-    """Operands of full rank; scalars (of `select_n`, `clamp`) are given neutral axes."""
+
+def _aligned(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> list[Operand]:
+    """Operands with the axes of an elementwise result.
+
+    Scalars (of `select_n`, `clamp`) are constant along all of them, and an operand of size 1 along
+    those where the others repeat it: lax broadcasts these without an equation that says so.
+    """
+    shape = eqn.outvars[0].aval.shape
     full = []
     for o in operands:
-        if len(o.axes) == rank:
-            full.append(o)
-        elif not o.axes:
-            full.append(dataclasses.replace(o, axes=(Axis(None, 0),) * rank))
-        else:
+        axes = o.axes or (_NEUTRAL,) * len(shape)
+        if len(axes) != len(shape):
             raise NotEquivariantError("operands of different ranks")
+        fitting = tuple(
+            a if a.node is None or context.keying.size(a.node) == n else _NEUTRAL
+            for a, n in zip(axes, shape, strict=True)
+        )
+        full.append(dataclasses.replace(o, axes=fitting))
     return full
 
 
 def _same_parity(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
     """Elementwise, and additive in all operands: classes and parities must agree."""
     name = eqn.primitive.name
-    rank = len(eqn.outvars[0].aval.shape)
-    full = [o for o in _require_rank(operands, rank) if not o.zero]
+    full = [o for o in _aligned(context, eqn, operands) if not o.zero]
     if not full:
-        return (Axis(None, 0),) * rank
+        return (_NEUTRAL,) * len(eqn.outvars[0].aval.shape)
     out = []
     for axes in zip(*(o.axes for o in full), strict=True):
         matched = context.match(axes, name)
@@ -68,7 +76,6 @@ def _same_parity(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -
 
 def _multiply(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
     name = eqn.primitive.name
-    rank = len(eqn.outvars[0].aval.shape)
     if sum(o.blinded for o in operands) > 1 or (
         eqn.primitive is prims.div_p and operands[1].blinded
     ):
@@ -76,7 +83,7 @@ def _multiply(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> A
     if eqn.primitive is prims.div_p and operands[1].blinded:
         context.need_elementwise(name, operands[1:])
     out = []
-    for axes in zip(*(o.axes for o in _require_rank(operands, rank)), strict=True):
+    for axes in zip(*(o.axes for o in _aligned(context, eqn, operands)), strict=True):
         matched = context.match(axes, name)
         if sum(a.node is not None for a in axes) > 1:
             context.need_square(axes, name)
@@ -91,9 +98,8 @@ def _any_function(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) 
     """An arbitrary elementwise function: only of values that carry no signs."""
     name = eqn.primitive.name
     context.need_elementwise(name, operands)
-    rank = len(eqn.outvars[0].aval.shape)
     out = []
-    for axes in zip(*(o.axes for o in _require_rank(operands, rank)), strict=True):
+    for axes in zip(*(o.axes for o in _aligned(context, eqn, operands)), strict=True):
         matched = context.match(axes, name)
         for axis in axes:
             reason = f"{name} is not an odd function, and its operand carries signs"
@@ -131,7 +137,6 @@ def _select(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axe
     which, *cases = operands
     if not context.keying.group.elementwise and context.any_keyed([which]):
         raise NotEquivariantError("select_n decides by a value that carries keys")
-    rank = len(eqn.outvars[0].aval.shape)
     varying = [c for c in cases if c.blinded or c.zero]
     if context.loose and len(varying) < len(cases):
         # As in optax's safe norms, which square the result: right up to its signs.
@@ -141,7 +146,7 @@ def _select(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axe
         )
     else:
         chosen = _same_parity(context, eqn, cases)
-    (which,) = _require_rank([which], rank)
+    (which,) = _aligned(context, eqn, [which])
     out = []
     for decision, value in zip(which.axes, chosen, strict=True):
         context.need_parity(decision, 0, "select_n decides by a value that carries signs")
@@ -171,7 +176,7 @@ def _squeeze(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Ax
 
 
 def _broadcast(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Axes:
-    out = [Axis(None, 0)] * len(eqn.params["shape"])
+    out = [_NEUTRAL] * len(eqn.params["shape"])
     given = eqn.invars[0].aval.shape
     for axis, size, target in zip(
         operands[0].axes, given, eqn.params["broadcast_dimensions"], strict=True
@@ -218,9 +223,9 @@ def _reshape(context: Context, eqn: JaxprEqn, operands: Sequence[Operand]) -> Ax
             sizes = [n for n in after[first_j:j] if n > 1]
             if len(large) != 1 or len(sizes) != 1:
                 raise NotEquivariantError("reshape merges or splits a keyed axis")
-            out.extend(large[0] if n > 1 else Axis(None, 0) for n in after[first_j:j])
+            out.extend(large[0] if n > 1 else _NEUTRAL for n in after[first_j:j])
         elif all(a.node is None for a in group):
-            out.extend(Axis(None, 0) for _ in range(first_j, j))
+            out.extend(_NEUTRAL for _ in range(first_j, j))
         else:
             for n in after[first_j:j]:
                 node = keying.node(n)
@@ -244,7 +249,7 @@ def _along_unkeyed(axis_numbers: Callable[[JaxprEqn], Sequence[int]]) -> Callabl
         for number in set(range(len(out))) - touched:
             axes = [o.axes[number] for o in operands if o.axes and not o.zero]
             if not axes:
-                out[number] = Axis(None, 0)
+                out[number] = _NEUTRAL
                 continue
             matched = context.match(axes, eqn.primitive.name)
             for axis in axes:

@@ -184,26 +184,30 @@ class Keying:
         form = reduce_form(parity, pivots)
         return next((e for bit, e in self._unsettled.items() if form >> bit & 1), None)
 
-    def solve(self) -> tuple[dict[int, int], Demand | None]:
+    def solve(self) -> tuple[dict[int, int], tuple[Demand, ...]]:
         """Solves the demands in order by elimination over GF(2).
 
+        Demands on different classes have no unknown in common.
+
         Returns:
-          A row of the reduced system for each pivot bit, and the first demand that
+          A row of the reduced system for each pivot bit, and for each class the first demand that
           contradicts those before it, if any.
         """
         pivots: dict[int, int] = {}
+        contradictions: dict[int, Demand] = {}
         for demand in self._demands:
-            if not self.has_parity(demand.node):
+            root = self.find(demand.node)
+            if not self.has_parity(demand.node) or root in contradictions:
                 continue
             form = reduce_form(demand.parity, pivots)
             culprit = self.left_open(form, pivots)
             if culprit is not None:
-                return pivots, demand._replace(equation=culprit, leaf=None)
-            if form == ONE:
-                return pivots, demand
-            if form:
+                contradictions[root] = demand._replace(equation=culprit, leaf=None)
+            elif form == ONE:
+                contradictions[root] = demand
+            elif form:
                 pivots[form.bit_length() - 1] = form
-        return pivots, None
+        return pivots, tuple(contradictions.values())
 
 
 def reduce_form(form: int, pivots: Mapping[int, int]) -> int:

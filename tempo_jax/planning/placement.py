@@ -99,7 +99,7 @@ def _objections(walk: Walk) -> Iterator[Objection]:
     yield Objection(equations=walk.too_dear)
     yield Objection(leaves=_needed_inside(walk))
     _tie_new_values(walk)
-    yield _contradiction(walk)
+    yield _contradictions(walk)
     yield Objection(equations=_open_crossings(walk))
     yield Objection(equations=_exposed(walk))
     yield Objection(equations=_unchecked(walk) if walk.question.verify else {})
@@ -227,22 +227,37 @@ def _cause(walk: Walk, eqn: JaxprEqn) -> str:
     return refused[min(refused)] if refused else "its gradient is computed in the enclave"
 
 
-def _contradiction(walk: Walk) -> Objection:
-    """A demand that contradicts those before it.
+def _contradictions(walk: Walk) -> Objection:
+    """Demands that contradict those before them: the first of all, and others far from it.
 
-    A selection is let pass loosely first; an equation that fails again is the enclave's.
+    Of each class only the first counts, and none that comes of an equation which is demoted
+    already: it may be settled by that. So a hundred equal layers take one more walk, and not a
+    hundred.
     """
-    _, contradiction = walk.solution
-    if contradiction is None:
+    facts = walk.facts
+    _, contradictions = walk.solution
+    if not contradictions:
         return Objection()
-    if contradiction.leaf is not None:
-        return Objection(leaves={contradiction.leaf: contradiction.reason})
-    number = contradiction.equation
-    assert number is not None, "a demand is an equation's or a leaf's"
-    selects = walk.facts.eqns[number].primitive is prims.select_n_p
-    if selects and number not in walk.demotions.loose:
-        return Objection(loose=frozenset([number]))
-    return Objection(equations={number: contradiction.reason})
+    found = {c.equation: c.reason for c in reversed(contradictions) if c.equation is not None}
+    equations: dict[int, str] = {}
+    loose: set[int] = set()
+    settled: set[Var] = set()  # what comes of equations that are demoted
+    for number, eqn in enumerate(facts.eqns):
+        if any(v in settled for v in variables(eqn)):
+            settled |= set(eqn.outvars)
+        elif number in found:
+            settled |= set(eqn.outvars)
+            # A selection passes loosely first; an equation that fails again is the enclave's.
+            if eqn.primitive is prims.select_n_p and number not in walk.demotions.loose:
+                loose.add(number)
+            else:
+                equations[number] = found[number]
+    leaves = {
+        c.leaf: c.reason
+        for c in contradictions
+        if c.leaf is not None and facts.outputs[walk.question.carried[c.leaf]] not in settled
+    }
+    return Objection(equations, leaves, frozenset(loose))
 
 
 def _open_crossings(walk: Walk) -> dict[int, str]:

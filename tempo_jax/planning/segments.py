@@ -88,6 +88,9 @@ _HEAVY = {
     prims.tanh_p,
 }
 _HEAVY_BYTES = 8  # bytes of keeping that one transcendental element is worth
+# Reading a value that is kept anyway, over keeping another of its size: more than half, so that a
+# sum over all layers is not added up anew in each of them.
+_READING = 2 / 3
 _UNIT = 1024  # bytes; capacities are integers of 32 bits
 _INFINITE = 1 << 30
 
@@ -181,6 +184,7 @@ class _Cutter:
         self.sealed = dict.fromkeys(sealed_inside)
         self.host: list[HostEquation] = []
         self.anyone: set[Var] = set()
+        self.first_reader: dict[Var, int] = {}  # the first segment that may read an upload
         resident = {jaxpr.invars[i] for i in placement.resident}
         for v in (*jaxpr.constvars, *jaxpr.invars):
             (self.level if v in resident else self.home)[v] = 0
@@ -194,9 +198,13 @@ class _Cutter:
                 self.anyone |= set(eqn.outvars)
                 known.append(eqn)
             ready = [self._ready(v) for v in _variables(eqn.invars)]
+            home = max(ready, default=0)
             for v in eqn.outvars:
-                self.home[v] = max(ready, default=0)
+                self.home[v] = home
                 self.made_by[v] = eqn
+            for v in _variables(eqn.invars):
+                if v in self.level:
+                    self.first_reader[v] = min(home, self.first_reader.get(v, home))
         plain = [v for e in self.host if not e.sent for v in e.eqn.invars]
         self.constants = forward_only(known, plain)
 
@@ -225,12 +233,12 @@ class _Cutter:
         for index in reversed(range(count)):
             roots = wanted.get(index, {})
             frontier = self._frontier(roots, index)
-            again = self._recompute(frontier, materialized)
+            again = self._recompute(frontier, index, materialized)
             eqns, inputs = self._collect(roots, index, again)
             for v in inputs:
+                materialized.add(v)
                 if v in self.made_by:
                     wanted.setdefault(self.home[v], {})[v] = None
-                    materialized.add(v)
             outputs = tuple(v for v in roots if v in self.made_by)
             segments.append(
                 TrustedSegment(
@@ -245,26 +253,37 @@ class _Cutter:
         return Cut(_upload_once(segments), self.level, tuple(self.host), tuple(self.constants))
 
     def _frontier(self, roots: Iterable[Var], index: int) -> list[Var]:
-        """Values of earlier segments that this one reads."""
+        """Values that this segment reads and that were there for earlier ones."""
         pending, seen, frontier = list(roots), set(), []
         while pending:
             v = pending.pop()
-            if v in seen or v not in self.made_by:
+            if v in seen:
                 continue
             seen.add(v)
-            if self.home[v] < index:
+            if self._was_there(v, index):
                 frontier.append(v)
-            else:
+            elif v in self.made_by:
                 pending.extend(_variables(self.made_by[v].invars))
         return frontier
 
-    def _recompute(self, frontier: Sequence[Var], materialized: set[Var]) -> set[Var]:
+    def _was_there(self, v: Var, index: int) -> bool:
+        """Whether a value was made before this segment, or came from the host for another."""
+        if v in self.made_by:
+            return self.home[v] < index
+        return self.first_reader.get(v, index) < index
+
+    def _recompute(self, frontier: Sequence[Var], index: int, materialized: set[Var]) -> set[Var]:
         """Values of earlier segments to compute again instead of keeping: a minimum cut.
 
-        Each value is an edge whose capacity is what keeping it costs; values that cannot be
-        computed again are tied to the source, the segment's needs to the sink. What ends on
-        the sink's side of the cut is computed again.
+        Each value is an edge whose capacity is what keeping it costs, or reading it where it is
+        kept anyway; values that cannot be computed again are tied to the source, the segment's
+        needs to the sink. What ends on the sink's side of the cut is computed again.
         """
+
+        def is_tied(v: Var) -> bool:
+            eqn = self.made_by.get(v)
+            return eqn is None or v in materialized or eqn.primitive not in _LIGHT | _HEAVY
+
         nodes: dict[Var, int] = {}
         edges: list[tuple[int, int, int]] = []
         pending = list(frontier)
@@ -273,20 +292,21 @@ class _Cutter:
             if v in nodes:
                 continue
             nodes[v] = number = 2 + 2 * len(nodes)
-            eqn = self.made_by[v]
-            held = v in materialized
-            edges.append((number, number + 1, 1 if held else nbytes(v) // _UNIT + 2))
-            if held or eqn.primitive not in _LIGHT | _HEAVY:
+            size = nbytes(v) // _UNIT
+            cost = int(size * _READING) + 1 if v in materialized else size + 2
+            edges.append((number, number + 1, cost))
+            if is_tied(v):
                 edges.append((0, number, _INFINITE))
                 continue
+            eqn = self.made_by[v]
             if eqn.primitive in _HEAVY:
                 size = math.prod(v.aval.shape)
                 edges.append((0, number, size * _HEAVY_BYTES // _UNIT + 1))
-            pending.extend(u for u in _variables(eqn.invars) if u in self.made_by)
+            pending.extend(u for u in _variables(eqn.invars) if self._was_there(u, index))
         if not nodes:
             return set()
         for v, number in nodes.items():
-            if v not in materialized and self.made_by[v].primitive in _LIGHT | _HEAVY:
+            if not is_tied(v):
                 for u in set(_variables(self.made_by[v].invars)):
                     if u in nodes:
                         edges.append((nodes[u] + 1, number, _INFINITE))

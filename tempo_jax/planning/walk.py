@@ -155,7 +155,7 @@ class Walk:
             self.sides.append(self._side(number, eqn))
 
     @functools.cached_property
-    def solution(self) -> tuple[dict[int, int], Demand | None]:
+    def solution(self) -> tuple[dict[int, int], tuple[Demand, ...]]:
         """The parities that meet all demands made so far; see `Keying.solve`."""
         return self.keying.solve()
 

@@ -169,10 +169,12 @@ class Shielded(Generic[P, R]):
     def _make(self, signature: _Signature) -> _PlannedSignature:
         structures: list[Any] = []
 
-        def flat_function(*physical: Any) -> list[Any]:
+        # JAX's errors while tracing name the function and its arguments after what is traced.
+        @functools.wraps(self._function)
+        def traced(*args: Any, **kwargs: Any) -> list[Any]:
             leaves = [
                 jaxpr_types.from_physical(x, a)
-                for x, a in zip(physical, signature.avals, strict=True)
+                for x, a in zip(jax.tree.leaves((args, kwargs)), signature.avals, strict=True)
             ]
             args, kwargs = jax.tree.unflatten(signature.structure, leaves)
             with _tracing_inside():
@@ -183,7 +185,9 @@ class Shielded(Generic[P, R]):
             structures.append([jax.typeof(x) for x in out])
             return [_physical_output(x) for x in out]
 
-        closed = trace.trace(flat_function, [_physical(a) for a in signature.avals])
+        physical = [_physical(a) for a in signature.avals]
+        args, kwargs = jax.tree.unflatten(signature.structure, physical)
+        closed = trace.trace(traced, args, kwargs)
         (out_structure, carry_structures), types = structures
         options = self._options
         request = Request(

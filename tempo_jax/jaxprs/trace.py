@@ -6,7 +6,7 @@ Untrusted and pure. Serves JAX 0.10 to 0.12.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -16,9 +16,17 @@ from jax.extend import core as jex_core
 from tempo_jax.jaxprs.types import ClosedJaxpr
 
 
-def trace(function: Callable[..., Any], avals: Sequence[Any]) -> ClosedJaxpr:
-    """Traces a function of flat arguments."""
-    return cast(ClosedJaxpr, jax.make_jaxpr(function)(*avals))
+def trace(
+    function: Callable[..., Any], avals: Sequence[Any], named: Mapping[str, Any] | None = None
+) -> ClosedJaxpr:
+    """Traces a function to a jaxpr of flat inputs.
+
+    Args:
+      function: what to trace; it returns flat arrays.
+      avals: its positional arguments, or trees of such.
+      named: its keyword arguments.
+    """
+    return cast(ClosedJaxpr, jax.make_jaxpr(function)(*avals, **(named or {})))
 
 
 def without_locations() -> contextlib.AbstractContextManager[None]:

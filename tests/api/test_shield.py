@@ -686,3 +686,17 @@ def test_options_are_written_down_once():
     fields = {field.name for field in dataclasses.fields(Options)}
     assert fields == set(OptionFields.__annotations__)
     assert fields == set(inspect.signature(tempo.shield).parameters) - {"function"}
+
+
+def test_errors_while_tracing_name_the_users_function_and_arguments(enclave):
+    def look_up(params, b):
+        if b["id"] > 0:
+            return params
+        return 2 * params
+
+    for arguments, keywords in (((1.0, {"id": 2}), {}), ((1.0,), {"b": {"id": 2}})):
+        with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+            tempo.shield(look_up, enclave=enclave)(*arguments, **keywords)
+        text = str(caught.value)
+        assert "look_up" in text and "b['id']" in text
+        assert "flat_function" not in text and "physical" not in text

@@ -215,6 +215,19 @@ def test_rows_have_decoys_and_norms_are_hidden(enclave):
     assert not norms & plain
 
 
+@pytest.mark.parametrize(("decoy_rows", "hidden"), [(32, True), (0, False)])
+def test_decoys_hide_the_rank_of_rows(enclave, decoy_rows, hidden):
+    # A key is invertible and keeps the rank; only decoys, in a basis of their own, raise it.
+    scheme = Mixing(decoy_rows=decoy_rows)
+    multiply = tempo.shield(lambda w, x: x @ w, enclave=enclave, scheme=scheme, offload="all")
+    x = np.outer(uniform(1, 128), uniform(2, 64))
+    with tempo.testing.host_view() as view:
+        multiply(enclave.seal(uniform(3, 64, 64)), x)
+    ((rows, _),) = [product.operands for product in view.products]
+    values = np.linalg.svd(rows, compute_uv=False)
+    assert (values[1] > 0.1 * values[0]) == hidden
+
+
 def test_host_sees_no_plain_row_or_column(enclave):
     (view,) = views_of(enclave, 1)
     p, x = small()

@@ -68,7 +68,8 @@ def exercise() -> None:
 
     exported = jax.export.export(jax.jit(program))(jax.ShapeDtypeStruct((4, 4), jnp.float32))
     executor = Executor()
-    executor.run(executor.compile(bytes(exported.serialize())), [jnp.ones((4, 4), jnp.float32)])
+    name = executor.compile(bytes(exported.serialize()))
+    executor.hold([name], ()).run(name, [jnp.ones((4, 4), jnp.float32)])
     _shake_hands()
     "localhost".encode("idna")  # the codec that looks up hosts
 

@@ -63,6 +63,7 @@ class Kind(enum.IntEnum):
     RESTORE_LEAF = 21
     OWN = 22
     FIND = 23
+    RELEASE = 24
 
 
 class Frame(NamedTuple):

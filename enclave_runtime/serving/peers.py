@@ -18,10 +18,14 @@ import threading
 from enclave_runtime.crypto.encryption import SECRET_BYTES, SessionKeys, session_keys
 from enclave_runtime.protocol.limits import CLIENT_CONNECTIONS, HOST_CONNECTIONS
 from enclave_runtime.protocol.wire import Kind, WireError
-from enclave_runtime.sessions.session import RequestError, Session
+from enclave_runtime.sessions.programs import RequestError
+from enclave_runtime.sessions.session import Session
 
 CLIENT_KINDS = frozenset(
-    {Kind.COMPILE, Kind.PROVISION, Kind.CALIBRATE, Kind.OPEN, Kind.CHECKPOINT_KEY}
+    {
+        *(Kind.COMPILE, Kind.PROVISION, Kind.RELEASE, Kind.CALIBRATE, Kind.OPEN),
+        Kind.CHECKPOINT_KEY,
+    }
 )
 HOST_KINDS = frozenset(
     {

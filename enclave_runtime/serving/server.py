@@ -45,8 +45,9 @@ from enclave_runtime.protocol.wire import Frame, Kind, WireError
 from enclave_runtime.serving import log
 from enclave_runtime.serving.peers import CLIENT, HOST, PARENT, Ownership, Role, UnownedError
 from enclave_runtime.serving.tls import ServerIdentity
+from enclave_runtime.sessions.programs import RequestError, UnprovisionedError
 from enclave_runtime.sessions.run import RunError
-from enclave_runtime.sessions.session import RequestError, Session, UnprovisionedError
+from enclave_runtime.sessions.session import Session
 from enclave_runtime.sessions.store import UnknownHandleError
 from enclave_runtime.verifying.integrity import IntegrityError
 

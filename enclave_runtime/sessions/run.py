@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from enclave_runtime.crypto.keys import KeySchedule, KeyStream
-from enclave_runtime.execution.executor import Executor
+from enclave_runtime.execution.executor import Executables
 from enclave_runtime.protocol.memory import Arena
 from enclave_runtime.protocol.program import DEVICE, ENCLAVE, Crossing, Layout, Port, Program
 from enclave_runtime.schemes import Scheme
@@ -124,7 +124,7 @@ class Run:
         workers: int,
         number: int,
         schedule: KeySchedule,
-        executor: Executor,
+        executables: Executables,
     ):
         self.program = program
         self.arena = arena
@@ -136,7 +136,7 @@ class Run:
         self.lied = False  # whether a wrong product came back; the session counts it and resets
         self._values = dict(constants)
         self._workers = workers
-        self._executor = executor
+        self._executables = executables
         self._scheme = scheme
         self._schedule = schedule
         self._number = number
@@ -320,7 +320,7 @@ class Run:
             zip((c.value for c in segment.uploads), self._last_uploads, strict=True)
         )
         inputs = [self._values[v] for v in segment.inputs]
-        outputs = self._executor.run(segment.executable, inputs)
+        outputs = self._executables.run(segment.executable, inputs)
         self._values.update(zip(segment.outputs, outputs, strict=True))
         for crossing in segment.downloads:
             self._send(crossing)

@@ -14,7 +14,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,9 @@ from enclave_runtime.execution.executor import Compilation, Executor
 from enclave_runtime.protocol.memory import Arena
 from enclave_runtime.protocol.program import DEVICE, PUBLIC, ArrayType, Port, Program
 from enclave_runtime.protocol.wire import Frame, Kind
-from enclave_runtime.schemes import Scheme, make_scheme
+from enclave_runtime.schemes import make_scheme
 from enclave_runtime.sessions.checkpointing import Checkpointing
+from enclave_runtime.sessions.programs import Programs, Provisioned, RequestError
 from enclave_runtime.sessions.run import Run, RunError
 from enclave_runtime.sessions.store import Blinded, Resident, Store
 from enclave_runtime.verifying import checksum, follower, integrity
@@ -37,23 +38,6 @@ from enclave_runtime.verifying.integrity import MAX_WRONG_PRODUCTS, IntegrityErr
 
 # A reply's fields, with its attachment where it has one.
 Answer = dict[str, Any] | tuple[dict[str, Any], bytes]
-
-
-class RequestError(Exception):
-    """A request that the session refuses; its text goes to the peer."""
-
-
-class UnprovisionedError(RequestError):
-    """The host asks for a program that the client did not provision."""
-
-
-class _Provisioned(NamedTuple):
-    """A program with its constants, and the compilation of the kernels that its runs wait for."""
-
-    program: Program
-    scheme: Scheme
-    constants: dict[int, jax.Array]
-    kernels: tuple[Compilation, ...]
 
 
 class Session:
@@ -65,8 +49,7 @@ class Session:
         self._schedule = KeySchedule()
         self._executor = Executor()
         self._store = Store()
-        self._programs: list[_Provisioned] = []
-        self._numbers: dict[str, int] = {}  # by digest; of equal ones the latest
+        self._programs = Programs()
         self._costs: dict[str, Any] | None = None
         self._measuring = threading.Lock()
         self._arenas: dict[str, Arena] = {}
@@ -99,6 +82,7 @@ class Session:
             Kind.RESTORE: self._checkpoints.begin_restoring,
             Kind.RESTORE_LEAF: self._checkpoints.read,
             Kind.FIND: self._find,
+            Kind.RELEASE: self._release,
         }
 
     def handle(self, frame: Frame) -> tuple[dict[str, Any], bytes]:
@@ -179,18 +163,20 @@ class Session:
         for port in program.inputs:
             if port.place == DEVICE:
                 kernels += self._executor.warm_up(scheme, port.array, port.layout, program.classes)
+        executables = self._executor.hold((s.executable for s in program.segments), kernels)
         digest = program.digest
-        with self._lock:
-            self._programs.append(_Provisioned(program, scheme, constants, tuple(kernels)))
-            number = self._numbers[digest] = len(self._programs) - 1
-            return {"program": number, "digest": digest}
+        provisioned = Provisioned(program, digest, scheme, constants, executables)
+        return {"program": self._programs.keep(provisioned), "digest": digest}
 
     def _find(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         """The number of the program that the client provisioned under this digest."""
-        number = self._numbers.get(fields["digest"])
-        if number is None:
-            raise UnprovisionedError("the client provisioned no such program")
-        return {"program": number}
+        return {"program": self._programs.find(fields["digest"])}
+
+    def _release(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+        """Frees programs that the client needs no more; runs of them that are open go on."""
+        for number in fields["programs"]:
+            self._programs.release(number)
+        return {}
 
     def _decrypted(self, arena: Arena, array: ArrayType, offset: Any) -> jax.Array:
         if type(offset) is not int:
@@ -217,10 +203,8 @@ class Session:
         they lie on the devices but are wanted inside, or under other keys; `download` maps
         inputs that now lie blinded at `blind_at[i]`.
         """
-        wanted = fields["program"]
-        if not _is_index(wanted, len(self._programs)):
-            raise RequestError("no such program was provisioned")
-        program, scheme, constants, kernels = self._programs[wanted]
+        provisioned = self._programs.use(fields["program"])
+        program, executables = provisioned.program, provisioned.executables
         self._refuse_after_lies(program)
         workers = fields["workers"]
         if type(workers) is not int or not 0 < workers <= 4096:
@@ -228,12 +212,11 @@ class Session:
         inputs, blind_at = fields["inputs"], fields["blind_at"]
         if not len(inputs) == len(program.inputs) == len(blind_at):
             raise RequestError(f"the program takes {len(program.inputs)} inputs")
-        self._executor.wait([s.executable for s in program.segments], kernels)
+        executables.wait()
         arena = self._arena(fields)
         number = next(self._run_numbers)
-        run = Run(
-            program, scheme, constants, arena, workers, number, self._schedule, self._executor
-        )
+        scheme, constants = provisioned.scheme, provisioned.constants
+        run = Run(program, scheme, constants, arena, workers, number, self._schedule, executables)
         upload, blind = [], []
         for index, (port, given) in enumerate(zip(program.inputs, inputs, strict=True)):
             if "handle" in given:

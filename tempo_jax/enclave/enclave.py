@@ -15,6 +15,7 @@ users and by `api.shielded`.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import os
@@ -77,6 +78,7 @@ class Enclave:
         """Wraps a connection; users call `launch`, `connect` or `attach`."""
         self._connection = connection
         self._handles = Handles()
+        self._released: collections.deque[int] = collections.deque()
         self._checkpointing = CheckpointRequests()
         # Handles are the host's to count; a client in the same process has only copies of them.
         if self.is_host:
@@ -557,11 +559,27 @@ class Enclave:
             if isinstance(leaf.content, jax.Array) and id(leaf.content) not in kept:
                 leaf.content.delete()
 
+    def release(self, program: int) -> None:
+        """Frees a provisioned program with one of the next requests; a finalizer may call it.
+
+        Only where client and host are one process. What a client provisions for a host elsewhere
+        is kept although the client's function goes, within the enclave's bounds.
+        """
+        if self.is_client and self.is_host:
+            self._released.append(program)
+
     def free_dropped(self) -> None:
-        """Tells the enclave which handles nobody holds any more."""
-        dropped = self._handles.take_dropped()
-        if dropped and not self._connection.closed:
+        """Tells the enclave which handles and programs nobody holds any more."""
+        dropped, released = self._handles.take_dropped(), []
+        with contextlib.suppress(IndexError):
+            while True:
+                released.append(self._released.popleft())
+        if self._connection.closed:
+            return
+        if dropped:
             self._connection.request(Kind.FREE, {"handles": dropped})
+        if released:
+            self._connection.request(Kind.RELEASE, {"programs": released})
 
     # For `running.provisioning`, `running.call` and `enclave.checkpoints`
 

@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,6 +90,7 @@ class Runtime:
         self._lock = threading.Lock()
         self._threads = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="tempo_jax")
         self._program, self._number = provisioned(plan, enclave)
+        weakref.finalize(self, enclave.release, self._number)
 
     @property
     def digest(self) -> str:
@@ -100,7 +102,11 @@ class Runtime:
     def _host_program(self, observe: bool) -> Any:
         with self._lock:
             if observe not in self._compiled:
-                function = build_host_program(self.plan, self._exchange, self._mesh, observe)
+                # XLA holds what a program calls, out of the collector's sight.
+                this = weakref.proxy(self)
+                function = build_host_program(
+                    self.plan, lambda *visit: this._exchange(*visit), self._mesh, observe
+                )
                 run = jax.ShapeDtypeStruct((), np.uint32)
                 leaves = [
                     jax.ShapeDtypeStruct(p.array.shape, np.dtype(p.array.dtype))

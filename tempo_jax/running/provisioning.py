@@ -32,7 +32,13 @@ def provisioned(plan: Plan, enclave: Enclave) -> tuple[Program, int]:
       UnprovisionedError: on the host, where the client has to do this first.
     """
     if enclave.is_client:
-        program = _named(plan, [_compile(enclave, blob) for blob in export_segments(plan.cut)])
+        given: dict[bytes, str] = {}
+        names = []
+        for blob in export_segments(plan.cut):
+            if blob not in given:
+                given[blob] = _compile(enclave, blob)
+            names.append(given[blob])
+        program = _named(plan, names)
         return program, _provision(enclave, program, plan.flat.consts)
     blobs = export_segments(plan.cut)
     program = _named(plan, [hashlib.sha256(blob).hexdigest() for blob in blobs])

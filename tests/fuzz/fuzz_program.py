@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 from enclave_runtime import schemes
-from enclave_runtime.execution.executor import Compilation, Executor
+from enclave_runtime.execution.executor import Compilation, Executables, Executor
 from enclave_runtime.protocol import descriptions, program, updates
 from enclave_runtime.protocol import fields as checked_fields
 from enclave_runtime.protocol.program import Program, ProgramError
@@ -22,6 +22,10 @@ class IdleExecutor(Executor):
     def has(self, name: str) -> bool:
         """Whatever its name."""
         return True
+
+    def hold(self, names: Iterable[str], kernels: Sequence[Compilation]) -> Executables:
+        """Nothing that could run."""
+        return Executables({}, kernels)
 
     def prepare(self, use: Hashable, function: Callable[[], object]) -> Compilation:
         """A compilation that never ends."""

@@ -26,7 +26,8 @@ from enclave_runtime.protocol.memory import Arena, ArenaError
 from enclave_runtime.protocol.program import ArrayType, ProgramError
 from enclave_runtime.protocol.wire import Frame, Kind
 from enclave_runtime.sessions import session
-from enclave_runtime.sessions.session import RequestError, Session
+from enclave_runtime.sessions.programs import RequestError
+from enclave_runtime.sessions.session import Session
 from enclave_runtime.verifying import follower
 from tests.fuzz import harness
 from tests.fuzz.fuzz_program import IdleExecutor

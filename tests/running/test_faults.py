@@ -20,7 +20,7 @@ import pytest
 import tempo_jax as tempo
 from enclave_runtime.crypto.encryption import session_keys
 from enclave_runtime.crypto.keys import KeySchedule
-from enclave_runtime.execution.executor import Executor
+from enclave_runtime.execution.executor import Executables
 from enclave_runtime.protocol.memory import Arena, input_bytes
 from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout, Program
 from enclave_runtime.protocol.wire import Frame, Kind
@@ -377,7 +377,7 @@ def unverified_run(memory: Any) -> Run:
     """A run of `chain` that checks nothing."""
     program = plan(chain, X, W, V, scheme=SignedPermutation()).plan.program
     scheme = make_scheme(program.scheme, program.parameters)
-    return Run(program, scheme, {}, memory, 1, 1, KeySchedule(), Executor())
+    return Run(program, scheme, {}, memory, 1, 1, KeySchedule(), Executables({}, ()))
 
 
 def test_memory_that_changes_while_a_product_is_read(monkeypatch):

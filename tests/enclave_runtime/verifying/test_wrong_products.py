@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from enclave_runtime.crypto.encryption import session_keys
-from enclave_runtime.execution.executor import Executor
+from enclave_runtime.execution.executor import Executables
 from enclave_runtime.protocol.program import ArrayType
 from enclave_runtime.protocol.wire import Frame, Kind
 from enclave_runtime.schemes import make_scheme
+from enclave_runtime.sessions.programs import RequestError
 from enclave_runtime.sessions.run import Run, RunError
-from enclave_runtime.sessions.session import RequestError, Session
+from enclave_runtime.sessions.session import Session
 from enclave_runtime.verifying import checksum, integrity
 from enclave_runtime.verifying.integrity import IntegrityError, Verifier
 from tests.support.verification import SCHEDULE, V, W, X, chain, planned
@@ -38,7 +39,7 @@ def opened(session: Session, workers: int = 1) -> tuple[int, Run]:
     program = planned(chain, X, W, V).program
     scheme = make_scheme(program.scheme, program.parameters)
     memory: Any = Zeros()
-    run = Run(program, scheme, {}, memory, workers, 1, SCHEDULE, Executor())
+    run = Run(program, scheme, {}, memory, workers, 1, SCHEDULE, Executables({}, ()))
     run._next, run._tensors = 1, collections.defaultdict(lambda: None)
     number = next(session._run_numbers)
     session._admit(number, run)

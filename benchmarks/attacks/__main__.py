@@ -19,7 +19,7 @@ from benchmarks.attacks.results import Control, Row, plot, table, to_json
 from benchmarks.machine import environment
 from examples.common import positive
 
-ATTACKS = (*(f"S{i}" for i in range(1, 11)), "theft", "information")
+ATTACKS = (*(f"S{i}" for i in range(1, 14)), "theft", "information")
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -24,6 +24,8 @@ from tempo_jax.planning.plan import Plan
 from tempo_jax.testing import Product
 from tempo_jax.transport import launch as launch_module
 
+LUCK = 5  # standard errors of the cosine between unrelated matrices
+
 
 class DenseKey(Key):
     """A key given as its matrix."""
@@ -98,7 +100,8 @@ class Auditor:
           product: the forward equation as recorded.
           copy: index in its batch.
           view: what the host saw of it.
-          truth: the plain operands; gets keys, scalars and decoys.
+          truth: the plain operands; gets keys, scalars and decoys. Under masks of full rank
+            scalars are the best fit.
         """
         eqn = self._plan.jaxpr.eqns[product.equation]
         x, w = (self._plan.layout(v) for v in eqn.invars)
@@ -111,6 +114,8 @@ class Auditor:
         # What was drawn for a tensor alone follows from what the host saw and the keys.
         clear_x = np.linalg.solve(a.matrix, view.x) @ np.linalg.inv(b.matrix).T
         clear_w = b.matrix.T @ view.w @ np.linalg.inv(c.matrix).T
+        if getattr(self._scheme, "mask_energy", 0):
+            return _fill_in_masked(view, truth, clear_x, clear_w)
         rank = 2 * getattr(self._scheme, "traded", 0)
         t_x, t_w, t_g = _ratio(clear_x, truth.x), _ratio_under_mask(clear_w, truth.w), 1.0
         rest = np.linalg.svd(clear_w - t_w * truth.w, compute_uv=False)[rank:]
@@ -128,6 +133,25 @@ class Auditor:
                 truth.decoys_g = clear_g[len(truth.g) :] / t_g
         truth.scales = (t_x, t_w, t_g)
         return True
+
+
+def _fill_in_masked(
+    view: ProductView, truth: ProductTruth, clear_x: np.ndarray, clear_w: np.ndarray
+) -> bool:
+    """Completes the truth on a product whose operands have masks of full rank."""
+    clear = [(clear_x, truth.x), (clear_w, truth.w)]
+    assert truth.keys is not None, "the caller has found them"
+    if view.g is not None:
+        clear.append((truth.keys[0].matrix.T @ view.g @ truth.keys[2].matrix, truth.g))
+    for seen, plain in clear[:2]:
+        # Under a wrong key the two have nothing to do with each other.
+        size = np.linalg.norm(seen) * np.linalg.norm(plain)
+        if size and abs(float((seen * plain).sum())) < LUCK * size / np.sqrt(plain.size):
+            truth.keys = None
+            return False
+    scales = [_ratio(seen, plain) for seen, plain in clear]
+    truth.scales = (scales[0], scales[1], scales[2] if view.g is not None else 1.0)
+    return True
 
 
 def _ratio(blinded: np.ndarray, plain: np.ndarray) -> float:

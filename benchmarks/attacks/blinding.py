@@ -2,7 +2,8 @@
 
 Written from the formulas alone, apart from `enclave_runtime`, so that controls no shipped scheme
 offers can be attacked, and so that a fault of the library is not repeated here:
-``X̂ = t A [X; R] Bᵀ``, ``Ŵ = t B⁻ᵀ (W + M) Cᵀ``, ``Ĝ = t A⁻ᵀ [G; Q] C⁻¹``.
+``X̂ = t A (X + M) Bᵀ``, ``Ŵ = t B⁻ᵀ (W + M) Cᵀ``, ``Ĝ = t A⁻ᵀ (G + M) C⁻¹``, in schemes with decoys
+``X̂ = t A [X; R] Bᵀ``, ``Ĝ = t A⁻ᵀ [G; Q] C⁻¹``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ BLOCK = 64  # rows that one Hadamard block mixes
 CONDITION = 4.0
 DECOYS = 32
 DECOY_ENERGY = 4.0
+FAINT = 2.0**-6
 STRONGEST = 8
+MASK_ENERGY = 9.0
+MASK_CONDITION = 8.0
+CONCENTRATION = 3.0  # of the random distribution of a mask's scales
+STICKS = 48
 TAPS = 9  # of a 3×3 convolution
 
 
@@ -120,6 +126,20 @@ def _mixing_key(rng: np.random.Generator, size: int, scales: np.ndarray, rounds:
     )
 
 
+def mask_key(rng: np.random.Generator, size: int) -> Key:
+    """``P S H P S D H P S D H P S``, D's scales from a random distribution: a Dirichlet process."""
+
+    def scales() -> np.ndarray:
+        broken = rng.beta(1, CONCENTRATION, STICKS)
+        shares = broken * np.cumprod(np.append(1, 1 - broken[:-1]))
+        exponents = rng.choice(rng.uniform(-0.5, 0.5, STICKS), size, p=shares / shares.sum())
+        return np.exp(exponents * np.log(MASK_CONDITION))
+
+    key = _mixing_key(rng, size, scales(), 3)
+    first, second, third, last = key.stages
+    return Key(size, (first, second, third._replace(factors=third.factors * scales()), last))
+
+
 def _haar(rng: np.random.Generator, size: int) -> np.ndarray:
     q, r = np.linalg.qr(rng.normal(size=(size, size)))
     return q * np.sign(np.diag(r))
@@ -151,6 +171,7 @@ class Blinding:
       shared_rows: whether all products of a step use one row key.
       scalars: whether every tensor gets a random scalar.
       masked: whether a low-rank mask is added to W.
+      energy: of a mask of full rank on every tensor, over what is left of the tensor; 0: none.
       keeps_inside: whether the classifier and thin products stay in the enclave.
       dual: whether dW is computed from second versions of X and G, in the other polarity.
     """
@@ -162,19 +183,16 @@ class Blinding:
     shared_rows: bool = False
     scalars: bool = False
     masked: bool = False
+    energy: float = 0.0
     keeps_inside: bool = False
     dual: bool = False
 
 
 _MIXING = Blinding(
-    "invertible",
-    "invertible",
-    1,
-    decoys="coupled",
-    scalars=True,
-    masked=True,
-    keeps_inside=True,
+    "invertible", "invertible", 1, scalars=True, energy=MASK_ENERGY, keeps_inside=True
 )
+# What `Mixing` was before it had masks of full rank.
+_DECOYS = dataclasses.replace(_MIXING, decoys="coupled", masked=True, energy=0.0)
 SCHEMES = {
     "signed_permutation": Blinding("signed", "signed", FOREVER),
     "tempo": Blinding("scaled", "scaled", FOREVER, dual=True),
@@ -191,19 +209,39 @@ CONTROLS = {
     # On patches, while the library's scheme sends convolutions as they are.
     "signed_patches": Blinding("signed", "signed", FOREVER),
     "direct_convolution": Blinding("invertible", "channels", 1),
-    "mixing_without_decoys": dataclasses.replace(_MIXING, decoys="none", masked=False),
-    "mixing_two_rounds": dataclasses.replace(_MIXING, rows="two rounds", features="two rounds"),
-    "mixing_matched": dataclasses.replace(_MIXING, decoys="matched", masked=False),
+    "mixing_decoys": _DECOYS,
+    "mixing_without_decoys": dataclasses.replace(_DECOYS, decoys="none", masked=False),
+    "mixing_two_rounds": dataclasses.replace(_DECOYS, rows="two rounds", features="two rounds"),
+    "mixing_matched": dataclasses.replace(_DECOYS, decoys="matched", masked=False),
 }
 BLINDINGS = SCHEMES | CONTROLS
 
 
-def blind_gradient(how: Blinding, g: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Ĝ under keys and decoys drawn for nothing else, as a host draws them: schemes are public."""
-    if how.decoys != "none":
-        g = np.concatenate([g, decoys_below(how, g, rng)])
-    a, c = GROUPS[how.rows](rng, len(g)), GROUPS[how.features](rng, g.shape[1])
-    return c.apply(a.apply(g, polar=True).T, polar=True).T
+def cover(how: Blinding, x: np.ndarray, rng: np.random.Generator, *, rows: bool) -> np.ndarray:
+    """What a tensor's keys are applied to: the tensor with its masks, and decoys below `rows`."""
+    if how.energy:
+        x = x + draw_full_mask(rng, x, how.energy)
+    if rows and how.decoys != "none":
+        x = np.concatenate([x, decoys_below(how, x, rng)])
+    if not rows and how.masked:
+        x = x + draw_mask(rng, x)
+    return x
+
+
+def blind_rows(how: Blinding, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """X̂ or Ĝ but for its scalar, keys drawn for nothing else, as a host draws: schemes are public.
+
+    Keys and their inverse transposes have one distribution, up to the order of stages.
+    """
+    x = cover(how, x, rng, rows=True)
+    a, b = GROUPS[how.rows](rng, len(x)), GROUPS[how.features](rng, x.shape[1])
+    return b.apply(a.apply(x, polar=True).T, polar=True).T
+
+
+def blind_weight(how: Blinding, w: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Ŵ but for its scalar, likewise."""
+    b, c = (GROUPS[how.features](rng, size) for size in w.shape)
+    return c.apply(b.apply(cover(how, w, rng, rows=False), polar=True).T).T
 
 
 def decoy_count(rows: int) -> int:
@@ -219,10 +257,10 @@ def decoys_below(how: Blinding, x: np.ndarray, rng: np.random.Generator) -> np.n
 
 def draw_decoys(rng: np.random.Generator, x: np.ndarray, count: int) -> np.ndarray:
     """Rows with X's spectrum in a fresh random basis."""
-    spectrum = np.linalg.svd(x, compute_uv=False)
-    width = x.shape[1]
-    spectrum = np.pad(spectrum, (0, width - len(spectrum)))
-    rows = (rng.normal(size=(count, width)) * spectrum) @ _haar(rng, width)
+    rows = rng.normal(size=(count, len(x))) @ x
+    # A little of every direction, also where X has none.
+    rows += FAINT * rng.normal(size=rows.shape) * np.sqrt((x**2).sum() / x.shape[1])
+    rows = orthogonal_key(rng, x.shape[1]).apply(rows.T).T
     energy = np.sqrt((rows**2).sum(1, keepdims=True))
     rows *= rng.uniform(0.5, 1.5, (count, 1)) / np.where(energy > 0, energy, 1)
     return rows * np.sqrt(DECOY_ENERGY * (x**2).sum() / (rows**2).sum())
@@ -236,17 +274,41 @@ def matched_decoys(rng: np.random.Generator, x: np.ndarray, count: int) -> np.nd
     return np.concatenate([matched, draw_decoys(rng, x, count - len(matched)) / np.sqrt(2)])
 
 
+def _strongest(
+    rng: np.random.Generator, w: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """About the leading singular directions, and the usual size of the others.
+
+    A random sketch and one power iteration find them.
+    """
+    sketch = np.linalg.qr(w.T @ (w @ rng.normal(size=(w.shape[1], STRONGEST))))[0]
+    left, sizes, turn = np.linalg.svd(w @ sketch, full_matrices=False)
+    rest = max((w**2).sum() - (sizes**2).sum(), 0.0) / (min(w.shape) - STRONGEST)
+    return left, sizes, sketch @ turn.T, float(np.sqrt(rest))
+
+
+def draw_full_mask(rng: np.random.Generator, x: np.ndarray, energy: float) -> np.ndarray:
+    """Z - L Rᵀ: X's strongest directions down to the size of the others, a cut fast map on top."""
+    m, n = x.shape
+    left, sizes, right, rest = _strongest(rng, x)
+    kept = np.minimum(sizes, rest * rng.uniform(0.5, 1.5, STRONGEST))
+    removed = left * (sizes - kept) @ right.T
+    # The shorter axis's map makes the spectrum, the longer one's is orthogonal.
+    z = mask_key(rng, min(m, n)).apply(np.eye(max(m, n), min(m, n)).T).T
+    z = _mixing_key(rng, max(m, n), np.ones(max(m, n)), 1).apply(z)
+    z = z if m >= n else z.T
+    whole = (kept**2).sum() + max((x**2).sum() - (sizes**2).sum(), 0.0) or float(m * n)
+    return z * np.sqrt(energy * whole / (z**2).sum()) - removed
+
+
 def draw_mask(rng: np.random.Generator, w: np.ndarray) -> np.ndarray:
     """Trades W's strongest directions for random ones: a mask of rank ``2 STRONGEST``.
 
-    About the leading right singular directions Q (a random sketch and one power iteration) are
-    brought down to the size of the others, and as many random directions of their size come up.
+    They are brought down to the size of the others, and as many random directions of their size
+    come up.
     """
     n, p = w.shape
-    sketch = np.linalg.qr(w.T @ (w @ rng.normal(size=(p, STRONGEST))))[0]
-    left, sizes, turn = np.linalg.svd(w @ sketch, full_matrices=False)
-    right = sketch @ turn.T
-    rest = np.sqrt(max((w**2).sum() - (sizes**2).sum(), 0.0) / (min(n, p) - STRONGEST))
+    left, sizes, right, rest = _strongest(rng, w)
     removed = np.maximum(sizes - rest * rng.uniform(0.5, 1.5, STRONGEST), 0)
     added = sizes * rng.uniform(0.5, 1.5, STRONGEST)
     r, s = (np.linalg.qr(rng.normal(size=(size, STRONGEST)))[0] for size in (n, p))

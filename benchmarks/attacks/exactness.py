@@ -29,11 +29,12 @@ from enclave_runtime.protocol.program import KeyClass, Layout
 from enclave_runtime.schemes import SCHEMES, Scheme
 
 ROUNDING = {"float32": 6.0, "bfloat16": 3.5, "float16": 3.5}  # limits, over plain JAX's
+MASKED_ROUNDING = {"float32": 30.0, "bfloat16": 20.0, "float16": 20.0}  # under full masks
 DEVIATION, MIXING_DEVIATION = (
     1e-10,
     1e-9,
 )  # limits in float64, for kept keys and for keys per product
-COST_LIMIT = 6.0  # blinding over that of a signed permutation
+COST_LIMIT, MASKED_COST_LIMIT = 6.0, 12.0  # blinding over that of a signed permutation
 ROWS, INNER, COLUMNS = 2048, 1024, 512  # of the product that is rounded
 RESULTS = ("y", "dx", "dw")
 TIMINGS = 7  # of a family, whose median counts
@@ -182,8 +183,10 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     shapes = (ROWS, INNER), (INNER, COLUMNS), (ROWS, COLUMNS)
     x, w, g = (rng.normal(size=shape) for shape in shapes)
     decoys = scheme.decoys(ROWS)
-    cases = [("", x, dtype, limit) for dtype, limit in ROUNDING.items()]
-    cases.append((", x after ReLU", np.maximum(x, 0), "float32", ROUNDING["float32"]))
+    masked = getattr(scheme, "mask_energy", 0)
+    rounding = MASKED_ROUNDING if masked else ROUNDING
+    cases = [("", x, dtype, limit) for dtype, limit in rounding.items()]
+    cases.append((", x after ReLU", np.maximum(x, 0), "float32", rounding["float32"]))
     for kind, left, dtype, limit in cases:
         for result, (ours, theirs) in deviations(scheme, left, w, g, dtype).items():
             note, factor = "over plain JAX's", 1.0
@@ -195,13 +198,13 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
                 note += ", and for zeros"
             metric = f"{dtype} error of {result}{kind}"
             measurements.append(_cost(metric, ours / theirs, limit * factor, note))
-    costs = blinding_costs()
+    costs, limit = blinding_costs(), MASKED_COST_LIMIT if masked else COST_LIMIT
     relative = costs[scheme.name] / costs["signed_permutation"]
     note = "blinding an element over a signed permutation's, as calibrated"
-    measurements.append(_cost("cost", relative, COST_LIMIT, note))
+    measurements.append(_cost("cost", relative, limit, note))
     relative = family_cost(scheme, *(v.astype(np.float32) for v in (x, w, g)))
     note = "x, w, g, y, dx and dw of one product over a signed permutation's, timed in turn"
-    return [*measurements, _cost("cost of a family", relative, COST_LIMIT, note)]
+    return [*measurements, _cost("cost of a family", relative, limit, note)]
 
 
 def _cost(metric: str, value: float, threshold: float, note: str) -> Measurement:

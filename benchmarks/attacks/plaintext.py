@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 
-from benchmarks.attacks.blinding import BLINDINGS, blind_gradient
+from benchmarks.attacks.blinding import BLINDINGS, blind_rows
 from benchmarks.attacks.results import Measurement, measure, report
 from benchmarks.attacks.spectra import spectrum as log_spectrum
 from benchmarks.attacks.steps import attacked, links, unblind_directions
@@ -197,7 +197,7 @@ def likelihood(
             foreign = rng.choice(len(rows), int(unknown * len(rows)), replace=False)
             third = others[(number + LIKELIHOOD_UNUSED) % len(others)]
             rows[foreign] = trace.truth[third][name].g[foreign]
-            draws = np.array([log_spectrum(blind_gradient(how, rows, rng)) for _ in range(DRAWS)])
+            draws = np.array([log_spectrum(blind_rows(how, rows, rng)) for _ in range(DRAWS)])
             templates.append(draws.mean(0))
             scatter.append(draws - draws.mean(0))
         spread = np.concatenate(scatter)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from benchmarks.attacks import (
+    candidates,
     checkpoint,
     congruence,
     exactness,
@@ -56,7 +57,7 @@ class Plan:
     """One attack of the suite.
 
     Attributes:
-      attack: `S1` to `S10`, `theft` or `information`.
+      attack: `S1` to `S13`, `theft` or `information`.
       run: the attack.
       victims: on which it runs.
       setting: of the traces.
@@ -285,6 +286,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
             many if quick else few,
             (("fresh_orthogonal", "mlp", "stolen", 0.20),),
         ),
+        *_telling(mlps, many, wider, several, quick=quick),
         Plan("S10", exactness.attack, some[:1] if quick else ("mlp", "transformer"), few),
         Plan(
             "theft",
@@ -304,6 +306,68 @@ def all_plans(*, quick: bool) -> list[Plan]:
         ),
     ]
     return [_without_idle_controls(plan) for plan in found if plan.victims]
+
+
+def _telling(
+    mlps: tuple[str, ...],
+    many: Setting,
+    wider: tuple[str, ...],
+    several: Setting,
+    *,
+    quick: bool,
+) -> list[Plan]:
+    """S11 to S13, whose controls are what `Mixing` was without masks of full rank."""
+    old = "mixing_decoys"
+    schemes = ("mixing",) if quick else None
+    few = {"draws": 150, "products": 1} if quick else {}
+    fewer = {"count": 2} if quick else {}
+    text: Run = functools.partial(candidates.attack, **few)
+    if quick:
+        text = functools.partial(text, kinds=("sequence",))
+    return [
+        Plan(
+            "S11",
+            functools.partial(candidates.attack, **few),
+            mlps,
+            many,
+            (
+                (old, "mlp", "batch from G, T = 1", 0.9),
+                (old, "mlp", "batch from X, T = 100", 0.85),
+                (old, "mlp", "batch from G, found again", 0.6),
+            ),
+            schemes,
+        ),
+        Plan(
+            "S11",
+            text,
+            wider,
+            several,
+            (
+                (old, "transformer", "sequence from X, T = 12", 0.9),
+                (old, "transformer", "sequence from attention, T = 12", 0.9),
+            ),
+            schemes,
+        ),
+        *(
+            Plan(attack, run, victims, setting, controls, schemes)
+            for victims, setting in ((mlps, many), (() if quick else wider, several))
+            for attack, run, controls in (
+                (
+                    "S12",
+                    candidates.attack_ranks,
+                    tuple(
+                        (old, "mlp", f"ranks told: {what}", 0.75)
+                        for what in ("rows that are no", "rows in the loss", "columns that")
+                    ),
+                ),
+                (
+                    "S13",
+                    functools.partial(candidates.attack_weights, **few, **fewer),
+                    (("fresh_orthogonal", "mlp", "weights told from a tenth off, T = 1", 0.95),),
+                ),
+            )
+        ),
+    ]
 
 
 def _without_idle_controls(plan: Plan) -> Plan:

@@ -17,7 +17,7 @@ class Measurement:
     """One figure of one attack on one trace.
 
     Attributes:
-      attack: `S1` to `S10`, `theft` or `information`.
+      attack: `S1` to `S13`, `theft` or `information`.
       metric: what was counted.
       value: what the attack reached.
       chance: what guessing reaches.
@@ -110,7 +110,7 @@ class Control:
     """What an attack must reach on a weak control, else the suite says nothing.
 
     Attributes:
-      attack: `S1` to `S10`, `theft` or `information`.
+      attack: `S1` to `S13`, `theft` or `information`.
       scheme: the weak control.
       victim: key of `VICTIMS`.
       metric: which of the attack's metrics.

@@ -52,9 +52,7 @@ def expected(
     how = BLINDINGS[scheme]
     spectra = []
     for _ in range(draws):
-        plain = w + blinding.draw_mask(rng, w) if how.masked else w
-        b, c = (blinding.GROUPS[how.features](rng, size) for size in w.shape)
-        spectra.append(spectrum(c.apply(b.apply(plain, polar=True).T).T))
+        spectra.append(spectrum(blinding.blind_weight(how, w, rng)))
     # Orthogonal keys do not blur at all.
     return np.mean(spectra, axis=0), np.var(spectra, axis=0) + 1e-12
 

@@ -67,6 +67,8 @@ class ProductTruth:
       decoys_x: rows below `x`, or None.
       decoys_g: rows below `g`, or None.
       mask: added to `w`, or None.
+      mask_x: added to `x`, or None.
+      mask_g: added to `g`, or None.
     """
 
     x: np.ndarray
@@ -77,6 +79,8 @@ class ProductTruth:
     decoys_x: np.ndarray | None = None
     decoys_g: np.ndarray | None = None
     mask: np.ndarray | None = None
+    mask_x: np.ndarray | None = None
+    mask_g: np.ndarray | None = None
 
     @functools.cached_property
     def y(self) -> np.ndarray:
@@ -393,6 +397,11 @@ def blind_product(
     """
     x, w, g = operands
     truth = ProductTruth(x, w, g)
+    if how.energy:
+        truth.mask_x, truth.mask, truth.mask_g = (
+            blinding.draw_full_mask(rng, v, how.energy) for v in operands
+        )
+        x, w, g = x + truth.mask_x, w + truth.mask, g + truth.mask_g
     if how.decoys != "none":
         truth.decoys_x, truth.decoys_g = (blinding.decoys_below(how, v, rng) for v in (x, g))
         x, g = np.concatenate([x, truth.decoys_x]), np.concatenate([g, truth.decoys_g])

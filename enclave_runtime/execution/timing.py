@@ -99,20 +99,22 @@ def _crossing(scheme: Scheme) -> tuple[float, float]:
 
 def _both_ways(scheme: Scheme, shape: tuple[int, int]) -> float:
     """The mean time of blinding a tensor and of unblinding a product's result of its size."""
+    rows, width = shape
     keys = _Keys()
-    # As in a forward product: what goes out has decoy rows, of which the result is rid again.
-    decoys = scheme.decoys(shape[0])
-    classes = KeyClass(shape[0], decoys=decoys), KeyClass(shape[1])
-    layout = Layout((0, 1), (1, 1))
+    # What goes out may have decoy rows, of which the result is rid again.
+    decoys = scheme.decoys(rows)
+    classes = KeyClass(rows, decoys=decoys), KeyClass(width), KeyClass(width)
     elements = {i: scheme.draw(c, keys.stream()) for i, c in enumerate(classes)}
-    plain = jnp.ones(shape, jnp.float32)
-    out = np.empty((shape[0] + decoys, shape[1]), np.float32)
+    x, w = jnp.ones(shape, jnp.float32), jnp.ones((width, width), jnp.float32)
+    out, small = np.empty((rows + decoys, width), np.float32), np.empty(w.shape, np.float32)
     secrets: list[Any] = []
 
     def blind() -> None:
-        secrets.append(scheme.blind(plain, layout, elements, out, keys.stream))
+        secrets.append(scheme.blind(x, Layout((0, 1), (1, 1)), elements, out, keys.stream))
 
     blinding = _seconds(blind)
-    operands = scheme.cheapest_operands(secrets[-1])
-    unblinding = _seconds(lambda: scheme.unblind(out, layout, elements, operands))
+    weight = scheme.blind(w, Layout((1, 2), (0, 1)), elements, small, keys.stream)
+    operands = scheme.cheapest_operands(secrets[-1], weight)
+    result = Layout((0, 2), (1, 1))
+    unblinding = _seconds(lambda: scheme.unblind(out, result, elements, operands))
     return (blinding + unblinding) / 2

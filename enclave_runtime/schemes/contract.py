@@ -98,6 +98,11 @@ class Scheme(abc.ABC):
         """What distinguishes it from other schemes of its class, as JSON fields."""
         return dataclasses.asdict(self)
 
+    @property
+    def covers_activations(self) -> bool:
+        """Whether products of two activations may go out, under keys per product."""
+        return True
+
     def decoys(self, rows: int) -> int:
         """How many decoys are appended to so many rows, under keys per product."""
         return 0
@@ -116,13 +121,14 @@ class Scheme(abc.ABC):
         """
         return 0
 
-    def cheapest_operands(self, secret: Any) -> tuple[Any, Any] | None:
+    def cheapest_operands(self, first: Any, second: Any) -> tuple[Any, Any] | None:
         """Operands of a product that is unblinded with no `arithmetic`, to be timed.
 
         Args:
-          secret: what `blind` returned for its first operand.
+          first: what `blind` returned for its first operand.
+          second: and for its second.
         """
-        return None if secret is None else (secret, secret)
+        return None if first is None else (first, second)
 
     @abc.abstractmethod
     def draw(self, key_class: KeyClass, stream: KeyStream) -> Any:
@@ -169,10 +175,7 @@ class Scheme(abc.ABC):
         """
 
     def let_go(self, secret: Any) -> Any:
-        """What later products need of an operand's `blind` once it was the first operand of one.
-
-        Called when no product is left whose second operand has no decoys.
-        """
+        """What is left of an operand's secret when all products with it have come back."""
         return secret
 
     @abc.abstractmethod

@@ -100,15 +100,12 @@ class ClassKeys:
 
 
 def _last_uses(program: Program) -> dict[int, int]:
-    """For each first operand the last segment that gets a product of it and one without decoys."""
-    plain = {
-        c.value for s in program.segments for c in s.downloads if c.blinded.shape == c.array.shape
-    }
+    """For each operand of products the last segment that gets a product of it."""
     return {
-        c.operands[0]: index
+        operand: index
         for index, s in enumerate(program.segments)
         for c in s.uploads
-        if c.operands is not None and c.operands[1] in plain
+        for operand in c.operands or ()
     }
 
 

@@ -189,6 +189,8 @@ class _Policy:
         operands = [v for v in self.jaxpr.eqns[family.primary].invars if isinstance(v, Var)]
         if any(self.near.get(v, 0) >> n & 1 for v in operands for n in self.last):
             return "an operand comes from the last product before the loss, and may show the labels"
+        if not self.scheme.covers_activations and all(self.above.get(v, 0) for v in operands):
+            return "both operands are activations, whose spectra the scheme does not hide"
         if any(map(self.flow.is_coded, operands)):
             return "an operand is made of comparisons alone, as one-hot labels are"
         share = self.scheme.first_layer_share

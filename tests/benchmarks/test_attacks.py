@@ -16,6 +16,7 @@ import pytest
 from benchmarks.attacks import (
     __main__,
     blinding,
+    candidates,
     congruence,
     exactness,
     few_shot,
@@ -74,14 +75,18 @@ def test_blinded_products_are_the_plain_ones_under_their_keys(scheme):
         rows, (t_x, t_w, t_g) = len(truth.x), truth.scales
         undo_c = np.linalg.inv(truth.c)
         mask = np.zeros_like(truth.w) if truth.mask is None else truth.mask
+        mask_x = np.zeros_like(truth.x) if truth.mask_x is None else truth.mask_x
+        mask_g = np.zeros_like(truth.g) if truth.mask_g is None else truth.mask_g
+        x, w, g = truth.x + mask_x, truth.w + mask, truth.g + mask_g
         y = np.linalg.solve(truth.a, view.y) @ undo_c.T / (t_x * t_w)
-        assert relative_error(y[:rows] - truth.x @ mask, truth.y) < 1e-10
+        assert relative_error(y[:rows] - mask_x @ w - truth.x @ mask, truth.y) < 1e-10
         dx = truth.a.T @ view.dx @ truth.b / (t_g * t_w)
-        assert relative_error(dx[:rows] - truth.g @ mask.T, truth.dx) < 1e-10
+        assert relative_error(dx[:rows] - mask_g @ w.T - truth.g @ mask.T, truth.dx) < 1e-10
         if view.x_dual is None:
             dw = np.linalg.solve(truth.b, view.dw) @ truth.c / (t_x * t_g)
             if truth.decoys_x is not None:
                 dw -= truth.decoys_x.T @ truth.decoys_g
+            dw -= x.T @ g - truth.x.T @ truth.g
         else:
             dw = truth.b.T @ view.dw @ undo_c.T  # the layout of w
         assert relative_error(dw, truth.dw) < 1e-10
@@ -89,15 +94,26 @@ def test_blinded_products_are_the_plain_ones_under_their_keys(scheme):
 
 def test_mixing_has_the_shape_that_was_studied():
     view, truth = (side[-1]["dense2"] for side in (trace("mixing").views, trace("mixing").truth))
-    assert len(view.x) % blinding.BLOCK == 0 and len(view.x) >= len(truth.x) + blinding.DECOYS
+    assert len(view.x) == len(truth.x)
     assert max(np.linalg.cond(k) for k in (truth.a, truth.b, truth.c)) <= blinding.CONDITION
     assert not trace("mixing").outside("head")
+    for mask, signal in ((truth.mask_x, truth.x), (truth.mask, truth.w), (truth.mask_g, truth.g)):
+        # What it takes down of the signal is at most all of that.
+        ratio = np.linalg.norm(signal + mask) / np.linalg.norm(signal)
+        assert 0.5 < ratio < np.sqrt(1 + blinding.MASK_ENERGY) + 0.2
+        assert np.linalg.matrix_rank(mask) == min(mask.shape)
+
+
+def test_what_mixing_was_without_masks_has_the_shape_that_was_studied():
+    old = trace("mixing_decoys")
+    view, truth = old.views[-1]["dense2"], old.truth[-1]["dense2"]
+    assert len(view.x) % blinding.BLOCK == 0 and len(view.x) >= len(truth.x) + blinding.DECOYS
     for decoys, signal in ((truth.decoys_x, truth.x), (truth.decoys_g, truth.g)):
         assert (decoys**2).sum() / (signal**2).sum() == pytest.approx(blinding.DECOY_ENERGY)
 
 
-def test_mixing_masks_weights_and_decoys_have_a_basis_of_their_own():
-    truth = trace("mixing").truth[-1]["dense2"]
+def test_low_rank_masks_and_decoys_have_a_basis_of_their_own():
+    truth = trace("mixing_decoys").truth[-1]["dense2"]
     mask = truth.mask
     assert np.linalg.matrix_rank(mask) == 2 * blinding.STRONGEST
     decoys = truth.decoys_x
@@ -206,6 +222,44 @@ def test_an_attack_succeeds_on_its_control_and_fails_on_mixing(attack, control, 
     strong = strongest(attack, "mixing", metric)
     # A single step is luckier than the mean that the suite judges.
     assert strong.value < strong.chance + 0.3 < weak.value
+
+
+TOLD = {
+    "batch from G, T = 1": functools.partial(candidates.attack, draws=30, products=1),
+    "ranks told: rows in the loss": functools.partial(candidates.attack_ranks, trials=4),
+    "ranks told: columns that are not pruned": functools.partial(candidates.attack_ranks, trials=4),
+    "weights told from a tenth off, T = 100": functools.partial(
+        candidates.attack_weights, draws=60, products=1
+    ),
+}
+
+
+@pytest.mark.parametrize("metric", TOLD)
+def test_what_is_guessed_is_told_without_masks_and_not_with_them(metric):
+    weak = strongest(TOLD[metric], "fresh_orthogonal", metric)
+    assert weak.value > 0.95 and not weak.passed
+    if "weights" not in metric:
+        weak = strongest(TOLD[metric], "mixing_decoys", metric)
+        assert weak.value > 0.95 and not weak.passed
+    assert strongest(TOLD[metric], "mixing", metric).passed
+
+
+def test_the_librarys_own_masks_hide_what_was_guessed():
+    recorded = dataclasses.replace(trace("mixing"), recorded=True)
+    for metric, attack in TOLD.items():
+        found = attack(recorded, np.random.default_rng(0))
+        assert next(m for m in found if m.metric == metric).passed
+
+
+def test_spectra_that_differ_by_luck_alone_are_not_told():
+    rng = np.random.default_rng(0)
+    same = rng.normal(size=(4, 400, 12))
+    assert abs(np.mean(candidates.separation(same))) < 0.15
+    shifted = same + np.arange(4)[:, None, None] * np.eye(12)[3]
+    apart = candidates.separation(shifted)
+    np.testing.assert_allclose(apart, [1, 2, 3, 1, 2, 1], rtol=0.25)
+    told = candidates.judge("S11", "x", apart, 200, candidates.LIMITS, "")
+    assert not any(m.passed for m in told) and told[0].value < told[1].value
 
 
 @pytest.mark.parametrize("way", [1, -1])

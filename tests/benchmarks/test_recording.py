@@ -13,7 +13,26 @@ INSIDE = {"mixing": {"head"}}
 GRADIENTS = {("mixing", "dense2"), *(("signed_permutation", f"dense{i}") for i in (1, 2))}
 
 
-@pytest.mark.parametrize("scheme", [Mixing(), SignedPermutation(), Tempo()], ids=lambda s: s.name)
+def test_keys_are_found_under_masks():
+    trace = recording.record("mlp", Mixing(), 0, 1, cache=None)
+    for name, seen in trace.views[0].items():
+        view: Any = seen
+        truth: Any = trace.truth[0][name]
+        for left, plain, right in (
+            (np.linalg.inv(truth.a) @ view.x, truth.x, truth.b),
+            (truth.b.T @ view.w, truth.w, truth.c),
+        ):
+            clear = left @ np.linalg.inv(right).T
+            cosine = (clear * plain).sum() / np.linalg.norm(clear) / np.linalg.norm(plain)
+            assert cosine > 8 / np.sqrt(plain.size)
+            assert np.linalg.matrix_rank(clear) == min(plain.shape)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [Mixing(decoy_rows=32, mask_energy=0.0), SignedPermutation(), Tempo()],
+    ids=lambda s: s.name,
+)
 def test_recorded_products_are_the_plain_ones_under_their_keys(scheme):
     trace = recording.record("mlp", scheme, 0, 2, cache=None)
     outside = {"dense1", "dense2", "head"} - INSIDE.get(scheme.name, set())

@@ -466,7 +466,7 @@ def test_grouped_convolution_stays_inside():
 
 @pytest.mark.parametrize("rows", [128, 129, 160, 1000])
 def test_decoys_fill_up_to_whole_blocks(rows):
-    count = Mixing().decoys(rows)
+    count = Mixing(decoy_rows=32).decoys(rows)
     assert 32 <= count < 96 and (rows + count) % 64 == 0
     assert Mixing(decoy_rows=0).decoys(rows) == 0
 

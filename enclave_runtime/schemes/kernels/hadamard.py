@@ -99,10 +99,10 @@ class AxisMap(NamedTuple):
         """The map ``A^-T``, which an axis takes when its partner in a product takes A."""
         return AxisMap(self.order, 1 / self.scale, self.tail_first)
 
-    def scaled(self, factor: float) -> AxisMap:
-        """The map ``factor * A``."""
+    def scaled(self, factor: float | np.ndarray) -> AxisMap:
+        """The map ``factor * A``; an array holds one factor for each copy."""
         scale = self.scale.copy()
-        scale[:, -1] *= factor
+        scale[:, -1] *= np.reshape(factor, (-1, 1))
         return self._replace(scale=scale)
 
     def dense(self, copy: int = 0) -> np.ndarray:

@@ -315,7 +315,7 @@ ARRAY = ArrayType((5,), "float64")
         SIGNED,
         Tempo().draw(KeyClass(5), KeyStream(KEY)),
         Mixing().draw(KeyClass(128), KeyStream(KEY)),
-        TensorSecret(1.0, None, 1.0),
+        TensorSecret(np.ones(1), np.ones((1, 1))),
         Resident(ARRAY, jnp.arange(5.0)),
         Blinded(
             *(ARRAY, SignedPermutation(), Layout((0,), (1,))),

@@ -71,7 +71,8 @@ def product_program() -> Program:
     """A program with keys per product, one of them for a batch of matrices."""
     shapes = (130, 64), (64, 65), (2, 128, 64), (2, 64, 66)
     operands = (uniform(i, *shape) for i, shape in enumerate(shapes))
-    return with_executables(plan(_products, *operands, scheme=Mixing()).plan.program)
+    scheme = Mixing(decoy_rows=32, mask_energy=0.0)
+    return with_executables(plan(_products, *operands, scheme=scheme).plan.program)
 
 
 @pytest.fixture(scope="module")
@@ -443,7 +444,12 @@ def test_program_that_is_not_an_object_is_refused(whole):
 @pytest.mark.parametrize(
     "scheme",
     [
-        *(Mixing(), Mixing(condition=1, decoy_rows=0), Orthogonal(), Orthogonal(budget=7)),
+        *(
+            Mixing(),
+            Mixing(condition=1, decoy_rows=32, mask_energy=0),
+            Orthogonal(),
+            Orthogonal(budget=7),
+        ),
         *(SignedPermutation(), Tempo(), Tempo(coefficients="integers")),
     ],
     ids=str,
@@ -454,6 +460,7 @@ def test_scheme_is_found_by_name_and_parameters(scheme):
     assert SCHEMES[scheme.name] is type(scheme)
 
 
+MIXING = {"condition": 4.0, "decoy_rows": 32, "traded": 8, "mask_energy": 9.0}
 SCHEME_REFUSALS: list[tuple[str, Any, str]] = [
     ("", {}, "the scheme is not one of mixing, orthogonal, signed_permutation, tempo"),
     ("contract", {}, "the scheme is not one of"),
@@ -464,12 +471,13 @@ SCHEME_REFUSALS: list[tuple[str, Any, str]] = [
     ("mixing", {"condition": 4.0}, "mixing takes the parameters condition, decoy_rows"),
     *(("orthogonal", {"budget": x}, "out of range") for x in (0, -1, 1.0, True, None, "1", [])),
     *(
-        ("mixing", {"condition": x, "decoy_rows": 32, "traded": 8}, "out of range")
+        ("mixing", MIXING | {"condition": x}, "out of range")
         for x in (0.5, 1e7, float("nan"), None, "4", [4.0])
     ),
+    *(("mixing", MIXING | {"decoy_rows": x}, "out of range") for x in (-1, 4097, 32.0, None, [])),
     *(
-        ("mixing", {"condition": 4.0, "decoy_rows": x, "traded": 8}, "out of range")
-        for x in (-1, 4097, 32.0, None, [])
+        ("mixing", MIXING | {"mask_energy": x}, "out of range")
+        for x in (-1.0, 1e5, float("nan"), True, None, "9", [])
     ),
     *(("tempo", {"coefficients": x}, "out of range") for x in ("", "reals", None, [], {})),
 ]

@@ -20,12 +20,12 @@ from benchmarks.attacks import structure
 from enclave_runtime.crypto.keys import KeySchedule
 from enclave_runtime.protocol.program import KeyClass, Layout
 from enclave_runtime.schemes.kernels import hadamard
-from enclave_runtime.schemes.mixing import TensorSecret
 from enclave_runtime.sessions.run import _last_uses
 from tempo_jax.schemes import Mixing, Orthogonal, Tempo
 from tests.support.steps import assert_close, uniform
 
 TOLERANCE = 1e-9  # of Mixing; of the others, 1e-10
+DECOYS = Mixing(decoy_rows=32, mask_energy=0.0)
 
 
 class Convolutional(linen.Module):
@@ -80,6 +80,7 @@ MODELS = {
     ("scheme", "tx", "tolerance"),
     [
         (None, optax.adamw(1e-3), TOLERANCE),
+        (DECOYS, optax.adamw(1e-3), TOLERANCE),
         (Tempo(), tempo.cheap_update(optax.sgd(0.1, momentum=0.9)), 1e-10),
         (Tempo("integers"), tempo.cheap_update(optax.sgd(0.1)), 1e-10),
         (
@@ -88,7 +89,7 @@ MODELS = {
             1e-10,
         ),
     ],
-    ids=["mixing", "tempo", "integers", "orthogonal"],
+    ids=["mixing", "decoys", "tempo", "integers", "orthogonal"],
 )
 def test_new_state_equals_the_plain_steps(model, scheme, tx, tolerance, enclave):
     network, batch = MODELS[model]
@@ -201,11 +202,12 @@ def test_rows_have_fresh_keys_while_weights_keep_theirs(scheme, enclave):
     assert checked == 3 * (3 + 2 + 6)  # X of 3 products, G of 2, and X and G of 3
 
 
-def test_rows_have_decoys_and_norms_are_hidden(enclave):
-    (view,) = views_of(enclave, 1)
+@pytest.mark.parametrize("scheme", [Mixing(), DECOYS], ids=["masks", "decoys"])
+def test_rows_have_decoys_and_norms_are_hidden(scheme, enclave):
+    (view,) = views_of(enclave, 1, scheme)
     p, x = small()
     rows = {n for product in view.products for v in product.operands for n in v.shape if n > 64}
-    assert rows == {192}
+    assert rows == {192 if scheme.decoy_rows else 128}
     norms = {
         round(float(np.sqrt(np.mean(v**2))), 6)
         for product in view.products
@@ -349,9 +351,9 @@ def test_narrow_formats(dtype, enclave):
     shielded = tempo.shield(lambda x, w: x @ w, enclave=enclave, offload="all", donate=False)
     blinded = np.asarray(enclave.open(shielded(x, w)), np.float64)
     plain = np.asarray(x @ w, np.float64)
-    # SECURITY.md: about 5 times plain's rounding; the bound leaves room for one draw's luck.
+    # SECURITY.md: 15 to 25 times plain's rounding; the bound leaves room for one draw's luck.
     error, usual = (np.linalg.norm(v - exact) for v in (blinded, plain))
-    assert error < 10 * usual
+    assert error < 40 * usual
 
 
 def test_enclave_draws_from_no_other_generator():
@@ -427,15 +429,16 @@ def blinded_weight(scheme: Mixing, w: np.ndarray) -> tuple[Any, Any, np.ndarray]
     layout, out = Layout((0, 1), (0, 1)), np.empty_like(w)
     secret = scheme.blind(w, layout, keys, out, lambda: schedule.stream("tensor"))
     maps = {0: keys[0].element.transpose(), 1: keys[1].element.inverse()}
-    return secret, layout, hadamard.unmix(out, maps) / secret.scalar
+    return secret, layout, hadamard.unmix(out, maps) / secret.scalars
 
 
 @pytest.mark.parametrize(("traded", "shown"), [(0, True), (8, False)])
 def test_strongest_directions_of_a_weight_are_traded_for_random_ones(traded, shown):
     rng = np.random.default_rng(0)
     w = rng.normal(size=(96, 64)) + 4 * rng.normal(size=(96, 4)) @ rng.normal(size=(4, 64))
-    secret, _, seen = blinded_weight(Mixing(traded=traded), w)
-    assert (secret.mask is None) == shown
+    scheme = Mixing(decoy_rows=32, traded=traded, mask_energy=0.0)
+    secret, _, seen = blinded_weight(scheme, w)
+    assert (secret.trade is None) == shown
     for a, b in ((w, seen), (w.T, seen.T)):
         overlap = np.square(leading(a).T @ leading(b)).sum() / 4
         assert overlap > 0.999 if shown else overlap < 0.5
@@ -443,27 +446,30 @@ def test_strongest_directions_of_a_weight_are_traded_for_random_ones(traded, sho
     assert 0.5 < np.linalg.norm(seen) / np.linalg.norm(w) < 1.5
 
 
+@pytest.mark.parametrize("scheme", [Mixing(), DECOYS], ids=["masks", "decoys"])
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e35, np.inf, np.nan])
-def test_masks_take_any_weight(value):
+def test_masks_take_any_weight(value, scheme):
     w = np.full((64, 64), value, np.float32)
-    _, _, seen = blinded_weight(Mixing(), w)
+    _, _, seen = blinded_weight(scheme, w)
     if np.isfinite(value):
         assert np.isfinite(seen).all() and np.abs(seen).max() > 0
 
 
-def test_plain_operands_are_kept_for_products_with_masks_alone(enclave):
+def test_operands_are_kept_until_their_last_product(enclave):
     program = tempo.shield(jax.grad(two_layers), enclave=enclave).explain(*small()).plan.program
     assert not _last_uses(program), "everything stays inside"
     plan = tempo.shield(jax.grad(two_layers), enclave=enclave, offload="all").explain(*small()).plan
     uploads = [(i, c) for i, s in enumerate(plan.program.segments) for c in s.uploads]
-    decoys = {c.value for s in plan.program.segments for c in s.downloads if c.blinded != c.array}
-    pairs = [(i, c.operands) for i, c in uploads if c.operands is not None]
-    expected = {lhs: i for i, (lhs, rhs) in pairs if rhs not in decoys}
-    assert _last_uses(plan.program) == expected
-    assert len(expected) < len(uploads), "the gradients of weights need decoys alone"
-    secret = TensorSecret(1.0, np.ones((1, 2)), 1.0, np.ones((2, 2)))
-    assert Mixing().let_go(secret).plain is None
-    assert Mixing().let_go(secret).decoys is secret.decoys
+    last = _last_uses(plan.program)
+    for index, crossing in uploads:
+        assert all(last[operand] >= index for operand in crossing.operands or ())
+    assert len(set(last.values())) > 1, "what is used early is let go early"
+    w = uniform(1, 64, 64, dtype="float32")
+    for scheme in (Mixing(), DECOYS):
+        secret, _, _ = blinded_weight(scheme, np.asarray(w))
+        left = scheme.let_go(secret)
+        assert left.masked is None and left.trade is None
+        assert left.scalars is secret.scalars
 
 
 def test_gradients_through_a_frozen_weight_have_decoys(enclave):
@@ -473,7 +479,9 @@ def test_gradients_through_a_frozen_weight_have_decoys(enclave):
     def loss(x):
         return two_layers(p, x)
 
-    shielded = tempo.shield(jax.grad(loss), enclave=enclave, offload="all", donate=False)
+    shielded = tempo.shield(
+        jax.grad(loss), enclave=enclave, scheme=DECOYS, offload="all", donate=False
+    )
     with tempo.testing.host_view() as view:
         result = shielded(x)
     assert_close(enclave.open(result), jax.grad(loss)(x), tolerance=TOLERANCE)

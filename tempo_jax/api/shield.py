@@ -35,9 +35,11 @@ def shield(  # noqa: D417 (the options are documented one by one)
     else in the enclave. Results equal those of the plain function up to the order of
     floating-point sums.
 
-    The first argument and the result, or its first part as in `jax.lax.scan`, carry state when
-    their structure, shapes and dtypes agree: the argument is donated, and using it again is an
-    error. Plain arguments are sealed on the way in. Every output stays sealed unless the
+    An argument and the result, or its first part as in `jax.lax.scan`, carry state when their
+    structure, shapes and dtypes agree, and so do several arguments and as many first parts, as in
+    ``params, opt_state, loss = step(params, opt_state, batch)``: such arguments are donated, and
+    using them again is an error. A bare array counts as the first argument only.
+    Plain arguments are sealed on the way in. Every output stays sealed unless the
     function passes it through `reveal`.
 
     Args:

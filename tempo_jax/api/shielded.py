@@ -33,6 +33,16 @@ from tempo_jax.sealing.array import BLINDED, RESIDENT, SealedArray, is_sealed, r
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# The settings of JAX that change what a function means, or how it is compiled.
+_MEANING = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+)
+
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_shield", default=False)
 
 
@@ -48,8 +58,8 @@ class _Signature:
     @property
     def key(self) -> Any:
         types = tuple((a.shape, a.dtype, a.weak_type) for a in self.avals)
-        wide = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-        return self.structure, types, self.public, wide
+        settings = tuple(getattr(jax.config, name) for name in _MEANING)
+        return self.structure, types, self.public, settings
 
     @property
     def on_devices(self) -> frozenset[int]:
@@ -90,7 +100,8 @@ class Shielded(Generic[P, R]):
 
     def __init__(self, function: Callable[P, R], options: Options):
         """Wraps a function; users call `shield`."""
-        functools.update_wrapper(self, function)
+        # Without the function's attributes: a wrapped function's may bear the names of ours.
+        functools.update_wrapper(self, function, updated=())
         self._function: Callable[..., Any] = function
         self._options = options
         self._enclave = options.enclave
@@ -180,19 +191,19 @@ class Shielded(Generic[P, R]):
             with _tracing_inside():
                 result = self._function(*args, **kwargs)
             out, structure = jax.tree.flatten(result)
-            first = result[0] if type(result) is tuple and result else result
-            structures.append((structure, (structure, jax.tree.structure(first))))
+            parts = result if type(result) is tuple else ()
+            structures.append((structure, (structure, *map(jax.tree.structure, parts))))
             structures.append([jax.typeof(x) for x in out])
             return [_physical_output(x) for x in out]
 
         physical = [_physical(a) for a in signature.avals]
         args, kwargs = jax.tree.unflatten(signature.structure, physical)
         closed = trace.trace(traced, args, kwargs)
-        (out_structure, carry_structures), types = structures
+        (out_structure, parts), types = structures
         options = self._options
         request = Request(
             closed=closed,
-            carried=self._carried(signature, carry_structures, types),
+            carried=self._carried(signature, parts, types),
             public=signature.public,
             on_devices=signature.on_devices,
             scheme=options.scheme,
@@ -204,26 +215,44 @@ class Shielded(Generic[P, R]):
         return _PlannedSignature(make_plan(request), out_structure, types)
 
     def _carried(
-        self, signature: _Signature, carry_structures: Sequence[Any], types: Sequence[Any]
+        self, signature: _Signature, parts: Sequence[Any], types: Sequence[Any]
     ) -> dict[int, int]:
-        """Leaves of the first argument and their outputs, if these carry state.
+        """Leaves of the arguments that carry state, and their outputs.
+
+        These are arguments that follow each other and have the types of the first parts of the
+        result, one by one, or one argument that has those of the whole. A bare array that is
+        not the first argument is none: a batch may look like what a model makes of it.
 
         Args:
           signature: of the call.
-          carry_structures: of what may be the new state: the whole result, or its first part.
+          parts: structures of the whole result and, of a tuple, of its parts.
           types: abstract values of the flat outputs.
         """
         args, _ = jax.tree.unflatten(signature.structure, signature.avals)
-        if not args:
-            return {}
-        first, structure = jax.tree.flatten(args[0])
-        if structure not in carry_structures or not first:
-            return {}
-        same = all(
-            a.shape == b.shape and a.dtype == b.dtype
-            for a, b in zip(first, types[: len(first)], strict=True)
-        )
-        return {i: i for i in range(len(first))} if same else {}
+        flat = [jax.tree.flatten(argument) for argument in args]
+        starts = [sum(len(leaves) for leaves, _ in flat[:i]) for i in range(len(flat))]
+
+        def agrees(i: int, structure: Any, start: int) -> bool:
+            leaves, own = flat[i]
+            return own == structure and all(
+                (x.shape, x.dtype) == (y.shape, y.dtype)
+                for x, y in zip(leaves, types[start:], strict=False)
+            )
+
+        for i, (leaves, structure) in enumerate(flat):
+            if not leaves or (i and jax.tree_util.treedef_is_leaf(structure)):
+                continue
+            if structure == parts[0] and agrees(i, parts[0], 0):
+                return {starts[i] + n: n for n in range(len(leaves))}
+            count = start = 0
+            for count, part in enumerate(parts[1:]):
+                bare = count and jax.tree_util.treedef_is_leaf(part)
+                if bare or i + count >= len(flat) or not agrees(i + count, part, start):
+                    break
+                start += part.num_leaves
+            if start:
+                return {starts[i] + n: n for n in range(start)}
+        return {}
 
     def _runtime(self, program: _PlannedSignature) -> Runtime:
         with self._lock:

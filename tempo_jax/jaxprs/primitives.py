@@ -81,7 +81,10 @@ _CALLBACKS = {
 optimization_barrier_p = _primitive_of(lax.optimization_barrier, 0.0)
 
 
-_random_unwrap_p = _primitive_of(jax.random.key_data, jax.random.key(0))
+_KEY = jax.eval_shape(lambda: jax.random.key(0))
+
+
+_random_unwrap_p = _primitive_of(jax.random.key_data, _KEY)
 
 
 def is_callback(eqn: JaxprEqn) -> bool:

@@ -3,6 +3,12 @@
 Messages show shapes, dtypes, names and equations, never values: a value may be secret.
 """
 
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Iterator
+
 
 class TempoError(Exception):
     """Base of every error that tempo_jax raises on purpose."""
@@ -22,6 +28,10 @@ class EnclaveDiedError(EnclaveError):
 
 class ForkedError(EnclaveError):
     """A forked child used an enclave that belongs to its parent, which may go on using it."""
+
+
+class EnclaveTimeoutError(EnclaveError):
+    """The enclave did not answer in time: it is stopped, or its machine overloaded."""
 
 
 class LaunchError(EnclaveError):
@@ -62,3 +72,40 @@ class ChannelError(EnclaveError):
 
 class UnprovisionedError(EnclaveError):
     """A program that the enclave's client did not provision."""
+
+
+# The latest failures inside calls from a user's own jit, with a number each.
+_remembered: collections.deque[tuple[int, BaseException]] = collections.deque(maxlen=16)
+_numbers = iter(range(1 << 62))
+
+
+def remember(failure: BaseException) -> None:
+    """Notes what `original_errors` may have to raise."""
+    _remembered.append((next(_numbers), failure))
+
+
+@contextlib.contextmanager
+def original_errors() -> Iterator[None]:
+    """Raises what went wrong inside a user's own `jit` or `scan` as what it is.
+
+    A shielded function that runs inside other compiled code can only fail as that code does: with
+    JAX's `JaxRuntimeError`, whatever happened, Ctrl-C included. Around such a call, or as a
+    decorator of what makes it, this raises the `TempoError` or `KeyboardInterrupt` itself, with
+    JAX's error as its cause.
+
+    Example:
+      >>> import tempo_jax as tempo
+      >>> with tempo.errors.original_errors():
+      ...     pass  # state = jax.jit(train_epoch)(state, batches)
+    """
+    from jax.errors import JaxRuntimeError
+
+    before = next(_numbers)
+    try:
+        yield
+    except JaxRuntimeError as error:
+        later = [failure for number, failure in _remembered if number > before]
+        # Of several threads' failures, the one whose words JAX repeats.
+        for failure in [f for f in later if str(f) and str(f) in str(error)] + later:
+            raise failure from error
+        raise

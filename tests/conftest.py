@@ -27,9 +27,7 @@ import pytest  # noqa: E402
 
 import tempo_jax as tempo  # noqa: E402
 from tempo_jax.enclave import enclave as enclave_module  # noqa: E402
-from tempo_jax.planning.cost import (
-    CostModel,  # noqa: E402
-)
+from tempo_jax.planning.cost import CostModel  # noqa: E402
 
 # Tests compare sums taken in different orders; in float64 these differ by rounding alone.
 jax.config.update("jax_enable_x64", True)
@@ -49,11 +47,14 @@ COMPILED = pytest.StashKey[str]()
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps what XLA compiles, so that equal programs of different tests are compiled once.
 
-    The folder lives as long as the run, and workers share it. Set in this process alone: enclaves
-    and fresh interpreters compile as they always do.
+    The folder lives as long as the run; each worker has one of its own, since JAX reads what
+    another process has half written. Set in this process alone: enclaves and fresh interpreters
+    compile as they always do.
     """
     worker: dict[str, str] | None = getattr(config, "workerinput", None)
     folder = worker["compiled"] if worker else tempfile.mkdtemp(prefix="tempo_jax-tests-")
+    if worker:
+        folder = os.path.join(folder, worker["workerid"])
     config.stash[COMPILED] = folder
     if not worker:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

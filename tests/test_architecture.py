@@ -18,7 +18,7 @@ RULES = {
     "tempo_jax": {
         "cli": {"transport", "attestation"},
         "api": {"running", "enclave", "planning", "sealing", "jaxprs"},
-        "running": {"enclave", "planning", "sealing", "jaxprs"},
+        "running": {"enclave", "transport", "planning", "sealing", "jaxprs"},
         "enclave": {"transport", "attestation", "sealing", "planning", "jaxprs"},
         "planning": {"families", "equivariance", "jaxprs"},
         "families": {"jaxprs"},

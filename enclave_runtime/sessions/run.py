@@ -142,6 +142,7 @@ class Run:
         self._follower = Follower(program) if program.verify else None
         self._last_uses = _last_uses(program)
         self._next = 0
+        self._executing = False
         self._arrived: set[int] = set()
         self._last_uploads: list[jax.Array] = []
         self._doomed: list[int] = []
@@ -247,11 +248,17 @@ class Run:
 
     # The state machine
 
-    def fail(self, failure: BaseException) -> None:
-        """Ends the run; everyone who waits for it gets `failure`."""
+    def fail(self, failure: BaseException) -> bool:
+        """Ends the run; everyone who waits for it gets `failure`.
+
+        Returns:
+          Whether it has ended. A segment that is running ends it as soon as it can, and nobody
+          waits for that.
+        """
         with self._condition:
             self._failure = self._failure or failure
             self._condition.notify_all()
+            return not self._executing
 
     def segment(self, index: Any, worker: Any) -> None:
         """Brings one worker's part of a segment; returns when the segment has run.
@@ -268,27 +275,34 @@ class Run:
                 raise RunError("segments and workers have whole numbers")
             if not 0 <= worker < self._workers:
                 raise RunError(f"worker {worker} of a run with {self._workers}")
-            if 0 <= index == self._next - 1:
-                self._repeat(index)
-                return
-            if index == self._next == len(self.program.segments):
-                raise RunError(f"segment {index} was asked for after the last")
-            if index != self._next or worker in self._arrived:
-                raise RunError(f"segment {index} was asked for, segment {self._next} is next")
-            self._arrived.add(worker)
-            if len(self._arrived) < self._workers:
-                self._condition.wait_for(lambda: self._next > index or self._failure)
-                self._raise_failure()
-                return
-            try:
-                self._execute(index)
-            except BaseException as error:
-                self._failure = error
-                raise
-            finally:
-                self._arrived = set()
-                self._next = index + 1
+            repeated = 0 <= index == self._next - 1
+            if not repeated:
+                if index == self._next == len(self.program.segments):
+                    raise RunError(f"segment {index} was asked for after the last")
+                if index != self._next or worker in self._arrived:
+                    raise RunError(f"segment {index} was asked for, segment {self._next} is next")
+                self._arrived.add(worker)
+                if len(self._arrived) < self._workers:
+                    self._condition.wait_for(lambda: self._next > index or self._failure)
+                    self._raise_failure()
+                    return
+            # One at a time; an abort need not wait for it, so the lock is not held meanwhile.
+            self._condition.wait_for(lambda: not self._executing)
+            self._raise_failure()
+            self._executing = True
+        try:
+            (self._repeat if repeated else self._execute)(index)
+        except BaseException as error:
+            self._failure = self._failure or error
+            raise
+        finally:
+            with self._condition:
+                self._executing = False
+                if not repeated:
+                    self._arrived = set()
+                    self._next = index + 1
                 self._condition.notify_all()
+        self._raise_failure()
 
     def _raise_failure(self) -> None:
         if isinstance(self._failure, IntegrityError):
@@ -316,10 +330,12 @@ class Run:
         self._values.update(
             zip((c.value for c in segment.uploads), self._last_uploads, strict=True)
         )
+        self._raise_failure()  # an abort is heard between the steps
         inputs = [self._values[v] for v in segment.inputs]
         outputs = self._executables.run(segment.executable, inputs)
         self._values.update(zip(segment.outputs, outputs, strict=True))
         for crossing in segment.downloads:
+            self._raise_failure()
             self._send(crossing)
         if self._follower is not None and index == len(self.program.segments) - 1:
             self._follower.advance()

@@ -304,8 +304,8 @@ class Session:
         try:
             yield
         except BaseException as error:
-            run.fail(error)
-            self._end(number, run)
+            if run.fail(error):
+                self._end(number, run)
             raise
 
     def _admit(self, number: int, run: Run) -> None:
@@ -403,9 +403,9 @@ class Session:
     def _abort(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
         run = self._runs.get(fields["run"])
         if run is not None:
-            # Waits for a check that is going on; only then is the run's place free.
-            run.fail(RunError("the host aborted the run"))
-            self._end(fields["run"], run)
+            # A check that is going on counts first; only then is the run's place free.
+            if run.fail(RunError("the host aborted the run")):
+                self._end(fields["run"], run)
         return {}
 
     # Values

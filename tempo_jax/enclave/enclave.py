@@ -20,6 +20,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import jax
@@ -79,6 +80,7 @@ class Enclave:
         self._connection = connection
         self._handles = Handles()
         self._released: collections.deque[int] = collections.deque()
+        self._running: list[Future[Any]] = []
         self._checkpointing = CheckpointRequests()
         # Handles are the host's to count; a client in the same process has only copies of them.
         if self.is_host:
@@ -550,13 +552,17 @@ class Enclave:
     def donate(self, leaves: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Gives up sealed values that a committed run replaced by `outputs`."""
         kept = {id(x.content) for x in outputs if is_sealed(x)}
+        # To delete what an interrupted program is using waits for its end, and holds the
+        # interpreter meanwhile, which that program's calls into Python need.
+        self._running = [f for f in self._running if not f.done()]
         for leaf in leaves:
             if not is_sealed(leaf):
                 continue
             if leaf.form != ENCRYPTED:
                 self._handles.drop(handle_text(leaf.handle))
             # A leaf that the step passes through may come back as the very same array.
-            if isinstance(leaf.content, jax.Array) and id(leaf.content) not in kept:
+            mine = isinstance(leaf.content, jax.Array) and id(leaf.content) not in kept
+            if mine and not self._running:
                 leaf.content.delete()
 
     def release(self, program: int) -> None:
@@ -567,6 +573,10 @@ class Enclave:
         """
         if self.is_client and self.is_host:
             self._released.append(program)
+
+    def runs(self, program: Future[Any]) -> None:
+        """Notes a program that uses its inputs until it ends, also if nobody waits for it."""
+        self._running.append(program)
 
     def free_dropped(self) -> None:
         """Tells the enclave which handles and programs nobody holds any more."""

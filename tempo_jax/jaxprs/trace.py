@@ -6,7 +6,7 @@ Untrusted and pure. Serves JAX 0.10 to 0.12.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -35,6 +35,30 @@ def without_locations() -> contextlib.AbstractContextManager[None]:
     They would differ between machines, and would tell a reader where the code lies.
     """
     return jax_config.traceback_in_locations_limit(0)
+
+
+def settings_key() -> Any:
+    """What of JAX's settings changes the meaning of a program that is traced now; hashable."""
+    return jax_config.trace_context()
+
+
+def local_settings() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """This thread's own settings (`with jax.enable_x64(True)`, …), for a thread that works for it.
+
+    Returns:
+      What makes a context in which they hold.
+    """
+    own = [(state, state.get_local()) for state in jax_config.config_states.values()]
+    own = [(state, value) for state, value in own if value is not jax_config.config_ext.unset]
+
+    @contextlib.contextmanager
+    def held() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for state, value in own:
+                stack.enter_context(state(value))
+            yield
+
+    return held
 
 
 def under_trace() -> bool:

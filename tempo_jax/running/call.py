@@ -2,8 +2,9 @@
 
 Untrusted. Two ways lead here: a call outside `jit`, which runs the compiled host program on a
 thread (so that Ctrl-C is heard at once) and commits when it has succeeded; and a call inside the
-user's own `jit` or `scan`, where begin and commit are callbacks as well. A failed, interrupted or
-abandoned run commits nothing.
+user's own `jit` or `scan`, where begin and commit are calls into Python as well. Both work on one
+`running.host_run.HostRun`, which owns the shared memory. A failed, interrupted or abandoned run
+commits nothing.
 """
 
 from __future__ import annotations
@@ -13,66 +14,38 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from enclave_runtime.protocol.memory import Arena, input_bytes
-from enclave_runtime.protocol.program import DEVICE, ArrayType
-from enclave_runtime.protocol.wire import Kind
+from enclave_runtime.protocol.program import DEVICE
 from tempo_jax.enclave.enclave import Enclave
-from tempo_jax.errors import EnclaveError, TempoError
+from tempo_jax.errors import EnclaveError, remember
 from tempo_jax.jaxprs import opaque
 from tempo_jax.jaxprs import types as jaxpr_types
-from tempo_jax.planning.mesh import local_shape, sharded_axis
+from tempo_jax.jaxprs.callbacks import call as call_python
+from tempo_jax.jaxprs.trace import local_settings
 from tempo_jax.planning.plan import Plan, offloaded
 from tempo_jax.running.host_program import HostResult, build_host_program
+from tempo_jax.running.host_run import HostRun, Served, Traffic
 from tempo_jax.running.observation import HostView, Product
 from tempo_jax.running.provisioning import provisioned
 from tempo_jax.sealing.array import (
     BLINDED,
-    ENCRYPTED,
     RESIDENT,
     SealedArray,
     handle_array,
-    handle_text,
     handle_words,
-    is_sealed,
 )
 
+_RUN_OUT_SECONDS = 0.5  # that an interrupted program gets to end while its caller waits
 
-@dataclasses.dataclass
-class _Run:
-    """A run in progress, as the host knows it."""
-
-    number: int
-    arena: Arena
-    raises: bool
-    views: Sequence[HostView] = ()
-    failure: BaseException | None = None
-    reserved: tuple[str, Arena] | None = None
-
-
-@dataclasses.dataclass
-class Traffic:
-    """Tensor bytes that crossed since the plan was made.
-
-    Attributes:
-      up: bytes from the host to the enclave.
-      down: bytes from the enclave to the host.
-      round_trips: visits to the enclave.
-      runs: committed runs.
-    """
-
-    up: int = 0
-    down: int = 0
-    round_trips: int = 0
-    runs: int = 0
+# What runs keep for callbacks that come late is little, and names no memory.
+_OVER = "the run is over; JAX repeated one of its callbacks too late"
 
 
 class Runtime:
@@ -80,22 +53,32 @@ class Runtime:
 
     def __init__(self, plan: Plan, enclave: Enclave, mesh: Mesh | None):
         self.plan = plan
-        self.traffic = Traffic()
         self._enclave = enclave
         self._mesh = mesh
-        self._workers = 1 if mesh is None else mesh.size
         self._device = _default_device() if mesh is None else mesh.devices.flat[0]
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[int, HostRun] = {}
         self._compiled: dict[bool, Any] = {}
         self._lock = threading.Lock()
-        self._threads = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="tempo_jax")
-        self._program, self._number = provisioned(plan, enclave)
-        weakref.finalize(self, enclave.release, self._number)
+        self._program, number = provisioned(plan, enclave)
+        weakref.finalize(self, enclave.release, number)
+        self._served = Served(
+            enclave.connection,
+            self._program,
+            number,
+            plan.sharded,
+            1 if mesh is None else mesh.size,
+            self._device.platform == "cpu",
+        )
 
     @property
     def digest(self) -> str:
         """The hash of what the enclave was told."""
         return self._program.digest
+
+    @property
+    def traffic(self) -> Traffic:
+        """What crossed in this plan's runs."""
+        return self._served.traffic
 
     # The host program
 
@@ -103,10 +86,8 @@ class Runtime:
         with self._lock:
             if observe not in self._compiled:
                 # XLA holds what a program calls, out of the collector's sight.
-                this = weakref.proxy(self)
-                function = build_host_program(
-                    self.plan, lambda *visit: this._exchange(*visit), self._mesh, observe
-                )
+                visits = _Poisoned(weakref.proxy(self))
+                function = build_host_program(self.plan, visits, self._mesh, observe)
                 run = jax.ShapeDtypeStruct((), np.uint32)
                 leaves = [
                     jax.ShapeDtypeStruct(p.array.shape, np.dtype(p.array.dtype))
@@ -122,150 +103,13 @@ class Runtime:
             return jax.sharding.SingleDeviceSharding(self._device)
         return NamedSharding(self._mesh, PartitionSpec())
 
-    def _exchange(
-        self, number: int, worker: int, index: int, uploads: Sequence[np.ndarray]
-    ) -> Sequence[np.ndarray]:
-        """One worker's visit; see `_host_program.Exchange`.
+    # Visits, see `running.host_program.Visits`
 
-        JAX leaves an exception inside a callback undefined, so outside a user's jit a failure
-        is remembered, the result poisoned, and the error raised when the program has ended.
-        """
-        run = self._runs.get(number)
-        segment = self._program.segments[index]
-        try:
-            if run is None:
-                raise EnclaveError("the run is over; JAX repeated one of its callbacks too late")
-            if run.failure is not None:
-                raise run.failure
-            return self._visit(run, worker, index, uploads)
-        except BaseException as error:
-            if run is None:
-                raise
-            if run.raises:
-                self._abort(run)
-                if run.reserved is not None:
-                    # Not given back: another worker may still write to it.
-                    self._enclave.connection.discard(run.reserved)
-                raise
-            run.failure = run.failure or error
-            # Wakes the other workers, who wait in the enclave for this one.
-            self._tell_aborted(run)
-            return [_poison(self._local(c.blinded, c.layout)) for c in segment.downloads]
+    def _bring(self, run: HostRun, worker: int, index: int, uploads: Sequence[np.ndarray]) -> None:
+        run.bring(worker, index, uploads)
 
-    def _local(self, array: ArrayType, layout: Any) -> ArrayType:
-        shape = local_shape(array.shape, layout, self.plan.sharded, self._workers)
-        return ArrayType(shape, array.dtype)
-
-    def _part(self, run: _Run, crossing: Any, worker: int) -> tuple[np.ndarray, bool]:
-        """A worker's part of a crossing in shared memory, and whether it is split at all."""
-        view = run.arena.view(crossing.blinded, crossing.offset)
-        axis = sharded_axis(crossing.layout, self.plan.sharded)
-        if axis is None:
-            return view, False
-        size = crossing.blinded.shape[axis] // self._workers
-        part = slice(worker * size, (worker + 1) * size)
-        return view[(slice(None),) * axis + (part,)], True
-
-    def _visit(
-        self, run: _Run, worker: int, index: int, uploads: Sequence[np.ndarray]
-    ) -> Sequence[np.ndarray]:
-        segment = self._program.segments[index]
-        for crossing, array in zip(segment.uploads, uploads, strict=True):
-            part, split = self._part(run, crossing, worker)
-            if split or worker == 0:
-                np.copyto(part, array)
-                self.traffic.up += part.nbytes
-        fields = {"run": run.number, "segment": index, "worker": worker}
-        self._enclave.connection.request(Kind.SEGMENT, fields)
-        downloads = []
-        for crossing in segment.downloads:
-            part, split = self._part(run, crossing, worker)
-            # The CPU backend copies before the callback's memory is reused; others may not.
-            downloads.append(part if self._device.platform == "cpu" else part.copy())
-            if split or worker == 0:
-                self.traffic.down += part.nbytes
-        if worker == 0:
-            self.traffic.round_trips += 1
-            for view in run.views:
-                for c in (*segment.uploads, *segment.downloads):
-                    view.crossings.append((view.steps, run.arena.view(c.blinded, c.offset).copy()))
-        return downloads
-
-    # Begin and commit
-
-    def _begin(
-        self, name: str, arena: Arena, inputs: Sequence[Any], raises: bool
-    ) -> tuple[_Run, dict[int, np.ndarray]]:
-        """Starts a run.
-
-        Args:
-          name: the shared memory's name.
-          arena: the shared memory.
-          inputs: for each port a `SealedArray` of concrete children, or a public array.
-          raises: whether visits raise, as they must inside a user's jit.
-
-        Returns:
-          The run, and device-resident inputs that the enclave blinded, by position.
-        """
-        given: list[dict[str, Any]] = []
-        offsets, offset = [], 0
-        for port, x in zip(self._program.inputs, inputs, strict=True):
-            offsets.append(offset)
-            offset += input_bytes(port.array)
-            if is_sealed(x) and x.form != ENCRYPTED:
-                given.append({"handle": handle_text(x.handle)})
-                continue
-            content = np.asarray(x.content) if is_sealed(x) else np.asarray(x)
-            place = ArrayType(content.shape, content.dtype.name)
-            np.copyto(arena.view(place, offsets[-1]), content)
-            given.append({"offset": offsets[-1]})
-        request = self._enclave.connection.request
-        fields = {"program": self._number, "arena": name, "workers": self._workers}
-        reply = request(Kind.BEGIN, {**fields, "inputs": given, "blind_at": offsets})
-        run = _Run(reply["run"], arena, raises)
-        self._runs[run.number] = run
-        try:
-            blinded = self._take(arena, reply["download"], offsets)
-            if reply["upload"]:
-                blinded.update(self._settle(run, inputs, reply["upload"], offsets))
-        except BaseException:
-            self._abort(run)
-            raise
-        return run, blinded
-
-    def _settle(
-        self, run: _Run, inputs: Sequence[Any], positions: Sequence[int], offsets: Sequence[int]
-    ) -> dict[int, np.ndarray]:
-        """Brings leaves that lie on the devices but are wanted inside, or under other keys."""
-        moving = {str(i): offsets[i] for i in positions}
-        for i in positions:
-            port = self._program.inputs[i]
-            np.copyto(run.arena.view(port.array, offsets[i]), np.asarray(inputs[i].content))
-        fields = {"run": run.number, "offsets": moving, "blind_at": moving}
-        reply = self._enclave.connection.request(Kind.SETTLE, fields)
-        return self._take(run.arena, reply["download"], offsets)
-
-    def _take(
-        self, arena: Arena, positions: Sequence[int], offsets: Sequence[int]
-    ) -> dict[int, np.ndarray]:
-        inputs = self._program.inputs
-        return {i: arena.view(inputs[i].array, offsets[i]).copy() for i in positions}
-
-    def _commit(self, run: _Run, donated: Sequence[int]) -> list[str]:
-        fields = {"run": run.number, "donate": list(donated)}
-        handles = self._enclave.connection.request(Kind.COMMIT, fields)["handles"]
-        self._runs.pop(run.number, None)
-        self.traffic.runs += 1
-        return handles
-
-    def _abort(self, run: _Run) -> None:
-        run.failure = run.failure or EnclaveError("the run was aborted")
-        self._tell_aborted(run)
-        self._runs.pop(run.number, None)
-
-    def _tell_aborted(self, run: _Run) -> None:
-        with contextlib.suppress(TempoError):
-            self._enclave.connection.request(Kind.ABORT, {"run": run.number})
+    def _fetch(self, run: HostRun, worker: int, index: int) -> Sequence[np.ndarray]:
+        return run.fetch(worker, index)
 
     # A call outside jit
 
@@ -284,44 +128,57 @@ class Runtime:
         """
         self._enclave.free_dropped()
         program = self._host_program(observe=bool(views))
-        with self._enclave.arena(self._program.arena_bytes) as (name, arena):
-            run, blinded = self._begin(name, arena, inputs, raises=False)
-            run.views = views
-            try:
-                leaves = [
-                    jax.device_put(blinded[i] if i in blinded else x.content, self._sharding())
-                    for i, (port, x) in enumerate(zip(self._program.inputs, inputs, strict=True))
-                    if port.place == DEVICE
-                ]
-                result = self._run_interruptibly(program, run, leaves)
-                handles = self._commit(run, ())
-            except BaseException:
-                self._abort(run)
-                raise
+        run = HostRun(self._served, views)
+        try:
+            blinded = run.begin(inputs)
+            leaves = [
+                jax.device_put(blinded[i] if i in blinded else x.content, self._sharding())
+                for i, (port, x) in enumerate(zip(self._program.inputs, inputs, strict=True))
+                if port.place == DEVICE
+            ]
+            result = self._run_interruptibly(program, run, leaves)
+            handles = run.commit(())
+        except BaseException as error:
+            run.abort(error)
+            raise
         for view in views:
             self._record(view, result, leaves)
         return self._outputs(result, [handle_array(h) for h in handles], types)
 
-    def _run_interruptibly(self, program: Any, run: _Run, leaves: list[Any]) -> HostResult:
-        """Runs on another thread: the main thread could not hear Ctrl-C inside XLA."""
-        future = self._threads.submit(
-            lambda: jax.block_until_ready(program(np.uint32(run.number), leaves))
-        )
+    def _run_interruptibly(self, program: Any, run: HostRun, leaves: list[Any]) -> HostResult:
+        """Runs on another thread: the main thread could not hear Ctrl-C inside XLA.
+
+        An interrupted program runs out on its own, with poisoned values, and is waited for only
+        briefly; its run stays known meanwhile, since a visit that does not find it has to raise.
+        """
+        self._runs[run.number] = run
+        future: concurrent.futures.Future[HostResult] = concurrent.futures.Future()
+        settings = local_settings()
+
+        def work() -> None:
+            try:
+                with settings():
+                    result = jax.block_until_ready(program(np.uint32(run.number), leaves))
+                future.set_result(result)
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                self._runs.pop(run.number, None)
+
+        self._enclave.runs(future)
         try:
-            result = future.result()
-        except BaseException:
-            # Wakes the program, which may be waiting for the enclave, and lets it run out. The run
-            # stays known meanwhile: a visit that does not find it would have to raise.
-            run.failure = run.failure or EnclaveError("the run was interrupted")
-            self._tell_aborted(run)
-            while not future.done():
-                # A second Ctrl-C must not leave it running on memory that is given away.
-                with contextlib.suppress(KeyboardInterrupt):
-                    concurrent.futures.wait([future])
-            raise
-        if run.failure is not None:
-            raise run.failure
-        return result
+            # No pool: its threads would outlive the function, and keep the interpreter from ending.
+            threading.Thread(target=work, name="tempo_jax run", daemon=True).start()
+            either: list[concurrent.futures.Future[Any]] = [future, run.failed]
+            concurrent.futures.wait(either, return_when="FIRST_COMPLETED")
+            failure = run.failure
+            if failure is None:
+                return future.result()
+        except BaseException as error:
+            failure = error
+            run.abort(error)
+        concurrent.futures.wait([future], _RUN_OUT_SECONDS)
+        raise failure
 
     def _outputs(
         self, result: HostResult, handles: Sequence[Any], types: Sequence[Any]
@@ -374,100 +231,157 @@ class Runtime:
           types: abstract values of the flat outputs.
           donated: positions of inputs that the run consumes.
         """
+        number, resident = self._stage_begin(inputs)
+        function = build_host_program(self.plan, _Raising(self), self._mesh, observe=False)
+        result, handles = self._stage_commit(number, function(number, resident), donated)
+        return self._outputs(result, handles, types)
+
+    def _stage_begin(self, inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """The run's number, and its device-resident inputs, as tracers."""
         leaves, structure = jax.tree.flatten(list(inputs))
         leaves = [opaque.words_of(x) for x in leaves]
-        ports = self._program.inputs
         # Keys with a budget may run out in any run, and checksums do; the leaves come back anew.
         request = self.plan.request
         renewed = request.verify or request.scheme.key_budget is not None
-        arriving = [
-            i
-            for i, (port, x) in enumerate(zip(ports, inputs, strict=True))
-            if port.place == DEVICE and (x.form != BLINDED or renewed)
-        ]
-        results = (
-            jax.ShapeDtypeStruct((), np.uint32),
-            *(
-                jax.ShapeDtypeStruct(ports[i].array.shape, np.dtype(ports[i].array.dtype))
-                for i in arriving
-            ),
-        )
+        resident = {i: x for i, x in enumerate(inputs) if self._is_on_devices(i)}
+        arriving = [i for i, x in resident.items() if x.form != BLINDED or renewed]
+        arrays = [self._program.inputs[i].array for i in arriving]
+        results = [jax.ShapeDtypeStruct(a.shape, np.dtype(a.dtype)) for a in arrays]
 
-        def begin(*flat: Any) -> tuple[Any, ...]:
-            concrete = jax.tree.unflatten(structure, [np.asarray(x) for x in flat])
-            self._enclave.free_dropped()
-            reserved: tuple[str, Arena] = self._enclave.connection.reserve(
-                self._program.arena_bytes
-            )
-            try:
-                run, blinded = self._begin(*reserved, concrete, raises=True)
-            except BaseException:
-                self._enclave.connection.give_back(reserved)
-                raise
-            run.reserved = reserved
-            given = {i: concrete[i].content for i in arriving if concrete[i].form == BLINDED}
+        def begin(*flat: np.ndarray) -> list[np.ndarray]:
+            concrete = jax.tree.unflatten(structure, flat)
+            run, blinded = self._begin(concrete, arriving)
+            return [np.asarray(run.number, np.uint32), *(blinded[i] for i in arriving)]
+
+        number, *blinded = call_python(
+            begin, [jax.ShapeDtypeStruct((), np.uint32), *results], *leaves
+        )
+        fresh = dict(zip(arriving, blinded, strict=True))
+        return number, [fresh.get(i, x.content) for i, x in resident.items()]
+
+    def _is_on_devices(self, position: int) -> bool:
+        return self._program.inputs[position].place == DEVICE
+
+    def _begin(
+        self, inputs: Sequence[Any], arriving: Sequence[int]
+    ) -> tuple[HostRun, dict[int, np.ndarray]]:
+        """Starts a run; returns it with the device-resident inputs that are to arrive."""
+        self._enclave.free_dropped()
+        run = HostRun(self._served)
+        with self._ending(run):
+            blinded = run.begin(inputs)
+            given = {i: inputs[i].content for i in arriving if inputs[i].form == BLINDED}
             blinded = given | blinded
             if set(blinded) != set(arriving):
-                self._abort(run)
-                self._enclave.connection.give_back(reserved)
                 raise EnclaveError(
                     "a device-resident leaf lies under keys that do not fit this function's other "
                     "leaves. Call the function once outside jit, which blinds it again."
                 )
-            return np.uint32(run.number), *(blinded[i] for i in arriving)
+            self._runs[run.number] = run
+        return run, blinded
 
-        number, *blinded = jax.pure_callback(begin, results, *leaves)
-        fresh = dict(zip(arriving, blinded, strict=True))
-        resident = [
-            fresh[i] if i in fresh else x.content
-            for i, (port, x) in enumerate(zip(ports, inputs, strict=True))
-            if port.place == DEVICE
-        ]
-        function = build_host_program(self.plan, self._exchange, self._mesh, observe=False)
-        result = function(number, resident)
+    def _stage_commit(
+        self, number: Any, result: HostResult, donated: Sequence[int]
+    ) -> tuple[HostResult, list[Any]]:
+        """The result, and the sealed outputs' handles, as tracers that depend on the commit."""
 
-        def commit(number: Any, token: Any, *revealed: Any) -> Any:
-            run = self._runs.get(int(number))
-            if run is None:
-                raise EnclaveError("the run is over; JAX repeated one of its callbacks too late")
-            assert run.reserved is not None
-            try:
-                handles = self._commit(run, donated)
-            except BaseException:
-                self._abort(run)
-                raise
-            finally:
-                # No worker is under way any more.
-                self._enclave.connection.give_back(run.reserved)
+        def commit(number: np.ndarray, _: Any, *revealed: np.ndarray) -> list[np.ndarray]:
+            run = self._known(int(number))
+            with self._ending(run):
+                handles = run.commit(donated)
+            self._runs.pop(run.number, None)
             named = np.stack(
                 [handle_words(h) for h in handles] or [np.zeros(opaque.WORDS, np.uint32)]
             )
-            return named, *(np.asarray(x) for x in revealed)
+            return [named, *revealed]
 
-        count = max(1, len(self._program.outputs))
-        # What is revealed passes through: JAX drops a callback on which nothing depends.
-        handles, *revealed = jax.pure_callback(
+        count = len(self._program.outputs)
+        # What is revealed passes through: JAX drops a call on which nothing depends.
+        handles, *revealed = call_python(
             commit,
-            (
-                jax.ShapeDtypeStruct((count, opaque.WORDS), np.uint32),
+            [
+                jax.ShapeDtypeStruct((max(1, count), opaque.WORDS), np.uint32),
                 *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in result.revealed),
-            ),
+            ],
             number,
             result.token,
             *result.revealed,
         )
-        result = dataclasses.replace(result, revealed=list(revealed))
-        named = [
-            opaque.opaque(lax.index_in_dim(handles, i, keepdims=False))
-            for i in range(len(self._program.outputs))
-        ]
-        return self._outputs(result, named, types)
+        named = [opaque.opaque(lax.index_in_dim(handles, i, keepdims=False)) for i in range(count)]
+        return dataclasses.replace(result, revealed=list(revealed)), named
+
+    def _known(self, number: int) -> HostRun:
+        run = self._runs.get(number)
+        if run is None:
+            raise EnclaveError(_OVER)
+        if run.failure is not None:
+            raise run.failure
+        return run
+
+    @contextlib.contextmanager
+    def _ending(self, run: HostRun) -> Any:
+        """Inside a user's jit: what fails ends the run, and is remembered for `original_errors`."""
+        try:
+            yield
+        except BaseException as error:
+            run.abort(error)
+            self._runs.pop(run.number, None)
+            remember(error)
+            raise
 
 
-def _poison(array: ArrayType) -> np.ndarray:
-    dtype = np.dtype(array.dtype)
-    floating = jnp.issubdtype(dtype, jnp.floating)
-    return np.full(array.shape, np.nan if floating else 0, dtype)
+class _Poisoned:
+    """Visits outside a user's jit.
+
+    JAX leaves an exception inside a call into Python undefined, so a failure ends the run, the
+    result is poisoned, and the caller raises the error.
+    """
+
+    def __init__(self, runtime: Runtime):
+        self._runtime = runtime
+
+    def _run(self, number: int) -> HostRun:
+        run = self._runtime._runs.get(number)
+        if run is None:
+            raise EnclaveError(_OVER)
+        return run
+
+    def bring(self, run: int, worker: int, index: int, uploads: Sequence[np.ndarray]) -> None:
+        """See `running.host_program.Visits`."""
+        self._attempt(run, lambda known: self._runtime._bring(known, worker, index, uploads))
+
+    def fetch(self, run: int, worker: int, index: int) -> Sequence[np.ndarray]:
+        """See `running.host_program.Visits`."""
+        found = self._attempt(run, lambda known: self._runtime._fetch(known, worker, index))
+        return self._run(run).served.poison(index) if found is None else found
+
+    def _attempt(self, number: int, action: Callable[[HostRun], Any]) -> Any:
+        run = self._run(number)
+        if run.failure is None:
+            try:
+                return action(run)
+            except BaseException as error:
+                run.abort(error)
+        return None
+
+
+class _Raising:
+    """Visits inside a user's jit, whose caller only hears of what they raise."""
+
+    def __init__(self, runtime: Runtime):
+        self._runtime = runtime
+
+    def bring(self, run: int, worker: int, index: int, uploads: Sequence[np.ndarray]) -> None:
+        """See `running.host_program.Visits`."""
+        known = self._runtime._known(run)
+        with self._runtime._ending(known):
+            self._runtime._bring(known, worker, index, uploads)
+
+    def fetch(self, run: int, worker: int, index: int) -> Sequence[np.ndarray]:
+        """See `running.host_program.Visits`."""
+        known = self._runtime._known(run)
+        with self._runtime._ending(known):
+            return self._runtime._fetch(known, worker, index)
 
 
 def _default_device() -> Any:

@@ -1,16 +1,17 @@
 """The host's program: an ordinary JAX function that visits the enclave between products.
 
 It holds blinded values, scalars of the device-side update and revealed outputs, never a trusted
-equation. A token threads through the visits, because JAX may drop, repeat or reorder a
-`pure_callback` that nothing ties down. On a mesh the function runs under `jax.shard_map`,
-and every worker calls back with its own shard. Untrusted; built by `api.shielded`.
+equation. A token threads through the visits, because JAX may drop, repeat or reorder a call into
+Python that nothing ties down. On a mesh the function runs under `jax.shard_map`, and every worker
+calls with its own shard: it brings its uploads, the workers meet in a collective, and it fetches
+its downloads, so that no call waits for another worker's. Untrusted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,25 @@ from jax.sharding import Mesh, PartitionSpec
 
 from enclave_runtime.protocol.program import DEVICE, ArrayType
 from tempo_jax.jaxprs import equations
+from tempo_jax.jaxprs.callbacks import call
 from tempo_jax.jaxprs.products import contracted_axes
 from tempo_jax.jaxprs.types import JaxprEqn, Literal, Var
 from tempo_jax.planning.mesh import local_shape, sharded_axis
 from tempo_jax.planning.plan import Plan, offloaded
 
-# exchange(run, worker, segment, uploads) -> downloads, all as NumPy arrays
-Exchange = Callable[[int, int, int, Sequence[np.ndarray]], Sequence[np.ndarray]]
+
+class Visits(Protocol):
+    """What the host program does at each segment; all arrays are NumPy's.
+
+    `run` is a run's number, `worker` a device's place in the mesh, `index` a segment's.
+    """
+
+    def bring(self, run: int, worker: int, index: int, uploads: Sequence[np.ndarray]) -> None:
+        """Hands over one worker's parts of a segment's uploads."""
+
+    def fetch(self, run: int, worker: int, index: int) -> Sequence[np.ndarray]:
+        """One worker's parts of the downloads, when all have brought theirs."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +63,20 @@ jax.tree_util.register_dataclass(HostResult, ["revealed", "on_devices", "observe
 
 
 def build_host_program(
-    plan: Plan, exchange: Exchange, mesh: Mesh | None, observe: bool
+    plan: Plan, visits: Visits, mesh: Mesh | None, observe: bool
 ) -> Callable[..., HostResult]:
     """Builds the host's function.
 
     Args:
       plan: the plan.
-      exchange: visits the enclave.
+      visits: to the enclave.
       mesh: devices to run on, with one axis.
       observe: whether to return every offloaded product's operands and result.
 
     Returns:
       A jittable function of the run's number, uint32[], and the device-resident leaves.
     """
-    program = _HostProgram(plan, exchange, mesh, observe)
+    program = _HostProgram(plan, visits, mesh, observe)
     if mesh is None:
         return program.run
     (axis,) = mesh.axis_names
@@ -77,9 +90,9 @@ def build_host_program(
 
 
 class _HostProgram:
-    def __init__(self, plan: Plan, exchange: Exchange, mesh: Mesh | None, observe: bool):
+    def __init__(self, plan: Plan, visits: Visits, mesh: Mesh | None, observe: bool):
         self.plan = plan
-        self.exchange = exchange
+        self.visits = visits
         self.axis = None if mesh is None else mesh.axis_names[0]
         self.workers = 1 if mesh is None else mesh.size
         self.observe = observe
@@ -151,19 +164,27 @@ class _HostProgram:
     def _visit(
         self, index: int, run: Any, worker: Any, token: Any, uploads: Sequence[Any]
     ) -> tuple[Any, Sequence[Any]]:
-        segment = self.plan.cut.segments[index]
-        types = [self._local(v) for v in segment.downloads]
-        results = (
-            jax.ShapeDtypeStruct((), jnp.int32),
-            *(jax.ShapeDtypeStruct(t.shape, np.dtype(t.dtype)) for t in types),
-        )
+        types = [self._local(v) for v in self.plan.cut.segments[index].downloads]
+        results = [jax.ShapeDtypeStruct(t.shape, np.dtype(t.dtype)) for t in types]
+        met = jax.ShapeDtypeStruct((), jnp.int32)
 
-        def visit(run: Any, worker: Any, token: Any, *uploads: Any) -> tuple[Any, ...]:
-            arrays = [np.asarray(x) for x in uploads]
-            downloads = self.exchange(int(run), int(worker), index, arrays)
-            return np.int32(int(token) + 1), *downloads
+        def bring(run: Any, worker: Any, _: Any, *uploads: np.ndarray) -> list[Any]:
+            self.visits.bring(int(run), int(worker), index, uploads)
+            return [np.zeros((), np.int32)]
 
-        token, *downloads = jax.pure_callback(visit, results, run, worker, token, *uploads)
+        def fetch(run: Any, worker: Any, _: Any) -> list[Any]:
+            return [np.zeros((), np.int32), *self.visits.fetch(int(run), int(worker), index)]
+
+        def visit(*arguments: Any) -> list[Any]:
+            bring(*arguments)
+            return fetch(*arguments[:3])
+
+        if self.axis is None:
+            token, *downloads = call(visit, [met, *results], run, worker, token, *uploads)
+        else:
+            (token,) = call(bring, [met], run, worker, token, *uploads)
+            token = lax.psum(token, self.axis)
+            token, *downloads = call(fetch, [met, *results], run, worker, token)
         return token, downloads
 
     def _equations(

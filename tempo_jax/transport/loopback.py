@@ -11,6 +11,7 @@ import abc
 import contextlib
 import itertools
 import secrets
+import select
 import socket
 import threading
 import weakref
@@ -27,6 +28,7 @@ from tempo_jax.errors import (
     CheckpointError,
     EnclaveDiedError,
     EnclaveError,
+    EnclaveTimeoutError,
     IntegrityError,
     SealedValueError,
     SharedMemoryError,
@@ -34,6 +36,9 @@ from tempo_jax.errors import (
     UnprovisionedError,
 )
 from tempo_jax.transport.ownership import Owned
+
+PATIENCE_SECONDS = 10.0  # of waiting for a reply before the enclave is asked whether it answers
+ANSWER_SECONDS = 20.0  # within which a busy enclave answers that
 
 _ERRORS: dict[ErrorCode, type[TempoError]] = {
     ErrorCode.SHARED_MEMORY: SharedMemoryError,
@@ -63,6 +68,40 @@ def fields_of(reply: Frame) -> dict[str, Any]:
         hint = _HINTS.get(code, "") if text == wire.REFUSAL else ""
         raise _ERRORS.get(code, EnclaveError)(f"enclave: {text}{hint}")
     return reply.fields
+
+
+class Calls:
+    """Requests that can be given up together, from another thread.
+
+    Attributes:
+      cancelled: whether they were.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connections: set[socket.socket] = set()
+        self.cancelled = False
+
+    @contextlib.contextmanager
+    def on(self, connection: socket.socket) -> Iterator[None]:
+        """While this lasts, `cancel` breaks the connection."""
+        with self._lock:
+            if self.cancelled:
+                raise ConnectionAbortedError
+            self._connections.add(connection)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
+
+    def cancel(self) -> None:
+        """Breaks the connections of all requests under way, and of those that come later."""
+        with self._lock:
+            self.cancelled = True
+            for connection in self._connections:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 class Loopback(Owned):
@@ -103,23 +142,25 @@ class Loopback(Owned):
 
     # Requests
 
-    def _connect(self) -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", self.port))
+    def _connect(self, seconds: float | None) -> socket.socket:
+        seconds = seconds or ANSWER_SECONDS
+        connection = socket.create_connection(("127.0.0.1", self.port), seconds)
         self._connections.add(connection)
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             greet(connection, self._connection_key())
+            connection.settimeout(None)
         except BaseException:
             connection.close()
             raise
         return connection
 
     @contextlib.contextmanager
-    def _borrowed(self) -> Iterator[socket.socket]:
+    def _borrowed(self, seconds: float | None) -> Iterator[socket.socket]:
         """A connection for one request; one that was interrupted is not used again."""
         with self._lock:
             connection = self._idle.pop() if self._idle else None
-        connection = connection or self._connect()
+        connection = connection or self._connect(seconds)
         try:
             yield connection
         except BaseException:
@@ -128,28 +169,67 @@ class Loopback(Owned):
         with self._lock:
             self._idle.append(connection)
 
-    def request(self, kind: Kind, fields: dict[str, Any], attachment: bytes = b"") -> Any:
+    def request(
+        self,
+        kind: Kind,
+        fields: dict[str, Any],
+        attachment: bytes = b"",
+        *,
+        calls: Calls | None = None,
+        seconds: float | None = None,
+    ) -> Any:
         """Asks the enclave and returns the reply's fields.
+
+        Args:
+          kind: of request.
+          fields: the request's.
+          attachment: bytes that come with it.
+          calls: those with which this request can be given up.
+          seconds: within which the reply has to come. Without it a request may take as long as the
+            enclave works on it, as long as it answers others meanwhile.
 
         Raises:
           EnclaveDiedError: the process ended or the connection broke.
           ForkedError: this is a forked child of the process that made the connection.
+          EnclaveTimeoutError: no reply came, or the enclave does not answer at all.
           EnclaveError: it refused; `SealedValueError` or `SharedMemoryError` where those fit.
         """
         self.check_process()
         if self.closed:
             raise EnclaveError("this enclave was closed; launch a new one")
+        calls = calls or Calls()
         try:
-            with self._borrowed() as connection:
+            with self._borrowed(seconds) as connection, calls.on(connection):
                 # Numbers rise on every connection, since each carries one request at a time.
                 number = next(self._requests)
                 wire.send(connection, Frame(kind, number, fields, attachment))
+                self._await(connection, seconds)
                 reply = wire.receive(connection)
                 if reply.request != number:
                     raise WireError("a reply answers another request")
         except (OSError, WireError) as error:
+            if calls.cancelled:
+                raise EnclaveError("the request was given up: its run was aborted") from error
+            if isinstance(error, TimeoutError):
+                raise EnclaveTimeoutError(
+                    f"{self!r}: no reply to {kind.name} in {seconds or ANSWER_SECONDS:g} s. If the "
+                    "enclave is stopped, continue it (SIGCONT); if the machine is overloaded, call "
+                    "again."
+                ) from error
             raise self._died() from error
         return fields_of(reply)
+
+    def _await(self, connection: socket.socket, seconds: float | None) -> None:
+        """Waits for a reply to begin; of an enclave that is busy only while it answers others.
+
+        Raises:
+          TimeoutError: it did not begin in time.
+          EnclaveTimeoutError: the enclave answers nothing.
+        """
+        while not select.select([connection], [], [], seconds or PATIENCE_SECONDS)[0]:
+            if seconds is not None:
+                raise TimeoutError
+            self.request(Kind.STATISTICS, {}, seconds=ANSWER_SECONDS)
 
     # Shared memory
 
@@ -187,10 +267,10 @@ class Loopback(Owned):
         with self._lock:
             self._arenas.append(reserved)
 
-    def discard(self, reserved: tuple[str, Arena]) -> None:
+    def discard(self, reserved: tuple[str, Arena], seconds: float | None = None) -> None:
         """Forgets shared memory that a failed run may still be using."""
         with contextlib.suppress(TempoError):
-            self.request(Kind.UNMAP, {"name": reserved[0]})
+            self.request(Kind.UNMAP, {"name": reserved[0]}, seconds=seconds)
 
     def close(self) -> None:
         """Closes all connections; a forked child leaves its parent's as they are."""

@@ -29,6 +29,7 @@ from tempo_jax.errors import (
 )
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.export import export_segments
+from tempo_jax.running.host_run import HostRun
 from tempo_jax.sealing.array import handle_text
 from tempo_jax.transport.channel import dial
 from tempo_jax.transport.host_key import default_path, read_host_key, write_host_key
@@ -172,16 +173,16 @@ def provisioned_step(roles) -> tuple[Any, Any, Any, list[Any]]:
 def test_host_that_does_not_follow_its_run_loses_it(roles, name):
     shielded, arguments, runtime, inputs = provisioned_step(roles)
     request = roles.host.connection.request
-    with roles.host.arena(runtime._program.arena_bytes) as (name_of_arena, arena):
-        run, _ = runtime._begin(name_of_arena, arena, inputs, raises=False)
-        assert roles.host.statistics()["runs"] == 1
-        kind, fields = OUT_OF_ORDER[name]
-        with pytest.raises(EnclaveError, match=f"^enclave: {REFUSAL}$"):
-            request(kind, {"run": run.number, **fields})
-        assert roles.host.statistics()["runs"] == 0
-        # Nor does what would have been right now serve any more.
-        with pytest.raises(EnclaveError, match=f"^enclave: {REFUSAL}$"):
-            request(Kind.SEGMENT, {"run": run.number, "segment": 0, "worker": 0})
+    run = HostRun(runtime._served)
+    run.begin(inputs)
+    assert roles.host.statistics()["runs"] == 1
+    kind, fields = OUT_OF_ORDER[name]
+    with pytest.raises(EnclaveError, match=f"^enclave: {REFUSAL}$"):
+        request(kind, {"run": run.number, **fields})
+    assert roles.host.statistics()["runs"] == 0
+    # Nor does what would have been right now serve any more.
+    with pytest.raises(EnclaveError, match=f"^enclave: {REFUSAL}$"):
+        request(Kind.SEGMENT, {"run": run.number, "segment": 0, "worker": 0})
     # The state stands, and the next run is as good as ever.
     _, loss = shielded(*arguments)
     assert_close(loss, jax.jit(train_step)(initial_state(), X, Y)[1])
@@ -190,15 +191,15 @@ def test_host_that_does_not_follow_its_run_loses_it(roles, name):
 def test_host_that_repeats_a_segment_with_other_bytes_loses_the_run(roles):
     _, _, runtime, inputs = provisioned_step(roles)
     request = roles.host.connection.request
-    with roles.host.arena(runtime._program.arena_bytes) as (name, arena):
-        run, _ = runtime._begin(name, arena, inputs, raises=False)
-        for segment in (0, 1):
-            request(Kind.SEGMENT, {"run": run.number, "segment": segment, "worker": 0})
-        (changed, *_) = runtime._program.segments[1].uploads
-        view = arena.view(changed.blinded, changed.offset)
-        view[...] = view + 1
-        with pytest.raises(EnclaveError, match=f"^enclave: {REFUSAL}$"):
-            request(Kind.SEGMENT, {"run": run.number, "segment": 1, "worker": 0})
+    run = HostRun(runtime._served)
+    run.begin(inputs)
+    for segment in (0, 1):
+        request(Kind.SEGMENT, {"run": run.number, "segment": segment, "worker": 0})
+    (changed, *_) = runtime._program.segments[1].uploads
+    view = run.arena.view(changed.blinded, changed.offset)
+    view[...] = view + 1
+    with pytest.raises(EnclaveError, match=f"^enclave: {REFUSAL}$"):
+        request(Kind.SEGMENT, {"run": run.number, "segment": 1, "worker": 0})
     assert roles.host.statistics()["runs"] == 0
 
 

@@ -1,14 +1,11 @@
 """What goes wrong while a step runs: every failure is an error, and the last state is kept."""
 
-import contextlib
 import errno
 import gc
-import itertools
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -36,10 +33,11 @@ from tempo_jax.errors import (
     SharedMemoryError,
     TempoError,
 )
-from tempo_jax.running.call import Runtime
+from tempo_jax.running.host_run import HostRun
 from tempo_jax.sealing.array import handle_text
 from tests.enclave.test_enclave import is_running, nothing_left_behind
 from tests.support.boundary import mappings
+from tests.support.faults import at_visit, fail, promptly
 from tests.support.interpreter import plan
 from tests.support.steps import assert_close, shield_all, uniform
 from tests.support.steps import momentum_state as initial_state
@@ -78,34 +76,10 @@ def state(enclave, train) -> Any:
     return state
 
 
-def at_visit(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], Any]) -> None:
-    """Does something before one of the visits that follow, counted from 0."""
-    visit, count = Runtime._visit, itertools.count()
-
-    def intercepted(*arguments: Any) -> Any:
-        if next(count) == number:
-            action()
-        return visit(*arguments)
-
-    monkeypatch.setattr(Runtime, "_visit", intercepted)
-
-
-def fail() -> None:
-    raise OSError("planted")
-
-
 def held(enclave: tempo.Enclave) -> int:
     """How many handles are in use."""
     gc.collect()
     return enclave.statistics()["handles"]
-
-
-@contextlib.contextmanager
-def promptly(seconds: float = 5.0) -> Iterator[None]:
-    """Asserts that what is inside ends soon."""
-    start = time.monotonic()
-    yield
-    assert time.monotonic() - start < seconds
 
 
 # The enclave dies
@@ -172,10 +146,10 @@ def test_failed_request_keeps_the_state(enclave, train, state, monkeypatch, kind
     connection = enclave.connection
     request = connection.request
 
-    def failing(asked: Kind, *arguments: Any) -> Any:
+    def failing(asked: Kind, *arguments: Any, **options: Any) -> Any:
         if asked is kind:
             raise EnclaveError("planted")
-        return request(asked, *arguments)
+        return request(asked, *arguments, **options)
 
     handles = held(enclave)
     with monkeypatch.context() as patched:
@@ -216,10 +190,10 @@ def test_failed_step_in_jit_keeps_the_state(enclave, train, state, monkeypatch, 
     step, batch = jax.jit(train), enclave.seal((X, Y))
     request, before = enclave.connection.request, mapped(enclave)
 
-    def failing(asked: Kind, *arguments: Any) -> Any:
+    def failing(asked: Kind, *arguments: Any, **options: Any) -> Any:
         if asked is what:
             fail()
-        return request(asked, *arguments)
+        return request(asked, *arguments, **options)
 
     for _ in range(3):
         with monkeypatch.context() as patched:
@@ -233,51 +207,6 @@ def test_failed_step_in_jit_keeps_the_state(enclave, train, state, monkeypatch, 
     gc.collect()
     assert mapped(enclave) <= before + 1, "shared memory of failed runs stays mapped"
     state, _ = step(state, *batch)
-    assert_close(enclave.open(state), plain_state(2))
-
-
-# Ctrl-C
-
-
-def interrupt() -> None:
-    """What Ctrl-C does to this process."""
-    main = threading.main_thread().ident
-    assert main is not None
-    signal.pthread_kill(main, signal.SIGINT)
-
-
-@pytest.mark.parametrize("visit", [0, 2])
-def test_interrupted_step_keeps_the_state(enclave, train, state, monkeypatch, visit):
-    def interrupt_and_wait() -> None:
-        interrupt()
-        time.sleep(0.3)
-
-    with monkeypatch.context() as patched:
-        at_visit(patched, visit, interrupt_and_wait)
-        with promptly(), pytest.raises(KeyboardInterrupt):
-            train(state, X, Y)
-    assert enclave.statistics()["runs"] == 0
-    state, _ = train(state, X, Y)
-    assert_close(enclave.open(state), plain_state(2))
-
-
-def test_step_interrupted_twice_still_runs_out(enclave, train, state, monkeypatch):
-    # A program that ran on would write to shared memory that another run may have by then.
-    ended = []
-
-    def interrupt_twice() -> None:
-        for _ in range(2):
-            interrupt()
-            time.sleep(0.3)
-        ended.append(True)
-
-    with monkeypatch.context() as patched:
-        at_visit(patched, 1, interrupt_twice)
-        with pytest.raises(KeyboardInterrupt):
-            train(state, X, Y)
-            time.sleep(0.3)
-        assert ended
-    state, _ = train(state, X, Y)
     assert_close(enclave.open(state), plain_state(2))
 
 
@@ -471,7 +400,9 @@ def provisioned(enclave) -> Iterator[Provisioned]:
     arguments = enclave.seal((X, W, V))
     runtime = shielded._runtime(shielded._program(shielded._signature(arguments, {})))
     with enclave.arena(runtime._program.arena_bytes) as (name, arena):
-        host = Provisioned(enclave, runtime._program, runtime._number, name, arena, arguments, [])
+        host = Provisioned(
+            enclave, runtime._program, runtime._served.number, name, arena, arguments, []
+        )
         yield host
         for run in host.runs:
             host.request(Kind.ABORT, run=run)
@@ -635,12 +566,11 @@ def test_malformed_commit_commits_nothing(enclave, provisioned, donate):
     kept = shielded(X)
     runtime = shielded._runtime(shielded._program(shielded._signature((kept,), {})))
     handles = enclave.statistics()["handles"]
-    with enclave.arena(runtime._program.arena_bytes) as (name, arena):
-        run, _ = runtime._begin(name, arena, [kept], raises=False)
-        fields = {"run": run.number, "segment": 0, "worker": 0}
-        provisioned.request(Kind.SEGMENT, **fields)
-        refused(provisioned, None, Kind.COMMIT, run=run.number, donate=donate)
-        runtime._abort(run)
+    run = HostRun(runtime._served)
+    run.begin([kept])
+    provisioned.request(Kind.SEGMENT, run=run.number, segment=0, worker=0)
+    refused(provisioned, None, Kind.COMMIT, run=run.number, donate=donate)
+    run.abort(EnclaveError("the test is over"))
     assert enclave.statistics()["handles"] == handles
     assert_close(enclave.open(kept), X + 1)
 
@@ -689,7 +619,7 @@ def test_input_on_the_devices_is_taken_over_once(enclave, train, state):
             else:
                 given[-1] = {"handle": handle_text(sealed.handle)}
             offset += input_bytes(port.array)
-        fields = {"program": runtime._number, "arena": name, "workers": 1}
+        fields = {"program": runtime._served.number, "arena": name, "workers": 1}
         reply = request(Kind.BEGIN, {**fields, "inputs": given, "blind_at": offsets})
         assert reply["upload"]
         index, run = reply["upload"][0], reply["run"]

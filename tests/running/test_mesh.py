@@ -27,7 +27,7 @@ from tempo_jax.jaxprs import primitives
 from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.planning.mesh import choose_sharded, local_shape, sharded_axis
 from tempo_jax.running.call import Runtime
-from tests.running.test_faults import interrupt
+from tests.support.faults import interrupt
 from tests.support.steps import assert_close, shield_all, uniform
 
 STEPS = 3
@@ -271,7 +271,7 @@ def fragile(mlp) -> Iterator[tuple[tempo.Enclave, Any]]:
 @pytest.mark.parametrize(("worker", "segment"), [(0, 0), (1, 0), (3, 2)])
 def test_failing_worker_ends_all(fragile, mlp, monkeypatch, worker, segment):
     enclave, shielded = fragile
-    visit = Runtime._visit
+    visit = Runtime._bring
 
     def failing(self: Any, run: Any, number: int, index: int, uploads: Any) -> Any:
         if (number, index) == (worker, segment):
@@ -281,7 +281,7 @@ def test_failing_worker_ends_all(fragile, mlp, monkeypatch, worker, segment):
     state = enclave.seal(mlp.state)
     with watched(enclave):
         with monkeypatch.context() as patched:
-            patched.setattr(Runtime, "_visit", failing)
+            patched.setattr(Runtime, "_bring", failing)
             with pytest.raises(OSError, match="planted"):
                 shielded(state, *mlp.batch)
         assert enclave.statistics()["runs"] == 0
@@ -303,7 +303,7 @@ def test_two_threads_share_the_workers(fragile, mlp):
 
 def test_interrupt_ends_all_workers(fragile, mlp, monkeypatch):
     enclave, shielded = fragile
-    visit, count = Runtime._visit, itertools.count()
+    visit, count = Runtime._bring, itertools.count()
 
     def interrupting(*arguments: Any) -> Any:
         if next(count) == 5:
@@ -313,7 +313,7 @@ def test_interrupt_ends_all_workers(fragile, mlp, monkeypatch):
     state = enclave.seal(mlp.state)
     with watched(enclave):
         with monkeypatch.context() as patched:
-            patched.setattr(Runtime, "_visit", interrupting)
+            patched.setattr(Runtime, "_bring", interrupting)
             with pytest.raises(KeyboardInterrupt):
                 shielded(state, *mlp.batch)
                 threading.Event().wait(1)  # the signal may come when the step has just ended
@@ -323,14 +323,14 @@ def test_interrupt_ends_all_workers(fragile, mlp, monkeypatch):
 def test_killed_enclave_ends_all_workers(fragile, mlp, monkeypatch):
     # The last test with this enclave.
     enclave, shielded = fragile
-    visit, count = Runtime._visit, itertools.count()
+    visit, count = Runtime._bring, itertools.count()
 
     def killing(*arguments: Any) -> Any:
         if next(count) == 5:
             os.kill(enclave.connection.process.pid, signal.SIGKILL)
         return visit(*arguments)
 
-    monkeypatch.setattr(Runtime, "_visit", killing)
+    monkeypatch.setattr(Runtime, "_bring", killing)
     with watched(enclave):
         with pytest.raises(EnclaveDiedError, match="was killed by signal 9"):
             shielded(enclave.seal(mlp.state), *mlp.batch)

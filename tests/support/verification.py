@@ -137,7 +137,7 @@ Alter = Callable[[np.ndarray], np.ndarray]
 @contextlib.contextmanager
 def lying(alter: Alter, segment: int, upload: int = 0, worker: int = 0) -> Iterator[None]:
     """A device that alters one of the products on its way to shared memory."""
-    visit = Runtime._visit
+    visit = Runtime._bring
 
     def dishonest(self: Any, run: Any, number: int, index: int, uploads: Any) -> Any:
         uploads = list(uploads)
@@ -146,7 +146,7 @@ def lying(alter: Alter, segment: int, upload: int = 0, worker: int = 0) -> Itera
         return visit(self, run, number, index, uploads)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Runtime, "_visit", dishonest)
+        patched.setattr(Runtime, "_bring", dishonest)
         yield
 
 

@@ -160,7 +160,7 @@ def client_socket(line: Channel) -> socket.socket:
 @contextlib.contextmanager
 def host_socket(line: Attachment) -> Iterator[socket.socket]:
     """A connection of a host that has proved itself."""
-    with line._connect() as connection:
+    with line._connect(None) as connection:
         yield connection
 
 

@@ -359,7 +359,7 @@ def test_a_wrong_product_spends_the_signs_in_runs_that_are_open(watchful, traine
     liar = shielded(watchful, step, donate=False)
     expected = comparable(watchful.open(liar(*arguments)[0]))
     waiting = function._runtime(function._program(function._signature(arguments, {})))
-    visit, begun, lied = Runtime._visit, threading.Event(), threading.Event()
+    visit, begun, lied = Runtime._bring, threading.Event(), threading.Event()
 
     def intercepted(self: Any, run: Any, number: int, index: int, uploads: Any) -> Any:
         if self is not waiting:
@@ -371,7 +371,7 @@ def test_a_wrong_product_spends_the_signs_in_runs_that_are_open(watchful, traine
 
     lies = watchful.statistics()["wrong_products"]
     with pytest.MonkeyPatch.context() as patched, concurrent.futures.ThreadPoolExecutor() as pool:
-        patched.setattr(Runtime, "_visit", intercepted)
+        patched.setattr(Runtime, "_bring", intercepted)
         honest = pool.submit(function, *arguments)
         try:
             assert begun.wait(60)

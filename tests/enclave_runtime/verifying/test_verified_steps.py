@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 import tempo_jax as tempo
 from tempo_jax import errors
 from tempo_jax.running.call import Runtime
+from tempo_jax.running.host_run import HostRun
 from tempo_jax.schemes import Mixing, Orthogonal, SignedPermutation, Tempo
 from tempo_jax.sealing.array import is_sealed
 from tests.support.steps import assert_close, comparable, shield_all, uniform
@@ -211,15 +212,15 @@ def test_other_lies(watchful, mlp, alter):
 
 def test_a_product_of_other_operands_is_noticed(watchful, mlp, monkeypatch):
     # What the host changes in shared memory after it was sent must not count as an operand.
-    visit = Runtime._visit
+    fetch = Runtime._fetch
 
-    def changing(self: Any, run: Any, worker: int, index: int, uploads: Any) -> Any:
-        downloads = visit(self, run, worker, index, uploads)
+    def changing(self: Any, run: Any, worker: int, index: int) -> Any:
+        downloads = fetch(self, run, worker, index)
         for crossing in self._program.segments[index].downloads:
             run.arena.view(crossing.blinded, crossing.offset)[...] *= 1.5
         return downloads
 
-    monkeypatch.setattr(Runtime, "_visit", changing)
+    monkeypatch.setattr(Runtime, "_fetch", changing)
     with pytest.raises(errors.IntegrityError, match="wrong product"):
         mlp.shield(watchful, donate=False)(mlp.state, mlp.batch)
 
@@ -299,13 +300,13 @@ def test_lying_worker_of_a_mesh(watchful, worker):
 
 def test_same_segment_again_is_checked_again(watchful, mlp, monkeypatch):
     # A worker may ask again for the segment that just ran; other bytes end the run.
-    visit = Runtime._visit
+    fetch = Runtime._fetch
 
     def twice(self: Any, *arguments: Any) -> Any:
-        visit(self, *arguments)
-        return visit(self, *arguments)
+        fetch(self, *arguments)
+        return fetch(self, *arguments)
 
-    monkeypatch.setattr(Runtime, "_visit", twice)
+    monkeypatch.setattr(Runtime, "_fetch", twice)
     state, loss = mlp.shield(watchful, donate=False)(mlp.state, mlp.batch)
     assert_close((watchful.open(state), [loss]), after(mlp, 1))
 
@@ -329,8 +330,5 @@ def test_enclave_refuses_leaves_on_the_devices(watchful, mlp):
     verified = mlp.shield(watchful, donate=False)
     runtime = verified._runtime(verified._program(verified._signature((mlp.state, mlp.batch), {})))
     inputs = [*jax.tree.leaves(state, is_leaf=is_sealed), watchful.seal(mlp.batch)]
-    with watchful.arena(runtime._program.arena_bytes) as (name, arena):
-        with pytest.raises(
-            errors.IntegrityError, match="lies blinded on the devices, where nothing"
-        ):
-            runtime._begin(name, arena, inputs, raises=False)
+    with pytest.raises(errors.IntegrityError, match="lies blinded on the devices, where nothing"):
+        HostRun(runtime._served).begin(inputs)

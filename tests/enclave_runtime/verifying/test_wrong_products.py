@@ -116,9 +116,9 @@ def test_an_abort_does_not_hide_a_lie(session, monkeypatch):
         assert aborting.wait(30)
         raise IntegrityError("wrong")
 
-    def fail(run: Run, failure: BaseException) -> None:
+    def fail(run: Run, failure: BaseException) -> bool:
         aborting.set()
-        ended(run, failure)
+        return ended(run, failure)
 
     ended = Run.fail
     monkeypatch.setattr(Verifier, "checked", wrong)

@@ -1,0 +1,286 @@
+"""One run of a plan in the enclave, as the host knows it: begin, bring and fetch, commit or abort.
+
+A run owns its shared memory from begin to its end: a run that commits gives it back for the next
+one, a run that fails discards it, since a device may still be writing. On a mesh every worker first
+*brings* its parts of a segment's uploads, and *fetches* its parts of the downloads when all have
+brought theirs (the program has a barrier between). Whoever fetches first asks the enclave to run
+the segment; the others wait for that request alone, which needs none of them. So no visit ever
+waits for one that has not begun, whatever threads the runtime has. Untrusted.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from enclave_runtime.protocol.memory import Arena, input_bytes
+from enclave_runtime.protocol.program import ArrayType, Crossing, Program
+from enclave_runtime.protocol.wire import Kind
+from tempo_jax.errors import EnclaveError, TempoError
+from tempo_jax.planning.mesh import local_shape, sharded_axis
+from tempo_jax.running import watchdog
+from tempo_jax.running.observation import HostView
+from tempo_jax.sealing.array import ENCRYPTED, handle_text, is_sealed
+from tempo_jax.transport.loopback import Calls, Loopback
+
+ABORT_SECONDS = 0.3  # what an enclave that may be stopped gets to hear of an abort
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Tensor bytes that crossed since the plan was made.
+
+    Attributes:
+      up: bytes from the host to the enclave.
+      down: bytes from the enclave to the host.
+      round_trips: visits to the enclave.
+      runs: committed runs.
+    """
+
+    up: int = 0
+    down: int = 0
+    round_trips: int = 0
+    runs: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A program that the enclave has, and how its crossings are spread over the host's workers.
+
+    Attributes:
+      lines: to the enclave.
+      program: what it was told.
+      number: by which it knows the program.
+      sharded: key classes that are split over the workers.
+      workers: devices of the mesh, 1 without one.
+      lends: whether results may be views of shared memory: the CPU backend copies them before the
+        run goes on, others may not.
+      traffic: what its runs carried.
+    """
+
+    lines: Loopback
+    program: Program
+    number: int
+    sharded: frozenset[int]
+    workers: int
+    lends: bool
+    traffic: Traffic = dataclasses.field(default_factory=Traffic)
+
+    def local(self, crossing: Crossing) -> ArrayType:
+        """The type of one worker's part of a crossing."""
+        array = crossing.blinded
+        shape = local_shape(array.shape, crossing.layout, self.sharded, self.workers)
+        return ArrayType(shape, array.dtype)
+
+    def poison(self, index: int) -> list[np.ndarray]:
+        """What a worker gets of a segment's downloads when the run has failed."""
+        return [_poison(self.local(c)) for c in self.program.segments[index].downloads]
+
+
+class HostRun:
+    """A run in progress.
+
+    Attributes:
+      number: by which the enclave knows it.
+      arena: its shared memory.
+      failure: why it failed, if it did; visits after that do nothing.
+      failed: done when the run has been aborted.
+      views: recordings that its visits fill.
+    """
+
+    def __init__(self, served: Served, views: Sequence[HostView] = ()):
+        """Reserves shared memory; `begin` starts the run.
+
+        Raises:
+          SharedMemoryError: there is too little.
+        """
+        self.served = served
+        self.views = views
+        self.failure: BaseException | None = None
+        self.failed: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.number = 0
+        self._reserved: tuple[str, Arena] | None = served.lines.reserve(served.program.arena_bytes)
+        self.arena = self._reserved[1]
+        self._calls = Calls()
+        self._lock = threading.Lock()
+        self._brought: dict[int, set[int]] = {}
+        self._first: dict[int, float] = {}  # when the first worker came to a segment
+        self._segments: dict[int, concurrent.futures.Future[None]] = {}
+
+    def _request(self, kind: Kind, fields: dict[str, Any]) -> Any:
+        return self.served.lines.request(kind, {"run": self.number, **fields}, calls=self._calls)
+
+    # Begin
+
+    def begin(self, inputs: Sequence[Any]) -> dict[int, np.ndarray]:
+        """Starts the run.
+
+        Args:
+          inputs: for each port a `SealedArray` of concrete children, or a public array.
+
+        Returns:
+          Device-resident inputs that the enclave blinded, by position.
+        """
+        served, (name, arena) = self.served, self._require_memory()
+        given: list[dict[str, Any]] = []
+        offsets, offset = [], 0
+        for port, x in zip(served.program.inputs, inputs, strict=True):
+            offsets.append(offset)
+            offset += input_bytes(port.array)
+            if is_sealed(x) and x.form != ENCRYPTED:
+                given.append({"handle": handle_text(x.handle)})
+                continue
+            content = np.asarray(x.content) if is_sealed(x) else np.asarray(x)
+            place = ArrayType(content.shape, content.dtype.name)
+            np.copyto(arena.view(place, offsets[-1]), content)
+            given.append({"offset": offsets[-1]})
+        # The host's workers meet here, so that the enclave serves one.
+        fields = {"program": served.number, "arena": name, "workers": 1}
+        fields |= {"inputs": given, "blind_at": offsets}
+        reply = served.lines.request(Kind.BEGIN, fields, calls=self._calls)
+        self.number = reply["run"]
+        if served.workers > 1:
+            watchdog.watch(self)
+        blinded = self._take(reply["download"], offsets)
+        if reply["upload"]:
+            blinded |= self._settle(inputs, reply["upload"], offsets)
+        return blinded
+
+    def _require_memory(self) -> tuple[str, Arena]:
+        if self._reserved is None:
+            raise EnclaveError("the run is over") from self.failure
+        return self._reserved
+
+    def _settle(
+        self, inputs: Sequence[Any], positions: Sequence[int], offsets: Sequence[int]
+    ) -> dict[int, np.ndarray]:
+        """Brings leaves that lie on the devices but are wanted inside, or under other keys."""
+        moving = {str(i): offsets[i] for i in positions}
+        for i in positions:
+            port = self.served.program.inputs[i]
+            np.copyto(self.arena.view(port.array, offsets[i]), np.asarray(inputs[i].content))
+        reply = self._request(Kind.SETTLE, {"offsets": moving, "blind_at": moving})
+        return self._take(reply["download"], offsets)
+
+    def _take(self, positions: Sequence[int], offsets: Sequence[int]) -> dict[int, np.ndarray]:
+        inputs = self.served.program.inputs
+        return {i: self.arena.view(inputs[i].array, offsets[i]).copy() for i in positions}
+
+    # Visits
+
+    def _part(self, crossing: Crossing, worker: int) -> tuple[np.ndarray, bool]:
+        """A worker's part of a crossing in shared memory, and whether it is split at all."""
+        view = self.arena.view(crossing.blinded, crossing.offset)
+        axis = sharded_axis(crossing.layout, self.served.sharded)
+        if axis is None:
+            return view, False
+        size = crossing.blinded.shape[axis] // self.served.workers
+        part = slice(worker * size, (worker + 1) * size)
+        return view[(slice(None),) * axis + (part,)], True
+
+    def bring(self, worker: int, index: int, uploads: Sequence[np.ndarray]) -> None:
+        """Lays one worker's parts of a segment's uploads into shared memory."""
+        segment = self.served.program.segments[index]
+        for crossing, array in zip(segment.uploads, uploads, strict=True):
+            part, split = self._part(crossing, worker)
+            if split or worker == 0:
+                np.copyto(part, array)
+                self.served.traffic.up += part.nbytes
+        with self._lock:
+            self._first.setdefault(index, time.monotonic())
+            self._brought.setdefault(index, set()).add(worker)
+
+    def late(self, seconds: float) -> tuple[int, list[int]] | None:
+        """The segment that some workers have waited at for so long, and who has not come."""
+        everyone = set(range(self.served.workers))
+        with self._lock:
+            for index, first in self._first.items():
+                missing = everyone - self._brought[index]
+                if missing and time.monotonic() - first > seconds:
+                    return index, sorted(missing)
+        return None
+
+    def fetch(self, worker: int, index: int) -> list[np.ndarray]:
+        """One worker's parts of a segment's downloads; the first to ask has the segment run."""
+        self._run_once(index)
+        segment, traffic = self.served.program.segments[index], self.served.traffic
+        downloads = []
+        for crossing in segment.downloads:
+            part, split = self._part(crossing, worker)
+            downloads.append(part if self.served.lends else part.copy())
+            if split or worker == 0:
+                traffic.down += part.nbytes
+        if worker == 0:
+            traffic.round_trips += 1
+            for view in self.views:
+                for c in (*segment.uploads, *segment.downloads):
+                    view.crossings.append((view.steps, self.arena.view(c.blinded, c.offset).copy()))
+        return downloads
+
+    def _run_once(self, index: int) -> None:
+        """Has the enclave run a segment, unless a worker did or is about to."""
+        with self._lock:
+            alone = self.served.workers == 1
+            # A single worker that comes again was repeated by JAX; the enclave compares what it
+            # brings. On a mesh the others may have gone on.
+            first = alone or index not in self._segments
+            if first:
+                self._segments[index] = concurrent.futures.Future()
+            done = self._segments[index]
+        if not first:
+            done.result()
+            return
+        try:
+            self._request(Kind.SEGMENT, {"segment": index, "worker": 0})
+        except BaseException as error:
+            done.set_exception(error)
+            raise
+        done.set_result(None)
+
+    # The end
+
+    def commit(self, donated: Sequence[int]) -> list[str]:
+        """Keeps the outputs and returns their handles; the shared memory serves the next run."""
+        handles = self._request(Kind.COMMIT, {"donate": list(donated)})["handles"]
+        watchdog.unwatch(self)
+        self.served.traffic.runs += 1
+        with self._lock:
+            reserved, self._reserved = self._reserved, None
+        if reserved is not None:
+            self.served.lines.give_back(reserved)
+        return handles
+
+    def abort(self, failure: BaseException) -> None:
+        """Ends the run at once, whatever the enclave is doing; nothing is committed.
+
+        Visits that wait for the enclave are woken. The shared memory is not used again: a worker
+        may be writing to it.
+        """
+        with self._lock:
+            if self.failure is not None:
+                return
+            self.failure = failure
+            reserved, self._reserved = self._reserved, None
+        watchdog.unwatch(self)
+        self._calls.cancel()
+        lines = self.served.lines
+        with contextlib.suppress(TempoError):
+            if self.number:
+                lines.request(Kind.ABORT, {"run": self.number}, seconds=ABORT_SECONDS)
+        if reserved is not None:
+            lines.discard(reserved, seconds=ABORT_SECONDS)
+        self.failed.set_result(None)
+
+
+def _poison(array: ArrayType) -> np.ndarray:
+    dtype = np.dtype(array.dtype)
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return np.full(array.shape, np.nan if floating else 0, dtype)

@@ -1,0 +1,73 @@
+"""Notices a worker of a mesh that does not come, and ends its run with an error that names it.
+
+The others wait for it inside XLA, where nobody says whom they wait for. XLA's own patience on a CPU
+is 40 seconds, after which it ends the process; this comes before. One thread looks at all runs, as
+long as there are any. Untrusted.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Protocol
+
+from tempo_jax.errors import EnclaveError
+
+WORKER_SECONDS = 30.0  # that a worker may come later than the first
+_LOOK_SECONDS = 0.5
+
+_log = logging.getLogger("tempo_jax")
+
+
+class Watched(Protocol):
+    """A run as the watchdog sees it."""
+
+    def late(self, seconds: float) -> tuple[int, list[int]] | None:
+        """The segment that some workers have waited at for so long, and who has not come."""
+
+    def abort(self, failure: BaseException) -> None:
+        """Ends the run."""
+
+
+class _Watchdog:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs: set[Watched] = set()
+        self._awake = False
+
+    def watch(self, run: Watched) -> None:
+        with self._lock:
+            self._runs.add(run)
+            if not self._awake:
+                self._awake = True
+                threading.Thread(target=self._look, name="tempo_jax watchdog", daemon=True).start()
+
+    def unwatch(self, run: Watched) -> None:
+        with self._lock:
+            self._runs.discard(run)
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(_LOOK_SECONDS)
+            with self._lock:
+                runs = list(self._runs)
+                if not runs:
+                    self._awake = False
+                    return
+            for run in runs:
+                late = run.late(WORKER_SECONDS)
+                if late is not None:
+                    index, missing = late
+                    names = ", ".join(map(str, missing))
+                    error = EnclaveError(
+                        f"worker {names} of the mesh did not come to segment {index} within "
+                        f"{WORKER_SECONDS:g} s of the first. Its device is stuck, or much slower "
+                        "than the others: look at it, or leave it out of `mesh=`."
+                    )
+                    _log.error("%s", error)
+                    run.abort(error)
+
+
+_watchdog = _Watchdog()
+watch, unwatch = _watchdog.watch, _watchdog.unwatch

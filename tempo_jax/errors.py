@@ -55,7 +55,11 @@ class SecrecyError(TempoError):
 
 
 class IntegrityError(TempoError):
-    """The devices returned something wrong under `shield(..., verify=True)`; nothing was kept."""
+    """The devices returned something wrong under `shield(..., verify=True)`; nothing was kept.
+
+    Or it cannot be told, as a leaf on the devices or what meets one is not finite; the text says
+    which. That does not count as a lie.
+    """
 
 
 class UnsupportedError(TempoError):

@@ -24,7 +24,7 @@ from enclave_runtime.protocol.memory import Arena
 from enclave_runtime.protocol.program import DEVICE, ENCLAVE, Crossing, Layout, Port, Program
 from enclave_runtime.schemes import Scheme
 from enclave_runtime.sessions.store import Blinded, KeyUses, Resident, Store
-from enclave_runtime.verifying.checksum import SpentSignsError
+from enclave_runtime.verifying.checksum import NotComparableError, SpentSignsError
 from enclave_runtime.verifying.follower import Follower
 from enclave_runtime.verifying.integrity import IntegrityError, Verifier, private, private_copy
 
@@ -226,7 +226,7 @@ class Run:
                 raise RunError(str(error)) from error
             except IntegrityError as error:
                 # At once, so that no other request tries again, and no abort hides it.
-                self.lied, self._failure = True, error
+                self.lied, self._failure = not isinstance(error, NotComparableError), error
                 raise
         keys = self.keys.of(crossing.layout)
         return self._scheme.unblind(own, crossing.layout, keys, operands)

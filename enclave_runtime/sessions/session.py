@@ -34,6 +34,7 @@ from enclave_runtime.sessions.programs import Programs, Provisioned, RequestErro
 from enclave_runtime.sessions.run import Run, RunError
 from enclave_runtime.sessions.store import Blinded, Resident, Store
 from enclave_runtime.verifying import checksum, follower, integrity
+from enclave_runtime.verifying.checksum import NotComparableError
 from enclave_runtime.verifying.integrity import MAX_WRONG_PRODUCTS, IntegrityError, private_copy
 
 # A reply's fields, with its attachment where it has one.
@@ -337,6 +338,9 @@ class Session:
         try:
             yield
             wrong = False
+        except NotComparableError:
+            wrong = False
+            raise
         finally:
             with self._lock:
                 self._comparing -= 1

@@ -32,8 +32,10 @@ run that is open, and the leaf can only be brought in, in at most `MAX_FAILURES`
 below the tolerance counts by the *leaf*: an error in one element of an update is noticed from about
 ``5 n u √w`` of the RMS of the weight's row on (n runs, w columns; 3·10⁻⁵ for 8 and 128), and errors
 in all of a row together from ``5 n u`` of its norm on, not from a share of the update. Where a
-sketch or an operand is not finite, or their product may leave float64, nothing can be compared and
-the run stops; nothing passes against a tolerance that is not finite.
+sketch or an operand is not finite, or a product or leaf may leave its format, nothing can be
+compared, and without Ŵ nothing can be computed inside: the run stops, or the leaf is not given out.
+That depends on nothing that came back. So it is no lie, is not counted as one, and R stays secret;
+a run that brings finite values goes on. Nothing passes against a tolerance that is not finite.
 
 Trusted.
 """
@@ -76,6 +78,13 @@ from enclave_runtime.verifying.integrity import (
 
 MAX_FAILURES = 8  # comparisons of a leaf with one checksum that may fail
 _SUMMATION = 1e-12  # rounding of the sketches themselves, in float64
+# The largest of 128 elements is at least 0.088 of their norm, so one vector shows as much with
+# probability 1/2 at least; the RMS of 16 shows less than 1/46 of a norm with 2**-16 at most.
+_ROOM = 64
+
+
+class NotComparableError(IntegrityError):
+    """Nothing can be compared, whatever came back; so an honest device may be behind it."""
 
 
 class SpentSignsError(Exception):
@@ -250,7 +259,8 @@ def _compared(
 ) -> tuple[jax.Array, jax.Array]:
     """Whether a product with a leaf can be compared, and whether it is right.
 
-    What comes back widens the tolerance, so that no value of it may make that infinite.
+    The first depends on nothing that came back. That widens the tolerance, so that no value of it
+    may make that infinite.
     """
     values, norms, drift = sketch
     wide, exact = np.dtype(use.dtype), other.astype(np.float64)
@@ -266,7 +276,9 @@ def _compared(
     energy += _row_energy(out / scale, jnp.abs(matrix[..., :1]), out_axes)
     drifted = DRIFT * use.both(drift, jnp.abs(exact))
     comparable = all_finite(drifted) & all_finite(values) & all_finite(exact)
-    comparable &= jnp.isfinite(sizes[0] * sizes[1])
+    # Beyond, an honest device's sums, or those taken of its rows here, may overflow.
+    bound = _ROOM * terms * use.width * sizes[0] * sizes[1]
+    comparable &= bound < float(np.finfo(wide).max)
     tolerance = _tolerance(energy, terms, use, unit, scale) + drifted
     difference = jnp.abs(given - expected).reshape(*tolerance.shape, VECTORS)
     right = all_finite(out) & all_finite(tolerance) & jnp.all(difference <= tolerance[..., None])
@@ -357,7 +369,8 @@ def check_product(
       source: names the product.
 
     Raises:
-      IntegrityError: it is not, or its operands allow no comparison.
+      IntegrityError: it is not.
+      NotComparableError: its operands allow no comparison.
       SpentSignsError: a comparison under these signs failed before, in whatever run.
     """
     operands = _Operands(use.product, use.which, use.axes, out.dtype.name, leaf.signs.width)
@@ -373,7 +386,7 @@ def check_product(
             operands, shape, use.out_axes, other, out, parts, leaf.signs.matrix
         )
         if not comparable:
-            raise IntegrityError(
+            raise NotComparableError(
                 f"an operand is not finite, or too large, so that nothing can be checked: {source}."
                 " The run was stopped, and the last committed state stands"
             )
@@ -383,6 +396,14 @@ def check_product(
                 f"the devices returned a wrong product: {source}. The run was stopped, "
                 "and the last committed state stands"
             )
+
+
+def _allows_comparison(leaf: Sketch, dtype: np.dtype) -> bool:
+    """Whether an honest device's leaf is finite, as far as its sketch tells."""
+    with np.errstate(all="ignore"):
+        largest = np.max(leaf.norms + DRIFT * leaf.drift, initial=0)
+    finite = np.isfinite(leaf.values).all() and np.isfinite(leaf.drift).all()
+    return bool(finite and _ROOM * largest < float(np.finfo(dtype).max))
 
 
 def leaf_matches(leaf: Sketch, x: np.ndarray, axes: AxisNumbers) -> bool:
@@ -398,12 +419,16 @@ def leaf_matches(leaf: Sketch, x: np.ndarray, axes: AxisNumbers) -> bool:
 
 
 def check_leaf(checksum: Checksum, x: np.ndarray, source: str) -> None:
-    """Raises `IntegrityError` unless an array from the devices fits its checksum.
+    """Checks that an array from the devices fits its checksum.
 
     Args:
       checksum: the leaf's.
       x: a private copy.
       source: names the leaf.
+
+    Raises:
+      IntegrityError: it does not.
+      NotComparableError: the leaf was not finite when the devices last updated it honestly.
     """
     for axes, leaf in checksum.items():
         with leaf.signs.lock:
@@ -412,9 +437,14 @@ def check_leaf(checksum: Checksum, x: np.ndarray, source: str) -> None:
                     f"{leaf.signs.failures} wrong values came back for a leaf or its products: "
                     f"{source}. It is given up; restore it from a checkpoint"
                 )
+            if not _allows_comparison(leaf, x.dtype):
+                raise NotComparableError(
+                    f"a leaf is not finite, or too large, so that it cannot be checked: {source}. "
+                    "What it was updated by made it so; restore it from a checkpoint"
+                )
             if not leaf_matches(leaf, x, axes):
                 leaf.signs.failures += 1
                 raise IntegrityError(
                     f"the devices returned a wrong leaf: {source}. It was updated wrongly or "
-                    "altered since, or was never finite"
+                    "altered since"
                 )

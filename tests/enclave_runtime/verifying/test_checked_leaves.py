@@ -191,6 +191,46 @@ def test_a_leaf_is_held_to_its_checksum_when_it_is_blinded_anew(watchful):
         function(replaced(state, 1, one_element), x)
 
 
+def test_what_diverges_stops_a_run_and_makes_no_liar(watchful):
+    tx = tempo.cheap_update(MOMENTUM)
+
+    def step(state: Any, x: Any) -> Any:
+        params, optimizer = state
+
+        def loss_of(params: Any) -> Any:
+            # Of a root at zero the value is finite, and the gradient is not.
+            return jnp.mean(jnp.sqrt(jnp.abs(jnp.tanh(x @ params["w"])) ** 2))
+
+        loss, gradients = jax.value_and_grad(loss_of)(params)
+        changes, optimizer = tx.update(gradients, optimizer, params)
+        return (optax.apply_updates(params, changes), optimizer), tempo.reveal(loss)
+
+    params, x = {"w": uniform(1, 12, 10)}, uniform(2, 14, 12)
+    function, plain = shielded(watchful, step, donate=False), jax.jit(step)
+    lies = watchful.statistics()["wrong_products"]
+    expected = params, tx.init(params)
+    state, _ = function(expected, x)
+    expected, _ = plain(expected, x)
+    assert on_devices(state) == 2
+    for value in (jnp.nan, jnp.inf):
+        with pytest.raises(errors.IntegrityError, match="an operand is not finite"):
+            function(state, x.at[3, 2].set(value))
+    # No signs are spent: the leaves stay where they are, and training goes on.
+    state, loss = function(state, x)
+    expected, expected_loss = plain(expected, x)
+    assert on_devices(state) == 2
+    assert_close(loss, expected_loss)
+    assert_close(watchful.open(state), expected)
+
+    state, loss = function(state, x.at[3].set(0))
+    assert loss == loss and np.isnan(plain(expected, x.at[3].set(0))[0][0]["w"]).any()
+    with pytest.raises(errors.IntegrityError, match="a leaf is not finite.*updated by dot_general"):
+        watchful.open(state)
+    with pytest.raises(errors.IntegrityError, match="an operand is not finite"):
+        function(state, x)
+    assert watchful.statistics()["wrong_products"] == lies
+
+
 def test_without_verification_the_same_lie_passes(watchful):
     """The control."""
     step, state, x = mlp_training(MOMENTUM)

@@ -22,6 +22,7 @@ from enclave_runtime.protocol.updates import Update
 from enclave_runtime.verifying import checksum
 from enclave_runtime.verifying.checksum import (
     MAX_FAILURES,
+    NotComparableError,
     Signs,
     Sketch,
     SpentSignsError,
@@ -253,13 +254,39 @@ def test_a_leaf_is_given_up_after_too_many_lies():
         checksum.check_leaf(held, np.ones((3, 2), np.float32), "here")
 
 
-def test_values_that_are_not_finite_stop_the_run():
-    weight = np.ones((4, 3), np.float32)
-    x = jnp.ones((2, 4), jnp.float32).at[1, 1].set(jnp.inf)
-    with pytest.raises(IntegrityError, match="an operand is not finite.*: here"):
-        checksum.check_product(
-            *(leaf_use(FORWARD, (2, 2), 1), sketched(weight, RIGHT), (4, 3), x, x @ weight, "here")
-        )
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e38])
+def test_values_that_are_not_finite_stop_the_run_and_are_no_lie(value):
+    # 1e38 itself is finite, and what an honest device makes of it is not.
+    weight = np.full((4, 3), 8, np.float32)
+    x = np.ones((2, 4), np.float32)
+    x[1, 1] = value
+    leaf, use = sketched(weight, RIGHT), leaf_use(FORWARD, (2, 2), 1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        honest = x @ weight
+    assert not np.isfinite(honest).all()
+    # The answer depends on nothing that came back, so it tells nothing of the signs.
+    for out in (honest, np.zeros_like(honest), np.full_like(honest, np.nan)):
+        with pytest.raises(NotComparableError, match="an operand is not finite.*: here"):
+            checksum.check_product(use, leaf, (4, 3), jnp.asarray(x), jnp.asarray(out), "here")
+    assert leaf.signs.failures == 0
+    clean = jnp.ones((2, 4), jnp.float32)
+    checksum.check_product(use, leaf, (4, 3), clean, clean @ weight, "here")
+
+
+@pytest.mark.parametrize("factor", [np.inf, np.nan, 1e39])
+def test_a_leaf_that_an_honest_device_cannot_keep_finite_is_no_lie(factor):
+    # In float32 the leaf is not finite; its sketch, in float64, need not show it.
+    weight = np.random.default_rng(0).standard_normal((24, 16)).astype(np.float32)
+    leaf = sketched(weight, RIGHT).rounded(2.0**-24)
+    scaled = checksum.apply(update(updates.SCALE, (1,), (24, 16)), [leaf], RIGHT, factor)
+    with np.errstate(over="ignore"):
+        honest = (weight * factor).astype(np.float32)
+    assert not np.isfinite(honest).any()
+    for content in (honest, weight, np.zeros_like(weight)):
+        with pytest.raises(NotComparableError, match="a leaf is not finite.*: here"):
+            checksum.check_leaf({RIGHT: scaled}, content, "here")
+    assert scaled.signs.failures == 0
+    checksum.check_leaf({RIGHT: leaf}, weight, "here")
 
 
 def float64_leaf(scale: float = 1.0) -> tuple[Sketch, np.ndarray, np.ndarray]:

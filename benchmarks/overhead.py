@@ -211,13 +211,13 @@ def measure_error(case: Case, scheme: Any) -> Json:
         else:
             errors[name] = _relative_error(shielded, plain)
             reordering_errors[name] = _relative_error(other, plain)
-    worst = max(errors, key=errors.__getitem__)
+    worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
     return {
         "batch_size": case.checked_batch_size,
         "steps": CHECKED_STEPS,
         "error": errors[worst],
         "worst_leaf": worst,
-        "reordering_error": max(reordering_errors.values()),
+        "reordering_error": float(np.max([*reordering_errors.values()])),
         "leaves": len(errors),
         "leaves_of_noise": noise,
     }

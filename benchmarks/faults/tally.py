@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from benchmarks.faults.training import TOLERANCE
 
 
@@ -26,7 +28,7 @@ class Tally:
     def count(self, moment: Any, problems: Sequence[str], error: float = 0.0) -> None:
         """Adds one fault."""
         self.tried += 1
-        self.largest_error = max(self.largest_error, error)
+        self.largest_error = float(np.maximum(self.largest_error, error))  # max() forgets NaN
         problems = [*problems, *(["another result"] if not error <= TOLERANCE else [])]
         self.survived += not problems
         self.failures += [f"{moment}: {p}" for p in problems]

@@ -23,6 +23,7 @@ V = uniform(3, 8, 12)
 S = X @ X.T + 8 * jnp.eye(8)
 KEY = jax.random.key(7)
 LEGACY_KEY = jax.random.PRNGKey(7)
+qr: Any = jax.scipy.linalg.qr  # declared with every number of results
 
 Case = tuple[Callable[..., Any], tuple[Any, ...]]
 CASES: dict[str, Case] = {}
@@ -469,6 +470,24 @@ def precision_and_formats(x, w):
     low = lax.dot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), preferred_element_type=float)
     with jax.default_matmul_precision("float32"):
         return low, x @ w, lax.reduce_precision(x, 5, 2), x.astype(jnp.float8_e4m3fn).astype(float)
+
+
+@case(X, S)
+def lapack_without_a_guarantee(x, s):
+    q, r, order = qr(s @ x, pivoting=True)
+    product, triangle = jax.scipy.linalg.qr_multiply(s, x.T @ s, "right")
+    algorithm = lax.linalg.SvdAlgorithm.QR
+    values = lax.linalg.svd(s @ x, compute_uv=False, algorithm=algorithm)
+    return q @ r, order, product, triangle, values
+
+
+@case(S)
+def complex_lapack_without_a_guarantee(s):
+    z = s + 1j * jnp.triu(s)
+    q, r, _ = qr(z, pivoting=True)
+    algorithm = lax.linalg.SvdAlgorithm.QR
+    product, _ = jax.scipy.linalg.qr_multiply(z, z, "right")
+    return q @ r, product, lax.linalg.svd(z, compute_uv=False, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -72,10 +72,10 @@ _DEBUGGING = {
 _SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
 
 
-_CALLBACKS = {
-    _primitive_of(lambda x: jax.pure_callback(lambda y: y, _SCALAR, x), 0.0),
-    _primitive_of(lambda x: io_callback(lambda y: y, _SCALAR, x), 0.0),
-}
+_pure_callback_p = _primitive_of(lambda x: jax.pure_callback(lambda y: y, _SCALAR, x), 0.0)
+
+
+_io_callback_p = _primitive_of(lambda x: io_callback(lambda y: y, _SCALAR, x), 0.0)
 
 
 optimization_barrier_p = _primitive_of(lax.optimization_barrier, 0.0)
@@ -89,7 +89,9 @@ _random_unwrap_p = _primitive_of(jax.random.key_data, _KEY)
 
 def is_callback(eqn: JaxprEqn) -> bool:
     """Whether an equation calls back into Python for a result."""
-    return eqn.primitive in _CALLBACKS
+    return eqn.primitive is _pure_callback_p or (
+        eqn.primitive is _io_callback_p and bool(eqn.outvars)
+    )
 
 
 def is_revealed(v: Any, made_by: Mapping[Any, JaxprEqn]) -> bool:
@@ -101,5 +103,5 @@ def is_revealed(v: Any, made_by: Mapping[Any, JaxprEqn]) -> bool:
 
 
 def is_debugging(eqn: JaxprEqn) -> bool:
-    """Whether an equation is `jax.debug.print` or `jax.debug.callback`."""
-    return eqn.primitive in _DEBUGGING
+    """Whether an equation only shows values: `jax.debug`, or an `io_callback` without results."""
+    return eqn.primitive in _DEBUGGING or (eqn.primitive is _io_callback_p and not eqn.outvars)

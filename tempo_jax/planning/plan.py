@@ -106,7 +106,8 @@ def flatten_calls(request: Request) -> Flat:
     """Inlines calls, and dissolves control flow that holds work worth offloading."""
     _refuse_callbacks(request.closed.jaxpr)
     notes = [
-        f"the debugging callback at {equations.source(eqn)} is left out: it would show values"
+        f"the debugging callback `{eqn.primitive.name}` at {equations.source(eqn)} is left out: "
+        "it would show values"
         for eqn in equations.debugging(request.closed.jaxpr)
     ]
 
@@ -127,7 +128,8 @@ def _refuse_callbacks(jaxpr: Jaxpr) -> None:
                 f"shield: `{eqn.primitive.name}` at {equations.source(eqn)} calls back into "
                 "Python, and the enclave runs only compiled programs. Pass what the callback "
                 "computes as an argument, or return its operand through `tempo.reveal` and call "
-                "it outside."
+                "it outside. A check that raises may give NaN instead (Equinox's `error_if` does "
+                "under EQX_ON_ERROR=nan)."
             )
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import io_callback
 
 import tempo_jax as tempo
 from tests.support.steps import assert_close, offloaded_products, shield_all, uniform
@@ -541,6 +542,29 @@ def test_debugging_callbacks_are_left_out_with_a_note(enclave, capfd):
     jax.effects_barrier()
     assert "secret" not in capfd.readouterr().out
     assert str(shielded.explain(*arguments)).count("is left out") == 3
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_io_callbacks_without_results_are_left_out_like_debugging(enclave, ordered):
+    seen = []
+
+    def show(c):
+        io_callback(lambda value: seen.append(value), None, c.sum(), ordered=ordered)
+
+    def function(x, w):
+        def body(c, _):
+            show(c)
+            return jnp.tanh(c), c.sum()
+
+        show(x)
+        return lax.scan(body, x @ w, length=3)
+
+    shielded = shield_all(function, enclave=enclave, donate=False)
+    result = enclave.open(shielded(X, W))
+    jax.effects_barrier()
+    assert not seen
+    assert str(shielded.explain(X, W)).count("`io_callback` at") == 2
+    assert_close(result, jax.jit(function)(X, W))
 
 
 def test_values_without_a_key_stay_inside(enclave):

@@ -12,7 +12,7 @@ from typing import Any
 
 from jax._src import source_info_util  # JAX 0.10-0.12: no public way to keep an equation's source.
 
-from tempo_jax.jaxprs.primitives import is_debugging
+from tempo_jax.jaxprs.primitives import is_check, is_debugging
 from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 
@@ -37,6 +37,11 @@ def equations(jaxpr: Any) -> Iterator[JaxprEqn]:
 def debugging(jaxpr: Any) -> list[JaxprEqn]:
     """The debugging callbacks of a jaxpr at any depth; `flatten` leaves them out."""
     return [eqn for eqn in equations(jaxpr) if is_debugging(eqn)]
+
+
+def checks(jaxpr: Any) -> list[JaxprEqn]:
+    """Where a failed check of Equinox raises, at any depth; `flatten` makes NaN of it."""
+    return [eqn for eqn in equations(jaxpr) if is_check(eqn)]
 
 
 def at_source_of(eqn: JaxprEqn) -> contextlib.AbstractContextManager[None]:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -16,8 +17,16 @@ from jax._src.state.discharge import discharge_state  # JAX 0.10-0.12: `jit` doe
 from jax.core import Tracer
 from jax.extend.core import primitives as prims
 
-from tempo_jax.jaxprs.equations import bind, debugging, equations, forward_only, source, subjaxprs
-from tempo_jax.jaxprs.primitives import cheap_p, is_debugging
+from tempo_jax.jaxprs.equations import (
+    bind,
+    checks,
+    debugging,
+    equations,
+    forward_only,
+    source,
+    subjaxprs,
+)
+from tempo_jax.jaxprs.primitives import cheap_p, is_check, is_debugging
 from tempo_jax.jaxprs.trace import trace
 from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, avals_of
 
@@ -98,6 +107,8 @@ class _Flattener:
         if primitive in _INLINED:
             body = _closed(eqn.params[_INLINED[primitive]])
             return self.evaluate(body.jaxpr, body.consts, arguments, cheap)
+        if is_check(eqn):
+            return [(x, False) for x in _failed(eqn)]
         if primitive in _PLACEMENT_HINTS:
             return list(zip(arguments, cheap, strict=True))
         if primitive is prims.cond_p and (any(cheap[1:]) or self._marks(eqn)):
@@ -112,7 +123,7 @@ class _Flattener:
                     f"whole: scans of up to {MAX_UNROLL} steps are unrolled"
                 )
         tainted = primitive is cheap_p or any(cheap)
-        params = {k: _without_debugging(v) for k, v in eqn.params.items()}
+        params = {k: _without_callbacks(v) for k, v in eqn.params.items()}
         return [(x, tainted) for x in bind(eqn, arguments, **params)]
 
     @staticmethod
@@ -261,20 +272,32 @@ def _undone(eqn: JaxprEqn, maker: tuple[JaxprEqn, list[Any]] | None) -> Any:
     return None
 
 
-def _without_debugging(param: Any) -> Any:
-    """An equation's parameter with the debugging callbacks of its jaxprs removed."""
+def _failed(eqn: JaxprEqn) -> list[Any]:
+    """What a failed check gives, as Equinox does where nothing can raise: NaN, or the largest."""
+
+    def poison(aval: Any) -> Any:
+        if jnp.issubdtype(aval.dtype, jnp.inexact):
+            return lax.full(aval.shape, np.nan, aval.dtype)
+        largest = aval.dtype == np.bool_ or jnp.iinfo(aval.dtype).max
+        return lax.full(aval.shape, largest, aval.dtype)
+
+    return [poison(v.aval) for v in eqn.outvars]
+
+
+def _without_callbacks(param: Any) -> Any:
+    """An equation's parameter whose jaxprs neither debug nor raise."""
     if isinstance(param, (tuple, list)) and type(param) in (tuple, list):
-        return type(param)(_without_debugging(p) for p in param)
+        return type(param)(_without_callbacks(p) for p in param)
     jaxpr = param.jaxpr if isinstance(param, ClosedJaxpr) else param
-    if not isinstance(jaxpr, Jaxpr) or not debugging(jaxpr):
+    if not isinstance(jaxpr, Jaxpr) or not (debugging(jaxpr) or checks(jaxpr)):
         return param
-    eqns = [
-        eqn.replace(
-            params={k: _without_debugging(v) for k, v in eqn.params.items()},
-            effects=frozenset(),
-        )
-        for eqn in jaxpr.eqns
-        if not is_debugging(eqn)
-    ]
+    eqns = []
+    for eqn in jaxpr.eqns:
+        if is_check(eqn):
+            call = trace(jax.jit(lambda eqn=eqn: _failed(eqn)), ()).jaxpr.eqns[0]
+            eqns.append(call.replace(outvars=eqn.outvars, source_info=eqn.source_info))
+        elif not is_debugging(eqn):
+            params = {k: _without_callbacks(v) for k, v in eqn.params.items()}
+            eqns.append(eqn.replace(params=params, effects=frozenset()))
     bare = jaxpr.replace(eqns=eqns, effects=frozenset())
     return ClosedJaxpr(bare, param.consts) if isinstance(param, ClosedJaxpr) else bare

@@ -88,9 +88,25 @@ _random_unwrap_p = _primitive_of(jax.random.key_data, _KEY)
 
 
 def is_callback(eqn: JaxprEqn) -> bool:
-    """Whether an equation calls back into Python for a result."""
+    """Whether an equation calls back into Python for a result that the program may use."""
+    if is_check(eqn):
+        return False
     return eqn.primitive is _pure_callback_p or (
         eqn.primitive is _io_callback_p and bool(eqn.outvars)
+    )
+
+
+def is_check(eqn: JaxprEqn) -> bool:
+    """Whether an equation is reached only to raise, in a failed check of Equinox (`error_if`).
+
+    Its results stand for what failed. One of them must be able to be NaN, which shows the failure
+    where nothing can raise.
+    """
+    called = getattr(eqn.params.get("callback"), "callback_func", None)  # JAX 0.10-0.12
+    return (
+        eqn.primitive is _pure_callback_p
+        and getattr(called, "__module__", None) == "equinox._errors"
+        and any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars)
     )
 
 

@@ -110,6 +110,11 @@ def flatten_calls(request: Request) -> Flat:
         "it would show values"
         for eqn in equations.debugging(request.closed.jaxpr)
     ]
+    if equations.checks(request.closed.jaxpr):
+        notes.append(
+            "where a check of Equinox (`error_if`) fails, its values become NaN (integers their "
+            "largest) and nothing is raised: compiled programs cannot"
+        )
 
     def worth(eqn: JaxprEqn) -> bool:
         if not (request.offload and is_product(eqn)):

@@ -567,6 +567,46 @@ def test_io_callbacks_without_results_are_left_out_like_debugging(enclave, order
     assert_close(result, jax.jit(function)(X, W))
 
 
+def _like_equinox(x: Any, failed: jax.Array) -> Any:
+    """What `equinox.error_if` traces to."""
+
+    def raises(_: Any) -> Any:
+        raise RuntimeError
+
+    raises.__module__ = "equinox._errors"
+    return lax.cond(failed, lambda: jax.pure_callback(raises, x, failed), lambda: x)
+
+
+def _equinox(x: Any, failed: jax.Array) -> Any:
+    equinox = pytest.importorskip("equinox", reason="equinox is not installed")
+    return equinox.error_if(x, failed, "too large")
+
+
+@pytest.mark.parametrize("check", [_like_equinox, _equinox])
+def test_failed_checks_give_nan_and_others_nothing(enclave, check):
+    def function(x, w):
+        def body(c, _):
+            return check((jnp.tanh(c[0]), c[1] + 1), jnp.abs(c[0]).max() > 50), None
+
+        start = check(x @ w, jnp.abs(x).max() > 100)
+        return start, lax.scan(body, (start, 0), length=100)[0]
+
+    shielded = shield_all(function, enclave=enclave, donate=False)
+    assert_close(enclave.open(shielded(X, W)), jax.jit(function)(X, W))
+    assert "become NaN" in str(shielded.explain(X, W))
+    first, (last, _) = enclave.open(shielded(1e3 * X, W))
+    assert np.isnan(first).all() and np.isnan(last).all()
+    # A failure within the loop alone.
+    first, (last, _) = enclave.open(shielded(90 * X / jnp.abs(X).max(), W))
+    assert np.isfinite(first).all() and np.isnan(last).all()
+
+
+def test_check_that_could_not_show_its_failure_is_refused(enclave):
+    shielded = tempo.shield(lambda x: _like_equinox(jnp.int32(3), x[0, 0] > 1), enclave=enclave)
+    with pytest.raises(tempo.errors.UnsupportedError, match="A check that raises may give NaN"):
+        shielded(X)
+
+
 def test_values_without_a_key_stay_inside(enclave):
     # A scalar product of vectors would show its result, whatever the blinding of its operands.
     shielded = shield_all(lambda x, y: x @ y, enclave=enclave, donate=False)

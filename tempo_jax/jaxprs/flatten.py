@@ -6,6 +6,7 @@ Untrusted and pure. Serves JAX 0.10 to 0.12.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from tempo_jax.jaxprs.equations import (
     source,
     subjaxprs,
 )
-from tempo_jax.jaxprs.primitives import cheap_p, is_check, is_debugging
+from tempo_jax.jaxprs.primitives import cheap_p, is_check, is_debugging, is_written_in_jax
 from tempo_jax.jaxprs.trace import trace
 from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, avals_of
 
@@ -43,6 +44,12 @@ _INLINED = {
     prims.custom_vjp_call_p: "call_jaxpr",
     prims.remat_p: "jaxpr",
 }
+
+
+CHECKS_GIVE_NAN = (
+    "where a check of Equinox (`error_if`) fails, its values become NaN (integers their largest) "
+    "and nothing is raised: compiled programs cannot"
+)
 
 
 # Placement hints for one array system; the enclave has one processor and no mesh.
@@ -109,6 +116,12 @@ class _Flattener:
             return self.evaluate(body.jaxpr, body.consts, arguments, cheap)
         if is_check(eqn):
             return [(x, False) for x in _failed(eqn)]
+        if is_written_in_jax(primitive):
+            typed = [jax.typeof(x) for x in arguments]
+            body = trace(functools.partial(primitive.impl, **eqn.params), typed)
+            if checks(body.jaxpr) and CHECKS_GIVE_NAN not in self._options.notes:
+                self._options.notes.append(CHECKS_GIVE_NAN)
+            return self.evaluate(body.jaxpr, body.consts, arguments, cheap)
         if primitive in _PLACEMENT_HINTS:
             return list(zip(arguments, cheap, strict=True))
         if primitive is prims.cond_p and (any(cheap[1:]) or self._marks(eqn)):

@@ -110,6 +110,12 @@ def is_check(eqn: JaxprEqn) -> bool:
     )
 
 
+def is_written_in_jax(primitive: jex_core.Primitive) -> bool:
+    """Whether a primitive is one of Equinox or Lineax, whose lowering only traces its `impl`."""
+    module = getattr(primitive.impl, "__module__", None) or ""
+    return module.split(".")[0] in ("equinox", "lineax")
+
+
 def is_revealed(v: Any, made_by: Mapping[Any, JaxprEqn]) -> bool:
     """Whether a value is the result of `reveal` itself (for typed keys, its data)."""
     eqn = made_by.get(v)

@@ -111,10 +111,7 @@ def flatten_calls(request: Request) -> Flat:
         for eqn in equations.debugging(request.closed.jaxpr)
     ]
     if equations.checks(request.closed.jaxpr):
-        notes.append(
-            "where a check of Equinox (`error_if`) fails, its values become NaN (integers their "
-            "largest) and nothing is raised: compiled programs cannot"
-        )
+        notes.append(flatten.CHECKS_GIVE_NAN)
 
     def worth(eqn: JaxprEqn) -> bool:
         if not (request.offload and is_product(eqn)):

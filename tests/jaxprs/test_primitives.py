@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import io_callback
+from jax.extend import core as jex_core
+from jax.interpreters import mlir
 
 import tempo_jax as tempo
 from tests.support.steps import assert_close, offloaded_products, shield_all, uniform
@@ -599,6 +601,37 @@ def test_failed_checks_give_nan_and_others_nothing(enclave, check):
     # A failure within the loop alone.
     first, (last, _) = enclave.open(shielded(90 * X / jnp.abs(X).max(), W))
     assert np.isfinite(first).all() and np.isnan(last).all()
+
+
+def _solved(x: Any, s: Any) -> Any:
+    return linear_solve_p.bind(x, s)[0]
+
+
+def _solve(x: Any, s: Any) -> list[Any]:
+    return [jnp.linalg.solve(s, _like_equinox(x, jnp.abs(x).max() > 100))]
+
+
+_solve.__module__ = "lineax._solve"
+linear_solve_p = jex_core.Primitive("linear_solve")
+linear_solve_p.multiple_results = True
+linear_solve_p.def_impl(_solve)
+linear_solve_p.def_abstract_eval(lambda x, s: [x])
+mlir.register_lowering(linear_solve_p, mlir.lower_fun(_solve, multiple_results=True))
+
+
+def _lineax(x: Any, s: Any) -> Any:
+    lineax = pytest.importorskip("lineax", reason="lineax is not installed")
+
+    def loss(s: Any) -> Any:
+        return lineax.linear_solve(lineax.MatrixLinearOperator(s), x[:, 0]).value.sum()
+
+    return jax.grad(loss)(s)
+
+
+@pytest.mark.parametrize("solve", [_solved, _lineax])
+def test_checks_that_a_lowering_makes_are_computed_inside(enclave, solve):
+    shielded = shield_all(solve, enclave=enclave, donate=False)
+    assert_close(enclave.open(shielded(X, S)), jax.jit(solve)(X, S))
 
 
 def test_check_that_could_not_show_its_failure_is_refused(enclave):

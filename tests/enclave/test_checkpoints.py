@@ -501,8 +501,8 @@ def test_malformed_leaf_is_refused(keyed, fields, text):
     tree = tempo.shield(lambda x: [x, x + 1], enclave=keyed)(X)
     pass_on = keyed.connection.request
 
-    def altered(kind: Kind, given: dict[str, Any], *rest: Any) -> Any:
-        return pass_on(kind, given | fields if kind is Kind.CHECKPOINT_LEAF else given, *rest)
+    def altered(kind: Kind, given: dict[str, Any], *rest: Any, **options: Any) -> Any:
+        return pass_on(kind, given | fields if kind is Kind.CHECKPOINT_LEAF else given, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(keyed.connection, "request", altered)
@@ -541,7 +541,7 @@ def test_leaves_are_written_and_restored_once(keyed):
     seen: list[tuple[Kind, dict[str, Any]]] = []
     pass_on = keyed.connection.request
 
-    def record(kind: Kind, fields: dict[str, Any], *rest: Any) -> Any:
+    def record(kind: Kind, fields: dict[str, Any], *rest: Any, **options: Any) -> Any:
         reply = pass_on(kind, fields, *rest)
         if kind in (Kind.CHECKPOINT_LEAF, Kind.RESTORE_LEAF):
             seen.append((kind, fields))
@@ -560,10 +560,10 @@ def test_leaves_are_written_and_restored_once(keyed):
 def test_given_up_checkpoint_makes_room(keyed):
     sealed, pass_on = keyed.seal({"a": X, "b": Y}), keyed.connection.request
 
-    def failing(kind: Kind, fields: dict[str, Any], *rest: Any) -> Any:
+    def failing(kind: Kind, fields: dict[str, Any], *rest: Any, **options: Any) -> Any:
         if fields.get("leaf") == 1:
             raise EnclaveError("planted")
-        return pass_on(kind, fields, *rest)
+        return pass_on(kind, fields, *rest, **options)
 
     newest = keyed.checkpoint(sealed)
     with pytest.MonkeyPatch.context() as patched:
@@ -619,13 +619,13 @@ def test_host_that_changes_shared_memory_while_a_leaf_is_restored_changes_nothin
             view[:] ^= 1
         view[:] = original
 
-    def racing(kind: Kind, fields: dict[str, Any], *rest: Any) -> Any:
+    def racing(kind: Kind, fields: dict[str, Any], *rest: Any, **options: Any) -> Any:
         if kind is not Kind.RESTORE_LEAF:
-            return pass_on(kind, fields, *rest)
+            return pass_on(kind, fields, *rest, **options)
         writer = threading.Thread(target=scribble, args=(arenas[-1],))
         writer.start()
         try:
-            return pass_on(kind, fields, *rest)
+            return pass_on(kind, fields, *rest, **options)
         finally:
             stop.set()
             writer.join()

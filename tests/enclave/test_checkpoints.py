@@ -502,7 +502,8 @@ def test_malformed_leaf_is_refused(keyed, fields, text):
     pass_on = keyed.connection.request
 
     def altered(kind: Kind, given: dict[str, Any], *rest: Any, **options: Any) -> Any:
-        return pass_on(kind, given | fields if kind is Kind.CHECKPOINT_LEAF else given, *rest, **options)
+        changed = given | fields if kind is Kind.CHECKPOINT_LEAF else given
+        return pass_on(kind, changed, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(keyed.connection, "request", altered)
@@ -542,7 +543,7 @@ def test_leaves_are_written_and_restored_once(keyed):
     pass_on = keyed.connection.request
 
     def record(kind: Kind, fields: dict[str, Any], *rest: Any, **options: Any) -> Any:
-        reply = pass_on(kind, fields, *rest)
+        reply = pass_on(kind, fields, *rest, **options)
         if kind in (Kind.CHECKPOINT_LEAF, Kind.RESTORE_LEAF):
             seen.append((kind, fields))
             with pytest.raises(CheckpointError, match="in order, each once|no such checkpoint"):

@@ -286,7 +286,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
             many if quick else few,
             (("fresh_orthogonal", "mlp", "stolen", 0.20),),
         ),
-        *_telling(mlps, many, wider, several, quick=quick),
+        *_telling(mlps, many, several, quick=quick),
         Plan("S10", exactness.attack, some[:1] if quick else ("mlp", "transformer"), few),
         Plan(
             "theft",
@@ -311,7 +311,6 @@ def all_plans(*, quick: bool) -> list[Plan]:
 def _telling(
     mlps: tuple[str, ...],
     many: Setting,
-    wider: tuple[str, ...],
     several: Setting,
     *,
     quick: bool,
@@ -340,7 +339,7 @@ def _telling(
         Plan(
             "S11",
             text,
-            wider,
+            ("transformer",),  # a CNN has no sequences, and no control of its own yet
             several,
             (
                 (old, "transformer", "sequence from X, T = 12", 0.9),
@@ -349,8 +348,7 @@ def _telling(
             schemes,
         ),
         *(
-            Plan(attack, run, victims, setting, controls, schemes)
-            for victims, setting in ((mlps, many), (() if quick else wider, several))
+            Plan(attack, run, mlps, many, controls, schemes)
             for attack, run, controls in (
                 (
                     "S12",

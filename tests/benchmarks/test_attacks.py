@@ -220,8 +220,10 @@ def test_an_attack_succeeds_on_its_control_and_fails_on_mixing(attack, control, 
     weak = strongest(attack, control, metric)
     assert weak.value >= reach and not weak.passed
     strong = strongest(attack, "mixing", metric)
-    # A single step is luckier than the mean that the suite judges.
-    assert strong.value < strong.chance + 0.3 < weak.value
+    # A single step is luckier than the mean that the suite judges. Under masks random frames alone
+    # explain most of what S9 steals, which leaves less room above them.
+    room = 0.3 if strong.chance < 0.6 else 0.1
+    assert strong.value < strong.chance + room < weak.value
 
 
 TOLD = {
@@ -236,11 +238,12 @@ TOLD = {
 
 @pytest.mark.parametrize("metric", TOLD)
 def test_what_is_guessed_is_told_without_masks_and_not_with_them(metric):
+    reach = 0.4 if "ranks" in metric else 0.95  # of four trials; luck tells none in a hundred
     weak = strongest(TOLD[metric], "fresh_orthogonal", metric)
-    assert weak.value > 0.95 and not weak.passed
+    assert weak.value > reach and not weak.passed
     if "weights" not in metric:
         weak = strongest(TOLD[metric], "mixing_decoys", metric)
-        assert weak.value > 0.95 and not weak.passed
+        assert weak.value > reach and not weak.passed
     assert strongest(TOLD[metric], "mixing", metric).passed
 
 

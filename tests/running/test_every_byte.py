@@ -24,6 +24,7 @@ import tempo_jax as tempo
 from enclave_runtime.crypto.encryption import derive_key
 from enclave_runtime.protocol.wire import Kind
 from tempo_jax.cli.serve import served
+from tempo_jax.jaxprs import opaque
 from tempo_jax.jaxprs.products import is_product
 from tempo_jax.transport import child as child_module
 from tempo_jax.transport.child import Connection
@@ -207,7 +208,7 @@ def record(
 def keep(boundary: Boundary, where: str, tree: Any) -> None:
     """Records what the host keeps of a value: its content, and its handle."""
     for leaf in jax.tree.leaves(tree):  # a sealed array's children are leaves
-        boundary.record(where, np.asarray(leaf).tobytes())
+        boundary.record(where, np.asarray(opaque.words_of(leaf)).tobytes())
 
 
 @pytest.mark.parametrize("side", [launched, serving])

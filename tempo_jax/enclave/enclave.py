@@ -80,7 +80,7 @@ class Enclave:
         self._connection = connection
         self._handles = Handles()
         self._released: collections.deque[int] = collections.deque()
-        self._running: list[Future[Any]] = []
+        self._running: set[Future[Any]] = set()
         self._checkpointing = CheckpointRequests()
         # Handles are the host's to count; a client in the same process has only copies of them.
         if self.is_host:
@@ -554,7 +554,7 @@ class Enclave:
         kept = {id(x.content) for x in outputs if is_sealed(x)}
         # To delete what an interrupted program is using waits for its end, and holds the
         # interpreter meanwhile, which that program's calls into Python need.
-        self._running = [f for f in self._running if not f.done()]
+        idle = all(program.done() for program in tuple(self._running))
         for leaf in leaves:
             if not is_sealed(leaf):
                 continue
@@ -562,7 +562,7 @@ class Enclave:
                 self._handles.drop(handle_text(leaf.handle))
             # A leaf that the step passes through may come back as the very same array.
             mine = isinstance(leaf.content, jax.Array) and id(leaf.content) not in kept
-            if mine and not self._running:
+            if mine and idle:
                 leaf.content.delete()
 
     def release(self, program: int) -> None:
@@ -576,7 +576,8 @@ class Enclave:
 
     def runs(self, program: Future[Any]) -> None:
         """Notes a program that uses its inputs until it ends, also if nobody waits for it."""
-        self._running.append(program)
+        self._running.add(program)
+        program.add_done_callback(self._running.discard)  # it holds the program's results
 
     def free_dropped(self) -> None:
         """Tells the enclave which handles and programs nobody holds any more."""

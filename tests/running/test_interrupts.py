@@ -80,6 +80,16 @@ def test_second_interrupt_returns_and_harms_no_later_run(enclave, train, state, 
     assert_close(enclave.open(state), plain_state(4))
 
 
+def test_no_result_is_kept_of_programs_that_have_ended(enclave):
+    double = tempo.shield(lambda x: tempo.reveal(2 * x), enclave=enclave, donate=False)
+    for _ in range(3):
+        assert_close(double(X), 2 * X)
+    deadline = time.monotonic() + 5
+    while enclave._running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not enclave._running
+
+
 SLOW = 3000  # products of 160×160, in a loop that runs inside: some seconds
 
 

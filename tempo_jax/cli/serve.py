@@ -55,7 +55,8 @@ def served(
       command: what to start; by default an ordinary process.
 
     Raises:
-      EnclaveDiedError: the enclave did not come up; its log says why.
+      EnclaveDiedError: the enclave ended before it was up; its log says why.
+      EnclaveTimeoutError: it was not up in time.
     """
     key = secrets.token_bytes(SECRET_BYTES)
     child = EnclaveProcess(Serving(address, client_port, host_port, key).encode(), 3, command)

@@ -115,7 +115,8 @@ class Enclave:
 
         Raises:
           LaunchError: this machine cannot start that kind; the message says what to do.
-          EnclaveDiedError: the process did not come up.
+          EnclaveDiedError: the process ended before it was up.
+          EnclaveTimeoutError: it was not up in time.
         """
         launched = cls(Connection(launch_module.command(kind, directory)))
         try:

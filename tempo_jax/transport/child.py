@@ -12,9 +12,10 @@ import secrets
 import subprocess
 import threading
 import weakref
+from typing import IO
 
 from enclave_runtime.crypto.encryption import SECRET_BYTES, session_keys
-from tempo_jax.errors import EnclaveDiedError
+from tempo_jax.errors import EnclaveDiedError, EnclaveTimeoutError
 from tempo_jax.transport import launch
 from tempo_jax.transport.launch import Command
 from tempo_jax.transport.loopback import Loopback
@@ -60,7 +61,8 @@ class EnclaveProcess(Owned):
           command: what to start; by default an ordinary process.
 
         Raises:
-          EnclaveDiedError: it did not come up.
+          EnclaveDiedError: it ended before it was up.
+          EnclaveTimeoutError: it was not up within `START_SECONDS`.
         """
         command = command or launch.command()
         self.process = subprocess.Popen(
@@ -69,6 +71,10 @@ class EnclaveProcess(Owned):
             stdout=subprocess.PIPE,
             env=command.environment,
             cwd=command.directory,
+            # Ctrl-C in a terminal reaches a whole process group, and Gramine ends at SIGINT
+            # whatever runs in it ignores. What Ctrl-C means is this process's to decide, and
+            # should it end, the pipe closes and the enclave with it.
+            start_new_session=True,
         )
         super().__init__()
         self._finalizer = weakref.finalize(self, _stop, self.process, os.getpid())
@@ -77,12 +83,33 @@ class EnclaveProcess(Owned):
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(first_line.encode() + b"\n")
             self.process.stdin.flush()
-        timer = threading.Timer(START_SECONDS, self.process.kill)
-        timer.start()
-        self.greeting = [word.decode() for word in self.process.stdout.readline().split()]
-        timer.cancel()
+        self.greeting = [word.decode() for word in self._hear(self.process.stdout).split()]
         if len(self.greeting) != words:
             raise self.died()
+
+    def _hear(self, output: IO[bytes]) -> bytes:
+        """What the child says when it is up, or nothing if it ends first."""
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self.process.kill()
+
+        timer = threading.Timer(START_SECONDS, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            line = output.readline()
+        finally:
+            timer.cancel()
+        if late.is_set():
+            raise EnclaveTimeoutError(
+                f"the enclave (process {self.process.pid}) did not come up within "
+                f"{START_SECONDS:g} s and was ended: this machine is overloaded or short of memory"
+                ", or something keeps the enclave from starting. Its log, on standard error, may "
+                "say more; launch it again once the machine has processors and memory to spare."
+            )
+        return line
 
     def leave_to_parent(self) -> None:
         """Closes a forked child's copies of the pipes, by which the enclave knows its parent."""

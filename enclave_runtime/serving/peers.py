@@ -17,8 +17,8 @@ import threading
 
 from enclave_runtime.crypto.encryption import SECRET_BYTES, SessionKeys, session_keys
 from enclave_runtime.protocol.limits import CLIENT_CONNECTIONS, HOST_CONNECTIONS
+from enclave_runtime.protocol.requests import RequestError
 from enclave_runtime.protocol.wire import Kind, WireError
-from enclave_runtime.sessions.programs import RequestError
 from enclave_runtime.sessions.session import Session
 
 CLIENT_KINDS = frozenset(

@@ -41,11 +41,12 @@ from enclave_runtime.protocol.limits import MAX_STRANGERS
 from enclave_runtime.protocol.memory import ArenaError
 from enclave_runtime.protocol.program import ProgramError
 from enclave_runtime.protocol.refusals import ErrorCode, refusal
+from enclave_runtime.protocol.requests import RequestError
 from enclave_runtime.protocol.wire import Frame, Kind, WireError
 from enclave_runtime.serving import log
 from enclave_runtime.serving.peers import CLIENT, HOST, PARENT, Ownership, Role, UnownedError
 from enclave_runtime.serving.tls import ServerIdentity
-from enclave_runtime.sessions.programs import RequestError, UnprovisionedError
+from enclave_runtime.sessions.programs import UnprovisionedError
 from enclave_runtime.sessions.run import RunError
 from enclave_runtime.sessions.session import Session
 from enclave_runtime.sessions.store import UnknownHandleError
@@ -168,7 +169,7 @@ def _answer(ownership: Ownership, role: Role, frame: Frame) -> Frame:
 def _end_run(session: Session, frame: Frame) -> None:
     """Ends the run that a refused request names: its host has lost its place, or lies."""
     if frame.kind in _OF_A_RUN:
-        with contextlib.suppress(TypeError):  # what names no run at all
+        with contextlib.suppress(RequestError):  # what names no run at all
             session.handle(Frame(Kind.ABORT, frame.request, {"run": frame.fields.get("run")}))
 
 

@@ -4,8 +4,8 @@ A checkpoint is written and restored leaf by leaf through shared memory, so that
 larger than that. Writing asks for no secret: while the client is away, the host may have as
 many checkpoints as it likes and can open none. (Whoever asks says which value is which leaf, as
 for a run; that a checkpoint is authentic does not say that its host named the leaves right.)
-Taking a key into use and restoring need the client, whose orders come encrypted. Called by
-`session`; trusts the client's orders alone.
+Taking a key into use and restoring need the client, whose orders come encrypted. Trusts the
+client's orders alone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ from enclave_runtime.protocol.checkpoint import (
 )
 from enclave_runtime.protocol.memory import Arena
 from enclave_runtime.protocol.program import ArrayType
+from enclave_runtime.protocol.requests import (
+    CheckpointLeafRequest,
+    CheckpointRequest,
+    EmptyRequest,
+    RestoreLeafRequest,
+    RestoreRequest,
+)
 from enclave_runtime.sessions.lineage import Lineages, Seen
 from enclave_runtime.sessions.store import Resident, Store
 
@@ -39,17 +46,17 @@ class Checkpointing:
     def __init__(
         self,
         store: Store,
-        arena: Callable[[Fields], Arena],
+        arena: Callable[[str], Arena],
         decrypt: Callable[[bytes, str], bytes],
-        value: Callable[[Fields, ArrayType], np.ndarray],
+        value: Callable[[Arena, int, str | None, ArrayType], np.ndarray],
     ):
         """Takes the session's store and its ways to read a request.
 
         Args:
           store: gets restored values.
-          arena: the shared memory that a request names.
+          arena: the shared memory of a name.
           decrypt: opens an attachment that the client made for a purpose.
-          value: the sealed value that a request names, in the clear.
+          value: a sealed value in the clear, from its place in shared memory, its handle and type.
         """
         self._store = store
         self._arena = arena
@@ -62,59 +69,59 @@ class Checkpointing:
         self._restored: list[Resident] = []
         self._lock = threading.Lock()
 
-    def provision(self, _: Fields, attachment: bytes) -> Fields:
+    def provision(self, _: EmptyRequest, attachment: bytes) -> Fields:
         """Takes the client's checkpoint key into use."""
         with self._lock:
             self._lineages.provision(json.loads(self._decrypt(attachment, "checkpoint key")))
         return {}
 
-    def begin(self, fields: Fields, _: bytes) -> Fields:
+    def begin(self, asked: CheckpointRequest, _: bytes) -> Fields:
         """Begins a checkpoint of `leaves`; the reply has its head."""
         with self._lock:
-            writer = self._writer = self._lineages.writer(fields["leaves"])
+            writer = self._writer = self._lineages.writer(asked.leaves)
         seen = Seen(writer.header.number, writer.header.identifier)
         return {"head": base64.b64encode(writer.head).decode(), **seen.encode()}
 
-    def write(self, fields: Fields, _: bytes) -> Fields:
+    def write(self, asked: CheckpointLeafRequest, _: bytes) -> Fields:
         """Writes the next leaf, sealed, at `offset`, over what the host may have put there."""
         with self._lock:
             writer = self._writer
-            if writer is None or fields["identifier"] != writer.header.identifier.hex():
+            if writer is None or asked.identifier != writer.header.identifier.hex():
                 raise CheckpointError("no such checkpoint is being written")
-            if fields["leaf"] != writer.written or writer.written == len(writer.leaves):
+            if asked.leaf != writer.written or writer.written == len(writer.leaves):
                 raise CheckpointError("a checkpoint's leaves are written in order, each once")
             array = writer.leaves[writer.written].array
-            value = self._value(fields, array)
+            arena = self._arena(asked.arena)
+            value = self._value(arena, asked.offset, asked.handle, array)
             place = ArrayType((sealed_bytes(array),), "uint8")
-            writer.seal(value, self._arena(fields).view(place, fields["offset"]))
+            writer.seal(value, arena.view(place, asked.offset))
         return {}
 
-    def begin_restoring(self, fields: Fields, attachment: bytes) -> Fields:
+    def begin_restoring(self, asked: RestoreRequest, attachment: bytes) -> Fields:
         """Begins to restore the checkpoint with this `head`, if the client's order lets it."""
         order = json.loads(self._decrypt(attachment, "restore"))
-        head = base64.b64decode(fields["head"], validate=True)
         with self._lock:
             self._reader, self._restored = None, []
-            reader = self._reader = self._lineages.reader(head, order)
+            reader = self._reader = self._lineages.reader(asked.head, order)
         seen = Seen(reader.header.number, reader.header.identifier)
         return {"weak": [leaf.weak for leaf in reader.leaves], **seen.encode()}
 
-    def read(self, fields: Fields, _: bytes) -> Fields:
+    def read(self, asked: RestoreLeafRequest, _: bytes) -> Fields:
         """Takes the next leaf from `offset`; the last one's reply has the handles of all.
 
         Nothing is kept until the whole checkpoint has proved authentic.
         """
         with self._lock:
             reader = self._reader
-            if reader is None or fields["identifier"] != reader.header.identifier.hex():
+            if reader is None or asked.identifier != reader.header.identifier.hex():
                 raise CheckpointError("no such checkpoint is being restored")
-            if fields["leaf"] != reader.read or reader.read == len(reader.leaves):
+            if asked.leaf != reader.read or reader.read == len(reader.leaves):
                 raise CheckpointError("a checkpoint's leaves are restored in order, each once")
             array = reader.leaves[reader.read].array
             place = ArrayType((sealed_bytes(array),), "uint8")
             try:
                 # A private copy: the host may change shared memory while it is being opened.
-                value = reader.open(self._arena(fields).view(place, fields["offset"]).copy())
+                value = reader.open(self._arena(asked.arena).view(place, asked.offset).copy())
             except CheckpointError:
                 self._reader, self._restored = None, []
                 raise

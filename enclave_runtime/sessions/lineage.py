@@ -16,6 +16,7 @@ again later, of a rollback above all.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from enclave_runtime.crypto.encryption import SECRET_BYTES, derive_key
@@ -25,6 +26,7 @@ from enclave_runtime.protocol.checkpoint import (
     CheckpointError,
     CheckpointReader,
     CheckpointWriter,
+    Leaf,
     Recipient,
     Seen,
     decode_leaves,
@@ -95,13 +97,11 @@ class Lineages:
             )
         return self._current
 
-    def writer(self, leaves: Any) -> CheckpointWriter:
+    def writer(self, leaves: Sequence[Leaf]) -> CheckpointWriter:
         """Begins the next checkpoint; its number is spent even if it is never finished."""
         lineage = self._in_use()
         lineage.last += 1
-        return CheckpointWriter(
-            lineage.secret, lineage.recipient, lineage.last, decode_leaves(leaves)
-        )
+        return CheckpointWriter(lineage.secret, lineage.recipient, lineage.last, leaves)
 
     def reader(self, head: bytes, order: Any) -> CheckpointReader:
         """Begins to restore a checkpoint, if the client lets it.

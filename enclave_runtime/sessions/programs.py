@@ -9,21 +9,18 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from enclave_runtime.execution.executor import Executables
 from enclave_runtime.protocol.program import Program
+from enclave_runtime.protocol.requests import RequestError
 from enclave_runtime.schemes import Scheme
 
 MAX_PROGRAMS = 256
 
 _log = logging.getLogger("enclave_runtime")
-
-
-class RequestError(Exception):
-    """A request that the session refuses; its text goes to the peer."""
 
 
 class UnprovisionedError(RequestError):
@@ -67,14 +64,14 @@ class Programs:
                 )
         return number
 
-    def use(self, number: Any) -> Provisioned:
+    def use(self, number: int) -> Provisioned:
         """The program of a number, which counts as used now.
 
         Raises:
           UnprovisionedError: there is none, or it was freed.
         """
         with self._lock:
-            if type(number) is not int or number not in self._kept:
+            if number not in self._kept:
                 raise UnprovisionedError(
                     "no such program was provisioned, or it was freed: the enclave keeps the "
                     f"{MAX_PROGRAMS} that were used last"
@@ -82,7 +79,7 @@ class Programs:
             provisioned = self._kept[number] = self._kept.pop(number)
         return provisioned
 
-    def find(self, digest: Any) -> int:
+    def find(self, digest: str) -> int:
         """The number of the program of a digest; of equal ones the latest.
 
         Raises:
@@ -94,7 +91,7 @@ class Programs:
             raise UnprovisionedError("the client provisioned no such program")
         return max(equal)
 
-    def release(self, number: Any) -> None:
+    def release(self, number: int) -> None:
         """Frees a program; one that is gone already does nothing."""
         with self._lock:
             self._kept.pop(number, None)

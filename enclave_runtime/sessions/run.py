@@ -271,8 +271,6 @@ class Run:
             self._raise_failure()
             if self.awaiting:
                 raise RunError(f"the run still awaits {len(self.awaiting)} of its inputs")
-            if type(worker) is not int or type(index) is not int:
-                raise RunError("segments and workers have whole numbers")
             if not 0 <= worker < self._workers:
                 raise RunError(f"worker {worker} of a run with {self._workers}")
             repeated = 0 <= index == self._next - 1

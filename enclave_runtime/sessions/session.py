@@ -25,17 +25,35 @@ from enclave_runtime.crypto.encryption import SessionKeys
 from enclave_runtime.crypto.keys import KeySchedule
 from enclave_runtime.execution import timing
 from enclave_runtime.execution.executor import Compilation, Executor
+from enclave_runtime.protocol import requests
 from enclave_runtime.protocol.memory import Arena
 from enclave_runtime.protocol.program import DEVICE, PUBLIC, ArrayType, Port, Program
+from enclave_runtime.protocol.requests import (
+    AbortRequest,
+    BeginRequest,
+    CommitRequest,
+    EmptyRequest,
+    FindRequest,
+    FreeRequest,
+    HeldInput,
+    MapRequest,
+    OpenRequest,
+    ProvisionRequest,
+    ReleaseRequest,
+    RequestError,
+    SegmentRequest,
+    SettleRequest,
+    UnmapRequest,
+)
 from enclave_runtime.protocol.wire import Frame, Kind
 from enclave_runtime.schemes import make_scheme
+from enclave_runtime.sessions.attempts import Attempts
 from enclave_runtime.sessions.checkpointing import Checkpointing
-from enclave_runtime.sessions.programs import Programs, Provisioned, RequestError
+from enclave_runtime.sessions.programs import Programs, Provisioned
 from enclave_runtime.sessions.run import Run, RunError
 from enclave_runtime.sessions.store import Blinded, Resident, Store
 from enclave_runtime.verifying import checksum, follower, integrity
-from enclave_runtime.verifying.checksum import NotComparableError
-from enclave_runtime.verifying.integrity import MAX_WRONG_PRODUCTS, IntegrityError, private_copy
+from enclave_runtime.verifying.integrity import IntegrityError, private_copy
 
 # A reply's fields, with its attachment where it has one.
 Answer = dict[str, Any] | tuple[dict[str, Any], bytes]
@@ -60,10 +78,9 @@ class Session:
         self._lock = threading.Lock()
         self._busy_seconds = 0.0
         self._blindings = 0
-        self._wrong_products = 0
-        self._comparing = 0  # leaves that are being held to their checksums
+        self._attempts = Attempts()
         self._adopting = threading.Lock()
-        self._handlers: dict[Kind, Callable[[dict[str, Any], bytes], Answer]] = {
+        self._handlers: dict[Kind, Callable[[Any, bytes], Answer]] = {
             Kind.MAP: self._map,
             Kind.UNMAP: self._unmap,
             Kind.COMPILE: self._compile,
@@ -92,27 +109,22 @@ class Session:
         Raises:
           Exception: the request was refused or failed; see `server` for what leaves.
         """
-        handler = self._handlers.get(frame.kind)
-        if handler is None:
-            raise RequestError(f"a frame of kind {frame.kind.name} is not a request")
-        answer = handler(frame.fields, frame.attachment)
+        request = requests.decode(frame)
+        answer = self._handlers[frame.kind](request, frame.attachment)
         return answer if isinstance(answer, tuple) else (answer, b"")
 
     # Shared memory
 
-    def _map(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
-        name, size = fields["name"], fields["size"]
-        if not isinstance(name, str) or type(size) is not int or not 0 < size < 1 << 48:
-            raise RequestError("a mapping needs a name and a size")
-        self._arenas[name] = Arena(name, size)
+    def _map(self, asked: MapRequest, _: bytes) -> dict[str, Any]:
+        self._arenas[asked.name] = Arena(asked.name, asked.size)
         return {}
 
-    def _unmap(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
-        self._arenas.pop(fields["name"], None)
+    def _unmap(self, asked: UnmapRequest, _: bytes) -> dict[str, Any]:
+        self._arenas.pop(asked.name, None)
         return {}
 
-    def _arena(self, fields: dict[str, Any]) -> Arena:
-        arena = self._arenas.get(fields["arena"])
+    def _arena(self, name: str | None) -> Arena:
+        arena = None if name is None else self._arenas.get(name)
         if arena is None:
             raise RequestError("no such shared memory is mapped")
         return arena
@@ -123,18 +135,17 @@ class Session:
         context = f"{purpose}|{self._identity}".encode()
         return encryption.decrypt_bytes(self._keys.to_enclave, attachment, context)
 
-    def _compile(self, _: dict[str, Any], attachment: bytes) -> dict[str, Any]:
+    def _compile(self, _: EmptyRequest, attachment: bytes) -> dict[str, Any]:
         return {"executable": self._executor.compile(self._decrypt(attachment, "compile"))}
 
-    def _provision(self, fields: dict[str, Any], attachment: bytes) -> dict[str, Any]:
+    def _provision(self, asked: ProvisionRequest, attachment: bytes) -> dict[str, Any]:
         """Takes a program and its constants: from the arena, or behind the program itself.
 
         A client on another machine shares no memory; it says in `program_bytes` where in the
         attachment its constants begin.
         """
-        separate = "program_bytes" in fields
-        size = fields["program_bytes"] if separate else len(attachment)
-        description, inline = _split(attachment, size)
+        size = asked.program_bytes
+        description, inline = _split(attachment, len(attachment) if size is None else size)
         program = Program.decode(json.loads(self._decrypt(description, "provision")))
         scheme = make_scheme(program.scheme, program.parameters)
         for segment in program.segments:
@@ -145,7 +156,7 @@ class Session:
             follower.check_program(program)
             kernels += integrity.prepare(program, self._executor)
         constants = {}
-        if separate:
+        if size is not None:
             for port in program.constants:
                 own, inline = _split(inline, port.array.nbytes + encryption.OVERHEAD_BYTES)
                 constants[port.value] = self._decrypted_copy(
@@ -154,9 +165,10 @@ class Session:
             if inline:
                 raise RequestError("more bytes follow the program's constants")
         elif program.constants:
-            arena = self._arena(fields)
-            offsets = fields["offsets"]
-            for port, offset in zip(program.constants, offsets, strict=True):
+            arena = self._arena(asked.arena)
+            if len(asked.offsets) != len(program.constants):
+                raise RequestError(f"the program has {len(program.constants)} constants")
+            for port, offset in zip(program.constants, asked.offsets, strict=True):
                 constants[port.value] = self._decrypted(arena, port.array, offset)
         crossings = [c for s in program.segments for c in (*s.uploads, *s.downloads)]
         for c in crossings:
@@ -169,19 +181,17 @@ class Session:
         provisioned = Provisioned(program, digest, scheme, constants, executables)
         return {"program": self._programs.keep(provisioned), "digest": digest}
 
-    def _find(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+    def _find(self, asked: FindRequest, _: bytes) -> dict[str, Any]:
         """The number of the program that the client provisioned under this digest."""
-        return {"program": self._programs.find(fields["digest"])}
+        return {"program": self._programs.find(asked.digest)}
 
-    def _release(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+    def _release(self, asked: ReleaseRequest, _: bytes) -> dict[str, Any]:
         """Frees programs that the client needs no more; runs of them that are open go on."""
-        for number in fields["programs"]:
+        for number in asked.programs:
             self._programs.release(number)
         return {}
 
-    def _decrypted(self, arena: Arena, array: ArrayType, offset: Any) -> jax.Array:
-        if type(offset) is not int:
-            raise RequestError("an offset is not a number")
+    def _decrypted(self, arena: Arena, array: ArrayType, offset: int) -> jax.Array:
         size = array.nbytes + encryption.OVERHEAD_BYTES
         # A private copy first: the host may change shared memory while it is being decrypted.
         own = private_copy(arena.view(ArrayType((size,), "uint8"), offset))
@@ -195,108 +205,125 @@ class Session:
 
     # Runs
 
-    def _begin(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
+    def _begin(self, asked: BeginRequest, _: bytes) -> dict[str, Any]:
         """Starts a run on its inputs.
 
-        Each entry of `inputs` says in which form an input comes: {"handle": h} or
-        {"offset": o}, an offset alone meaning ciphertext (or plaintext where the port is
-        public). The reply's `upload` lists inputs that have to be brought by `SETTLE` because
-        they lie on the devices but are wanted inside, or under other keys; `download` maps
-        inputs that now lie blinded at `blind_at[i]`.
+        The reply's `upload` lists inputs that have to be brought by `SETTLE` because they lie on
+        the devices but are wanted inside, or under other keys; `download` maps inputs that now
+        lie blinded at `blind_at[i]`.
         """
-        provisioned = self._programs.use(fields["program"])
+        provisioned = self._programs.use(asked.program)
         program, executables = provisioned.program, provisioned.executables
-        self._refuse_after_lies(program)
-        workers = fields["workers"]
-        if type(workers) is not int or not 0 < workers <= 4096:
-            raise RequestError("a run needs between 1 and 4096 workers")
-        inputs, blind_at = fields["inputs"], fields["blind_at"]
-        if not len(inputs) == len(program.inputs) == len(blind_at):
+        if program.verify:
+            self._attempts.refuse_after_lies()
+        if not len(asked.inputs) == len(program.inputs) == len(asked.blind_at):
             raise RequestError(f"the program takes {len(program.inputs)} inputs")
         executables.wait()
-        arena = self._arena(fields)
+        arena = self._arena(asked.arena)
         number = next(self._run_numbers)
-        scheme, constants = provisioned.scheme, provisioned.constants
-        run = Run(program, scheme, constants, arena, workers, number, self._schedule, executables)
+        run = Run(
+            program,
+            provisioned.scheme,
+            provisioned.constants,
+            arena,
+            asked.workers,
+            number,
+            self._schedule,
+            executables,
+        )
         upload, blind = [], []
-        for index, (port, given) in enumerate(zip(program.inputs, inputs, strict=True)):
-            if "handle" in given:
-                run.handles[index] = given["handle"]
-                entry = self._store.get(given["handle"])
-                if entry.array != port.array:
-                    raise RequestError(
-                        f"input {index} is {entry.array.dtype}{list(entry.array.shape)}, expected "
-                        f"{port.array.dtype}{list(port.array.shape)}"
-                    )
-                if isinstance(entry, Resident):
-                    value = entry.value
-                elif program.verify and entry.checksum is None:
-                    raise IntegrityError(
-                        f"input {index} lies blinded on the devices, where nothing checks it, and "
-                        "verify=True takes nothing unchecked. Have the function that made it "
-                        "verify as well, or accept the value as it is: "
-                        "`enclave.seal(enclave.open(x))`."
-                    )
-                elif port.place == DEVICE and self._adopted(run, port, entry):
+        for index, (port, given) in enumerate(zip(program.inputs, asked.inputs, strict=True)):
+            if isinstance(given, HeldInput):
+                entry = self._held(run, index, given.handle)
+                if isinstance(entry, Blinded):
+                    if port.place != DEVICE or not self._adopted(run, port, entry):
+                        upload.append(index)
                     continue
-                else:
-                    upload.append(index)
-                    continue
+                value = entry.value
             elif port.place == PUBLIC:
-                value = jnp.asarray(private_copy(arena.view(port.array, given["offset"])))
+                value = jnp.asarray(private_copy(arena.view(port.array, given.offset)))
             else:
-                value = self._decrypted(arena, port.array, given["offset"])
+                value = self._decrypted(arena, port.array, given.offset)
             if port.place == DEVICE:
                 blind.append((index, value))
             else:
                 run.set(port, value)
         # Blinded last: by now every key that another input carries over is known.
         for index, value in blind:
-            run.blind(program.inputs[index], value, blind_at[index])
+            run.blind(program.inputs[index], value, asked.blind_at[index])
         run.awaiting = set(upload)
         self._admit(number, run)
         return {"run": number, "upload": upload, "download": [index for index, _ in blind]}
+
+    def _held(self, run: Run, index: int, handle: str) -> Resident | Blinded:
+        """What the enclave holds of an input, if it fits the program's port.
+
+        Raises:
+          RequestError: it is of another type.
+          IntegrityError: the program verifies, and nothing checks this value.
+        """
+        port = run.program.inputs[index]
+        run.handles[index] = handle
+        entry = self._store.get(handle)
+        if entry.array != port.array:
+            raise RequestError(
+                f"input {index} is {entry.array.dtype}{list(entry.array.shape)}, expected "
+                f"{port.array.dtype}{list(port.array.shape)}"
+            )
+        if isinstance(entry, Blinded) and run.program.verify and entry.checksum is None:
+            raise IntegrityError(
+                f"input {index} lies blinded on the devices, where nothing checks it, and "
+                "verify=True takes nothing unchecked. Have the function that made it verify as "
+                "well, or accept the value as it is: `enclave.seal(enclave.open(x))`."
+            )
+        return entry
 
     def _adopted(self, run: Run, port: Port, entry: Blinded) -> bool:
         """As `Run.adopt`, which looks whether keys and signs may serve and then counts the use."""
         with self._adopting:
             return run.adopt(port, entry)
 
-    def _run(self, fields: dict[str, Any]) -> Run:
-        run = self._runs.get(fields["run"])
+    def _run(self, number: int) -> Run:
+        run = self._runs.get(number)
         if run is None:
             raise RunError("no such run: it was committed, failed or was aborted")
         return run
 
-    def _settle(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
-        """Takes inputs that lie on the devices from the arena, blinding again where wanted."""
-        run = self._run(fields)
-        with self._failing(fields["run"], run):
-            return {"download": self._settled(run, fields)}
+    def _settle(self, asked: SettleRequest, _: bytes) -> dict[str, Any]:
+        """Takes inputs that lie on the devices from the arena, blinding again where wanted.
 
-    def _settled(self, run: Run, fields: dict[str, Any]) -> list[int]:
-        """Gives a run the inputs that are brought; returns those that it blinded again."""
+        The reply's `download` lists those that were blinded again.
+        """
+        run = self._run(asked.run)
         download = []
-        for key, offset in fields["offsets"].items():
-            index = int(key)
-            run.settle(index)
-            port, handle = run.program.inputs[index], run.handles[index]
-            entry = self._store.get(handle) if handle else None
-            if not isinstance(entry, Blinded):
-                raise RequestError(f"input {index} does not lie on the devices")
-            value = self._unblinded(entry, private_copy(run.arena.view(entry.array, offset)))
-            if port.place == DEVICE:
-                run.blind(port, value, fields["blind_at"][key])
-                download.append(index)
-            else:
-                run.set(port, value)
-        return download
+        with self._failing(asked.run, run):
+            for index, offset in asked.offsets.items():
+                if self._settled(run, index, offset, asked.blind_at.get(index)):
+                    download.append(index)
+        return {"download": download}
 
-    def _segment(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
-        run = self._run(fields)
-        with self._failing(fields["run"], run):
-            self._refuse_after_lies(run.program)
-            run.segment(fields["segment"], fields["worker"])
+    def _settled(self, run: Run, index: int, offset: int, blind_at: int | None) -> bool:
+        """Gives a run an input that is brought; returns whether it was blinded again."""
+        run.settle(index)
+        port, handle = run.program.inputs[index], run.handles[index]
+        entry = self._store.get(handle) if handle else None
+        if not isinstance(entry, Blinded):
+            raise RequestError(f"input {index} does not lie on the devices")
+        value = self._unblinded(entry, private_copy(run.arena.view(entry.array, offset)))
+        if port.place != DEVICE:
+            run.set(port, value)
+            return False
+        if blind_at is None:
+            raise RequestError(f"input {index} has to be blinded again, and has no place for that")
+        run.blind(port, value, blind_at)
+        return True
+
+    def _segment(self, asked: SegmentRequest, _: bytes) -> dict[str, Any]:
+        run = self._run(asked.run)
+        with self._failing(asked.run, run):
+            if run.program.verify:
+                self._attempts.refuse_after_lies()
+            run.segment(asked.segment, asked.worker)
         return {}
 
     @contextlib.contextmanager
@@ -310,122 +337,62 @@ class Session:
             raise
 
     def _admit(self, number: int, run: Run) -> None:
-        """Opens a run; no more that verify than there may still be wrong products.
-
-        Each open run may bring one, so runs at the same time are no more tries than runs in turn.
-
-        Raises:
-          IntegrityError: the host tried its luck too often.
-          RequestError: too many runs that verify are open.
-        """
+        """Opens a run; see `Attempts.begin_run`."""
+        if run.program.verify:
+            self._attempts.begin_run()
         with self._lock:
-            if run.program.verify:
-                self._refuse_beyond_attempts()
             self._runs[number] = run
-
-    @contextlib.contextmanager
-    def _attempt(self) -> Iterator[None]:
-        """Admits one comparison of a leaf like a run, and counts it if it fails.
-
-        Raises:
-          IntegrityError: the host tried its luck too often.
-          RequestError: too much that may still fail is going on.
-        """
-        with self._lock:
-            self._refuse_beyond_attempts()
-            self._comparing += 1
-        wrong = True
-        try:
-            yield
-            wrong = False
-        except NotComparableError:
-            wrong = False
-            raise
-        finally:
-            with self._lock:
-                self._comparing -= 1
-                self._wrong_products += wrong
-
-    def _refuse_beyond_attempts(self) -> None:
-        """Bounds how many wrong values may come back, counting what is going on; under the lock.
-
-        Raises:
-          IntegrityError: the host tried its luck too often.
-          RequestError: too much that may still fail is going on.
-        """
-        if self._wrong_products >= MAX_WRONG_PRODUCTS:
-            raise IntegrityError(self._too_many_lies)
-        verifying = sum(run.program.verify for run in self._runs.values())
-        if self._wrong_products + verifying + self._comparing >= MAX_WRONG_PRODUCTS:
-            leaves = f", {self._comparing} leaves are being compared" if self._comparing else ""
-            raise RequestError(
-                f"{verifying} runs that verify are open and {self._wrong_products} wrong "
-                f"products came back{leaves}, together at most {MAX_WRONG_PRODUCTS}: commit or "
-                "abort a run first"
-            )
 
     def _end(self, number: int, run: Run) -> None:
         """Forgets a run. A wrong product counts once, whichever request ends its run first."""
         with self._lock:
-            self._runs.pop(number, None)
-            self._wrong_products += run.lied
-            run.lied = False
+            known = self._runs.pop(number, None) is not None
+            lied, run.lied = run.lied, False
+            if lied:
+                self._attempts.count()
+            if known and run.program.verify:
+                self._attempts.end_run()
 
-    def _refuse_after_lies(self, program: Program) -> None:
-        """Bounds how often a host may try its luck against the checks.
-
-        Raises:
-          IntegrityError: it tried too often in this session.
-        """
-        if program.verify and self._wrong_products >= MAX_WRONG_PRODUCTS:
-            raise IntegrityError(self._too_many_lies)
-
-    @property
-    def _too_many_lies(self) -> str:
-        return (
-            f"{self._wrong_products} wrong products came back in this session: it runs nothing "
-            "that verifies any more. Find out which device lies, and launch a new enclave"
-        )
-
-    def _commit(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
-        run = self._run(fields)
-        donate = fields["donate"]
-        if not isinstance(donate, list) or not all(_is_index(i, len(run.handles)) for i in donate):
+    def _commit(self, asked: CommitRequest, _: bytes) -> dict[str, Any]:
+        run = self._run(asked.run)
+        if not all(0 <= index < len(run.handles) for index in asked.donate):
             raise RequestError("a commit donates inputs by their positions")
-        self._refuse_after_lies(run.program)
+        if run.program.verify:
+            self._attempts.refuse_after_lies()
         handles = run.commit(self._store)
-        for index in donate:
+        for index in asked.donate:
             handle = run.handles[index]
             if handle is not None:
                 self._store.free(handle)
-        self._end(fields["run"], run)
+        self._end(asked.run, run)
         with self._lock:
             self._busy_seconds += run.busy_seconds
             self._blindings += run.blindings
         return {"handles": handles}
 
-    def _abort(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
-        run = self._runs.get(fields["run"])
+    def _abort(self, asked: AbortRequest, _: bytes) -> dict[str, Any]:
+        run = self._runs.get(asked.run)
         if run is not None:
             # A check that is going on counts first; only then is the run's place free.
             if run.fail(RunError("the host aborted the run")):
-                self._end(fields["run"], run)
+                self._end(asked.run, run)
         return {}
 
     # Values
 
-    def _open(self, fields: dict[str, Any], attachment: bytes) -> Answer:
+    def _open(self, asked: OpenRequest, attachment: bytes) -> Answer:
         """Encrypts a value to the client, at `offset`; a blinded one is read there first.
 
         Without an arena both travel as attachments: a client on another machine shares no memory,
         and brings a blinded value from the file in which the host sent it.
         """
-        if "arena" not in fields:
-            return {}, self._opened(self._store.get(fields["handle"]), attachment)
-        arena, offset = self._arena(fields), fields["offset"]
-        value = self._value(fields, self._store.get(fields["handle"]).array)
+        entry = self._store.get(asked.handle)
+        if asked.arena is None:
+            return {}, self._opened(entry, attachment)
+        arena = self._arena(asked.arena)
+        value = self._value(arena, asked.offset, asked.handle, entry.array)
         encrypted = encryption.encrypt_array(self._keys.to_client, value, self._identity)
-        np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), offset), encrypted)
+        np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), asked.offset), encrypted)
         return {}
 
     def _opened(self, entry: Resident | Blinded, content: bytes) -> bytes:
@@ -443,17 +410,18 @@ class Session:
             self._keys.to_client, np.asarray(value), self._identity
         ).tobytes()
 
-    def _value(self, fields: dict[str, Any], array: ArrayType) -> np.ndarray:
-        """A sealed value in the clear, whatever its form; what the host holds of it is at `offset`.
+    def _value(self, arena: Arena, offset: int, handle: str | None, array: ArrayType) -> np.ndarray:
+        """A sealed value in the clear, whatever its form.
 
         Args:
-          fields: of the request; without a `handle`, the value is the client's ciphertext.
+          arena: has at `offset` what the host holds of it.
+          offset: in bytes.
+          handle: names it; without one, the value is the client's ciphertext.
           array: its shape and dtype.
         """
-        arena, offset = self._arena(fields), fields["offset"]
-        if "handle" not in fields:
+        if handle is None:
             return np.asarray(self._decrypted(arena, array, offset))
-        entry = self._store.get(fields["handle"])
+        entry = self._store.get(handle)
         if entry.array != array:
             raise RequestError(
                 f"a sealed value is {entry.array.dtype}{list(entry.array.shape)}, expected "
@@ -475,23 +443,23 @@ class Session:
           RequestError: too much that may bring a wrong one is going on.
         """
         if entry.checksum is not None:
-            with self._attempt():
+            with self._attempts.comparison():
                 checksum.check_leaf(entry.checksum, blinded, entry.source)
         return entry.scheme.unblind(blinded, entry.layout, entry.keys, operands=None)
 
-    def _free(self, fields: dict[str, Any], _: bytes) -> dict[str, Any]:
-        for handle in fields["handles"]:
+    def _free(self, asked: FreeRequest, _: bytes) -> dict[str, Any]:
+        for handle in asked.handles:
             self._store.free(handle)
         return {}
 
-    def _calibrate(self, _: dict[str, Any], __: bytes) -> dict[str, Any]:
+    def _calibrate(self, _: EmptyRequest, __: bytes) -> dict[str, Any]:
         # Once: client and host must make the same plan from the same figures.
         with self._measuring:
             if self._costs is None:
                 self._costs = timing.measure()
             return self._costs
 
-    def _statistics(self, _: dict[str, Any], __: bytes) -> dict[str, Any]:
+    def _statistics(self, _: EmptyRequest, __: bytes) -> dict[str, Any]:
         return {
             "handles": len(self._store),
             "runs": len(self._runs),
@@ -499,7 +467,7 @@ class Session:
             "peak_memory_bytes": _peak_memory(),
             "busy_seconds": self._busy_seconds,
             "blindings": self._blindings,
-            "wrong_products": self._wrong_products,
+            "wrong_products": self._attempts.wrong,
             "process": os.getpid(),
         }
 
@@ -512,12 +480,8 @@ def _peak_memory(path: str = "/proc/self/status") -> int:
     return int((fields.get("VmHWM") or fields["VmPeak"]).split()[0]) * 1024
 
 
-def _split(content: bytes, size: Any) -> tuple[bytes, bytes]:
+def _split(content: bytes, size: int) -> tuple[bytes, bytes]:
     """The first `size` bytes, and the rest."""
-    if not _is_index(size, len(content) + 1):
+    if not 0 <= size <= len(content):
         raise RequestError("an attachment is shorter than what it is said to hold")
     return content[:size], content[size:]
-
-
-def _is_index(value: Any, count: int) -> bool:
-    return type(value) is int and 0 <= value < count

@@ -266,9 +266,9 @@ def test_programs_constants_are_bounded(roles):
         (len(content) + 1, content + behind, "failed its authentication"),
         (len(content) + len(behind) + 1, content + behind, "shorter than"),
         (-1, content + behind, "shorter than"),
-        (True, content + behind, "shorter than"),
-        ("0", content + behind, "shorter than"),
-        (None, content + behind, "shorter than"),
+        (True, content + behind, "`program_bytes` is not a whole number"),
+        ("0", content + behind, "`program_bytes` is not a whole number"),
+        (None, content + behind, "`program_bytes` is not a whole number"),
     ):
         with pytest.raises((EnclaveError, SealedValueError), match=text):
             request(Kind.PROVISION, {"program_bytes": size}, attachment)

@@ -24,9 +24,9 @@ from enclave_runtime.crypto.encryption import (
 from enclave_runtime.protocol import updates
 from enclave_runtime.protocol.memory import Arena, ArenaError
 from enclave_runtime.protocol.program import ArrayType, ProgramError
+from enclave_runtime.protocol.requests import RequestError
 from enclave_runtime.protocol.wire import Frame, Kind
 from enclave_runtime.sessions import session
-from enclave_runtime.sessions.programs import RequestError
 from enclave_runtime.sessions.session import Session
 from enclave_runtime.verifying import follower
 from tests.fuzz import harness

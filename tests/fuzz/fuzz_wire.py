@@ -1,8 +1,12 @@
-"""Fuzzes the decoder of frames, which reads whatever connects to the enclave's port."""
+"""Fuzzes the decoders of frames and requests: they read whatever connects to the enclave's port."""
 
 from __future__ import annotations
 
-from enclave_runtime.protocol import wire
+import contextlib
+
+from enclave_runtime.protocol import checkpoint, requests, wire
+from enclave_runtime.protocol.checkpoint import CheckpointError
+from enclave_runtime.protocol.requests import RequestError
 from enclave_runtime.protocol.wire import WireError
 from tests.fuzz import harness
 
@@ -15,6 +19,8 @@ def one_input(data: bytes) -> None:
         frame = wire.decode_body(kind, request, data[wire.HEADER.size :][:length])
     except WireError:
         return
+    with contextlib.suppress(RequestError, CheckpointError):
+        requests.decode(frame)
     encoded = frame.encode()
     body = encoded[wire.HEADER.size :]
     assert wire.decode_header(encoded[: wire.HEADER.size]) == (kind, request, len(body))
@@ -32,4 +38,4 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
 
 
 if __name__ == "__main__":
-    harness.fuzz(one_input, (wire,), mutate)
+    harness.fuzz(one_input, (checkpoint, requests, wire), mutate)

@@ -49,9 +49,14 @@ def _quotes() -> dict[str, bytes]:
 
 def _frames() -> dict[str, bytes]:
     nested: Any = {"a": [{"b": [None, True, -1.5, "é", {}]}]}
+    begin: dict[str, Any] = {"program": 0, "arena": "a", "workers": 1, "blind_at": [0, 64]}
+    begin["inputs"] = [{"handle": "h"}, {"offset": 64}]
+    leaf = {"name": "w", "array": {"shape": [2], "dtype": "int8"}, "dtype": "int8", "weak": False}
     frames = {
         "hello": Frame(Kind.HELLO, 0, {"challenge": "ab" * 32}),
-        "begin": Frame(Kind.BEGIN, 7, {"program": 0, "inputs": [{"handle": "h"}, {"offset": 64}]}),
+        "begin": Frame(Kind.BEGIN, 7, begin),
+        "settle": Frame(Kind.SETTLE, 8, {"run": 1, "offsets": {"0": 64}, "blind_at": {}}),
+        "leaves": Frame(Kind.CHECKPOINT, 9, {"leaves": [leaf]}),
         "compile": Frame(Kind.COMPILE, 2, {}, bytes(range(64))),
         "nested": Frame(Kind.REPLY, (1 << 64) - 1, nested),
     }

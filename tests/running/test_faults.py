@@ -469,9 +469,10 @@ def test_segment_after_the_last_is_refused(provisioned):
 @pytest.mark.parametrize("name", ["segment", "worker"])
 def test_segments_and_workers_are_whole_numbers(provisioned, name, number):
     # A fraction would be one more worker, and end the wait for the others.
-    fields = {"run": provisioned.begin(workers=2), "segment": 0, "worker": 0, name: number}
-    refused(provisioned, "have whole numbers", Kind.SEGMENT, **fields)
-    refused(provisioned, "no such run", Kind.COMMIT, run=fields["run"], donate=[])
+    run = provisioned.begin()
+    fields = {"run": run, "segment": 0, "worker": 0, name: number}
+    refused(provisioned, f"`{name}` is not a whole number", Kind.SEGMENT, **fields)
+    np.testing.assert_allclose(run_by_hand(provisioned, run), CHAIN, rtol=1e-12)
 
 
 def test_skipped_and_earlier_segments_are_refused(provisioned):
@@ -492,16 +493,17 @@ def test_unknown_worker_is_refused(provisioned, worker):
 
 @pytest.mark.parametrize("number", [10**6, -1, None, "0", True, [0], 0.0], ids=repr)
 def test_unknown_program_is_refused(provisioned, number):
-    with pytest.raises(EnclaveError, match="no such program"):
+    text = "no such program" if type(number) is int else "`program` is not a whole number"
+    with pytest.raises(EnclaveError, match=text):
         provisioned.begin(program=number)
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"workers": 0}, "between 1 and 4096 workers"),
-        ({"workers": 4097}, "between 1 and 4096 workers"),
-        ({"workers": True}, "between 1 and 4096 workers"),
+        ({"workers": 0}, "`workers` is not between 1 and 4096"),
+        ({"workers": 4097}, "`workers` is not between 1 and 4096"),
+        ({"workers": True}, "`workers` is not between 1 and 4096"),
         ({"inputs": []}, "takes 3 inputs"),
         ({"blind_at": [0]}, "takes 3 inputs"),
         ({"inputs": [{"offset": 0}] * 2, "blind_at": [0] * 2}, "takes 3 inputs"),
@@ -510,7 +512,7 @@ def test_unknown_program_is_refused(provisioned, number):
         ({"inputs": [{"offset": 1}] * 3}, "failed its authentication"),
         ({"inputs": [{"offset": -64}] * 3}, "outside the shared memory"),
         ({"inputs": [{"offset": 1 << 40}] * 3}, "outside the shared memory"),
-        ({"inputs": [{"offset": "0"}] * 3}, "an offset is not a number"),
+        ({"inputs": [{"offset": "0"}] * 3}, "`inputs` is not a whole number"),
         ({"inputs": [{}] * 3}, "malformed BEGIN"),
         ({"inputs": [None] * 3}, "malformed BEGIN"),
         ({"inputs": None}, "malformed BEGIN"),
@@ -678,7 +680,7 @@ def test_foreign_ciphertext_is_no_program(enclave):
         (Kind.COMPILE, b""),
     ):
         with pytest.raises(SealedValueError, match="failed its authentication"):
-            enclave.connection.request(kind, {"arena": "", "offsets": []}, attachment)
+            enclave.connection.request(kind, {}, attachment)
 
 
 @pytest.mark.parametrize(

@@ -406,7 +406,8 @@ def test_log_of_the_enclave_has_the_detail(tmp_path, capfd):
         for frames, _ in BREAKING.values():
             with host_socket(lines) as connection:
                 breaks(connection, frames)
-        for kind, fields in ((Kind.FREE, {}), (Kind.SEGMENT, {"run": 3})):
+        segment = {"run": 3, "segment": 0, "worker": 0}
+        for kind, fields in ((Kind.FREE, {}), (Kind.SEGMENT, segment)):
             with pytest.raises(EnclaveError, match=wire.REFUSAL):
                 lines.request(kind, fields)
         # A peer that repeats itself fills nobody's disk.
@@ -418,7 +419,7 @@ def test_log_of_the_enclave_has_the_detail(tmp_path, capfd):
     for _, detail in BREAKING.values():
         assert re.search(f"^enclave: closed a connection: .*{detail}", written, re.MULTILINE)
     assert "enclave: refused SEGMENT: no such run" in written
-    assert "enclave: malformed FREE" in written and "KeyError: 'handles'" in written
+    assert "enclave: refused FREE: a malformed FREE request: it has no `handles`" in written
     assert 0 < written.count("refused FIND") <= log.BURST
 
 

@@ -17,9 +17,9 @@ import pytest
 from enclave_runtime.crypto.encryption import session_keys
 from enclave_runtime.execution.executor import Executables
 from enclave_runtime.protocol.program import ArrayType
+from enclave_runtime.protocol.requests import RequestError
 from enclave_runtime.protocol.wire import Frame, Kind
 from enclave_runtime.schemes import make_scheme
-from enclave_runtime.sessions.programs import RequestError
 from enclave_runtime.sessions.run import Run, RunError
 from enclave_runtime.sessions.session import Session
 from enclave_runtime.verifying import checksum, integrity
@@ -64,11 +64,11 @@ def session() -> Session:
 def test_too_many_lies_end_what_verifies(session):
     refused = "256 wrong products .* launch a new enclave"
     number, run = opened(session)
-    session._wrong_products = integrity.MAX_WRONG_PRODUCTS - 1
-    session._refuse_after_lies(run.program)
-    session._wrong_products += 1
+    session._attempts.wrong = integrity.MAX_WRONG_PRODUCTS - 1
+    session._attempts.refuse_after_lies()
+    session._attempts.wrong += 1
     for request in (
-        lambda: session._refuse_after_lies(run.program),
+        lambda: session._attempts.refuse_after_lies(),
         lambda: opened(session),
         lambda: session.handle(Frame(Kind.COMMIT, 1, {"run": number, "donate": []})),
         lambda: bring(session, number),
@@ -76,16 +76,15 @@ def test_too_many_lies_end_what_verifies(session):
         with pytest.raises(IntegrityError, match=refused):
             request()
     # What was refused is not a wrong product, and the run has ended.
-    assert session._wrong_products == integrity.MAX_WRONG_PRODUCTS and not session._runs
+    assert session._attempts.wrong == integrity.MAX_WRONG_PRODUCTS and not session._runs
     unverified = dataclasses.replace(run.program, verify=False)
-    session._refuse_after_lies(unverified)
     run.program = unverified
     session._admit(number, run)
 
 
 def test_open_runs_are_no_more_than_lies_that_are_left(session):
     # Else a host could try in a thousand runs at once before any of them has been counted.
-    session._wrong_products = integrity.MAX_WRONG_PRODUCTS - 3
+    session._attempts.wrong = integrity.MAX_WRONG_PRODUCTS - 3
     numbers = [opened(session)[0] for _ in range(3)]
     with pytest.raises(RequestError, match="3 runs that verify are open and 253 wrong products"):
         opened(session)
@@ -105,7 +104,7 @@ def test_a_lie_counts_once_for_all_workers(session, monkeypatch):
         for request in [pool.submit(bring, session, number, worker) for worker in range(2)]:
             with pytest.raises(IntegrityError, match="wrong"):
                 request.result(30)
-    assert session._wrong_products == 1 and not session._runs
+    assert session._attempts.wrong == 1 and not session._runs
 
 
 def test_an_abort_does_not_hide_a_lie(session, monkeypatch):
@@ -130,7 +129,7 @@ def test_an_abort_does_not_hide_a_lie(session, monkeypatch):
         pool.submit(abort, session, number).result(30)
         with pytest.raises(IntegrityError, match="wrong"):
             lie.result(30)
-    assert session._wrong_products == 1 and not session._runs
+    assert session._attempts.wrong == 1 and not session._runs
 
 
 def test_a_wrong_repeat_counts_and_ends_the_run(session, monkeypatch):
@@ -145,7 +144,7 @@ def test_a_wrong_repeat_counts_and_ends_the_run(session, monkeypatch):
     with pytest.raises(IntegrityError, match="wrong"):
         run.segment(1, 0)  # the run itself refuses, before the session forgets it
     abort(session, number)
-    assert session._wrong_products == 1 and not session._runs
+    assert session._attempts.wrong == 1 and not session._runs
 
 
 def leaf_with_a_checksum() -> Any:
@@ -165,7 +164,7 @@ def test_leaves_that_come_back_are_no_more_tries_than_are_left(session, monkeypa
         raise IntegrityError("wrong leaf")
 
     monkeypatch.setattr(checksum, "check_leaf", wrong)
-    session._wrong_products = integrity.MAX_WRONG_PRODUCTS - 2
+    session._attempts.wrong = integrity.MAX_WRONG_PRODUCTS - 2
     number, _ = opened(session)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         first = pool.submit(session._unblinded, entry, content)
@@ -176,7 +175,7 @@ def test_leaves_that_come_back_are_no_more_tries_than_are_left(session, monkeypa
         going_on.set()
         with pytest.raises(IntegrityError, match="wrong leaf"):
             first.result(30)
-    assert len(tries) == 1 and session._wrong_products == integrity.MAX_WRONG_PRODUCTS - 1
+    assert len(tries) == 1 and session._attempts.wrong == integrity.MAX_WRONG_PRODUCTS - 1
     with pytest.raises(RequestError, match="commit or abort a run first"):
         session._unblinded(entry, content)
     abort(session, number)
@@ -190,11 +189,11 @@ def test_leaves_that_come_back_are_no_more_tries_than_are_left(session, monkeypa
 def test_a_leaf_that_is_right_is_no_try(session, monkeypatch):
     entry = leaf_with_a_checksum()
     monkeypatch.setattr(checksum, "check_leaf", lambda *_: None)
-    session._wrong_products = integrity.MAX_WRONG_PRODUCTS - 1
+    session._attempts.wrong = integrity.MAX_WRONG_PRODUCTS - 1
     for _ in range(3):
         with pytest.raises(AttributeError):  # only after the comparison: there is no scheme
             session._unblinded(entry, np.zeros(0))
-    assert session._wrong_products == integrity.MAX_WRONG_PRODUCTS - 1
+    assert session._attempts.wrong == integrity.MAX_WRONG_PRODUCTS - 1
     opened(session)
 
 

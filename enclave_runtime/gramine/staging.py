@@ -151,9 +151,6 @@ def enclave_environment(tree: Path | str) -> dict[str, str]:
     """
     return {
         **ENCLAVE_ENVIRONMENT,
-        # Each arena of glibc takes 64 MB of an enclave whose memory is committed at once, and by
-        # default there are 8 for each processor.
-        "MALLOC_ARENA_MAX": "8",
         "HOME": "/tmp",
         "JAX_PLATFORMS": "cpu",
         "PYTHONHOME": str(tree),

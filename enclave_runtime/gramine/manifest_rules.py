@@ -16,6 +16,14 @@ from enclave_runtime.gramine.staging import INTERPRETER, files_of
 
 MAX_ENTRIES = 2000  # below it; start-up time grows faster than the number of entries
 MIN_ENCLAVE_SIZE = 8 << 30
+# Linux's own default. Python recurses on it, and so do XLA and LLVM while they compile, without
+# looking how much is left: what overflows ends the enclave. It is the size of every thread's stack,
+# since glibc takes the limit on the main thread's for the others'.
+MIN_STACK_SIZE = 8 << 20
+# All stacks together may take this part of the enclave, where memory is what is committed at the
+# start; the rest is for libraries and values.
+STACKS_OF_ENCLAVE = 1 / 2
+MAX_THREADS = 4096  # MAX_DBG_THREADS of Gramine 1.9, which starts no enclave that asks for more
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # Gramine's names for settings that weaken, or that only debugging needs.
 _WEAK = ("insecure__", "debug__", "experimental__")
@@ -185,8 +193,7 @@ def _sizes(manifest: Mapping[str, Any], cpus: int) -> Iterator[str]:
     if not 0 < count < MAX_ENTRIES:
         yield f"sgx.trusted_files has {count} entries, expected 1 to {MAX_ENTRIES - 1}"
     text = _get(manifest, "sgx.enclave_size")
-    match = re.fullmatch(r"(\d+)([KMG]?)", text if isinstance(text, str) else "")
-    size = int(match[1]) * _UNITS.get(match[2], 1) if match else 0
+    size = _bytes(text)
     if size < MIN_ENCLAVE_SIZE or size & (size - 1):
         yield f"sgx.enclave_size is {text!r}, expected a power of two of at least 8G"
     threads = _get(manifest, "sgx.max_threads")
@@ -195,3 +202,26 @@ def _sizes(manifest: Mapping[str, Any], cpus: int) -> Iterator[str]:
             f"sgx.max_threads is {threads!r}, expected at least {max_threads(cpus)} for "
             f"{cpus} processors"
         )
+    elif threads > MAX_THREADS:
+        yield f"sgx.max_threads is {threads}, expected at most {MAX_THREADS}, as Gramine takes"
+    else:
+        yield from _stacks(manifest, threads, size)
+
+
+def _stacks(manifest: Mapping[str, Any], threads: int, enclave: int) -> Iterator[str]:
+    settings = _get(manifest, "sys.stack")
+    text = _get(manifest, "sys.stack.size")
+    size = _bytes(text)
+    if not isinstance(settings, Mapping) or set(settings) != {"size"} or size < MIN_STACK_SIZE:
+        yield f"sys.stack is {settings!r}, expected a size of at least 8M and nothing else"
+    elif threads * size > enclave * STACKS_OF_ENCLAVE:
+        yield (
+            f"{threads} threads (sgx.max_threads) with stacks of {text} (sys.stack.size) take more "
+            "than half of the enclave; build with a larger --enclave-size or fewer --cpus"
+        )
+
+
+def _bytes(text: Any) -> int:
+    """A size as Gramine reads it; 0 for what is none."""
+    match = re.fullmatch(r"([0-9]+)([KMG]?)", text if isinstance(text, str) else "")
+    return int(match[1]) * _UNITS.get(match[2], 1) if match else 0

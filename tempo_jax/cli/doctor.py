@@ -175,10 +175,24 @@ def _gramine(path: str | None = None) -> Finding:
     detail = f"not on the PATH: {', '.join(missing)}" + (
         f"; found: {', '.join(found)}" * bool(found)
     )
-    fix = (
-        "install Gramine 1.9 or later (https://gramine.readthedocs.io); without it only "
-        "kind='process' starts, which protects where the operating system does"
-    )
+    if "gramine-direct" in found and "gramine-sgx" in missing:
+        # As a build of Gramine without SGX installs it; it runs, and manifests are rendered here.
+        detail = f"direct only, without SGX; {detail}"
+        fix = (
+            "kind='gramine-direct' starts and protects where the operating system does; for "
+            "kind='gramine-sgx' install Gramine 1.9 or later with SGX "
+            "(https://gramine.readthedocs.io)"
+        )
+    elif "gramine-sgx" in found:
+        fix = (
+            "enclaves that are built and signed start; to build them here, or to try them without "
+            "SGX, install all of Gramine 1.9 or later (https://gramine.readthedocs.io)"
+        )
+    else:
+        fix = (
+            "install Gramine 1.9 or later (https://gramine.readthedocs.io); without it only "
+            "kind='process' starts, which protects where the operating system does"
+        )
     return Finding("gramine", "warn", detail, fix)
 
 

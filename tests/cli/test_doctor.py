@@ -129,16 +129,32 @@ def test_memory(tmp_path, text, status, words):
     assert doctor._memory(str(tmp_path / "none")).status == "warn"
 
 
-def test_gramine(tmp_path):
-    found = doctor._gramine(str(tmp_path))
-    assert found.status == "warn" and "install Gramine 1.9" in found.fix
-    assert "found" not in found.detail
-    tools = ["gramine-direct", "gramine-sgx", "gramine-manifest", "gramine-sgx-sign"]
-    for count, tool in enumerate(tools, start=1):
+TOOLS = ("gramine-direct", "gramine-sgx", "gramine-manifest", "gramine-sgx-sign")
+
+
+@pytest.mark.parametrize(
+    "found, detail, fix",
+    [
+        ([], "not on the PATH: gramine-direct, gramine-sgx, ", "install Gramine 1.9"),
+        (["gramine-manifest"], "; found: gramine-manifest", "install Gramine 1.9"),
+        (["gramine-direct"], "direct only, without SGX; ", "kind='gramine-direct' starts"),
+        (
+            ["gramine-direct", "gramine-manifest", "gramine-sgx-sign"],
+            "direct only, without SGX; not on the PATH: gramine-sgx; found: gramine-direct, ",
+            "for kind='gramine-sgx' install",
+        ),
+        (["gramine-sgx"], "not on the PATH: gramine-direct, ", "built and signed start"),
+        (TOOLS[:3], "not on the PATH: gramine-sgx-sign", "built and signed start"),
+        (TOOLS, "gramine-direct, gramine-sgx, gramine-manifest, gramine-sgx-sign on the", ""),
+    ],
+)
+def test_gramine(tmp_path, found, detail, fix):
+    for tool in found:
         (tmp_path / tool).touch(mode=0o755)
-        found = doctor._gramine(str(tmp_path))
-        assert found.status == ("ok" if count == len(tools) else "warn")
-        assert tool in found.detail
+    finding = doctor._gramine(str(tmp_path))
+    assert finding.status == ("ok" if found == TOOLS else "warn")
+    assert detail in finding.detail and fix in finding.fix
+    assert ("found" in finding.detail) == (0 < len(found) < len(TOOLS))
 
 
 def test_sgx_devices(monkeypatch, tmp_path):

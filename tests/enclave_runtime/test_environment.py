@@ -44,7 +44,11 @@ def arenas(environment: dict[str, str]) -> int:
 
 @pytest.mark.parametrize(
     "variables",
-    [launch.command().environment, manifest.environment(), staging.host_environment(staging.Path())],
+    [
+        launch.command().environment,
+        manifest.environment(),
+        staging.host_environment(staging.Path()),
+    ],
     ids=["process", "gramine", "staged"],
 )
 def test_every_kind_of_enclave_has_one_arena(variables):

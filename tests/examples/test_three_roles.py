@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from examples.common import SCHEMES
+from examples.three_roles import __main__ as three_roles
 from examples.three_roles import agreement, owner
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,37 @@ def test_both_sides_shield_alike_under_the_scheme_that_they_are_told(scheme, enc
         programs.append(report.plan.program)
     assert programs[0] == programs[1]
     assert programs[0].scheme == SCHEMES[scheme]().name
+
+
+class Started(Exception):
+    """The enclave's command was seen."""
+
+
+@pytest.mark.parametrize(
+    "given, started",
+    [
+        ([], ["--kind", "process"]),
+        (
+            ["--kind", "gramine-direct", "--directory", "built"],
+            ["--kind", "gramine-direct", "--directory", "built"],
+        ),
+    ],
+)
+def test_the_enclave_is_of_the_kind_that_was_asked_for(monkeypatch, given, started):
+    def popen(command: list[str], **_: object) -> None:
+        assert command[-len(started) :] == started
+        assert command[2:5] == ["tempo_jax", "enclave", "serve"]
+        raise Started
+
+    monkeypatch.setattr(three_roles.subprocess, "Popen", popen)
+    with pytest.raises(Started):
+        three_roles.main(given)
+
+
+def test_an_enclave_with_sgx_has_to_be_named(capsys):
+    with pytest.raises(SystemExit):
+        three_roles.main(["--kind", "gramine-sgx"])
+    assert "--mrenclave, --collateral" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -265,6 +265,15 @@ OTHER_RUNTIME = [{"path": path, "uri": "file:/tmp"} for path in ("/lib", "/lib64
         (put("sgx.enclave_size", 8 << 30), "enclave_size is 8589934592"),
         (put("sgx.max_threads", 16), "max_threads is 16, expected at least 162 for 1"),
         (drop("sgx.max_threads"), "max_threads is None"),
+        (put("sgx.max_threads", True), "max_threads is True"),
+        (put("sgx.max_threads", 4097), "max_threads is 4097, expected at most 4096"),
+        (put("sgx.max_threads", 513), "513 threads (sgx.max_threads) with stacks of 8M"),
+        (put("sys.stack.size", "256K"), "sys.stack is {'size': '256K'}, expected a size of at"),
+        (put("sys.stack.size", "8388607"), "expected a size of at least 8M"),
+        (put("sys.stack.size", 8 << 20), "expected a size of at least 8M"),
+        (put("sys.stack.size", "1G"), "take more than half of the enclave"),
+        (put("sys.stack.guard", "1M"), "and nothing else"),
+        (drop("sys.stack"), "sys.stack is None"),
     ],
 )
 def test_a_breach_is_said(parsed, change, words):
@@ -272,6 +281,20 @@ def test_a_breach_is_said(parsed, change, words):
     change(broken)
     found = manifest_rules.breaches(broken)
     assert any(words in sentence for sentence in found), found
+
+
+def test_stacks_and_threads_may_grow_with_the_enclave(parsed):
+    parsed["sgx"]["max_threads"], parsed["sys"]["stack"]["size"] = 512, "8M"
+    assert manifest_rules.breaches(parsed) == []
+    parsed["sgx"]["max_threads"] = manifest_rules.MAX_THREADS
+    parsed["sgx"]["enclave_size"] = "64G"
+    assert manifest_rules.breaches(parsed) == []
+
+
+def test_the_template_says_what_memory_without_edmm_allows():
+    template = (Path(manifest.__file__).parent / "enclave.manifest.template").read_text()
+    reason, _ = template.split("sgx.edmm_enable = false")
+    assert "readable, writable\n# and executable" in reason.rpartition("\n\n")[2]
 
 
 def test_threads_for_the_machine_that_runs_it(directory):

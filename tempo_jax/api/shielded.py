@@ -363,10 +363,11 @@ class Shielded(Generic[P, R]):
           **kwargs: likewise.
 
         Returns:
-          A report; print it.
+          A report: print it, look at it in a notebook, or `save` it as a page.
         """
         program = self._program(self._signature(args, kwargs))
-        return Report(self._name, program.plan, _argument_names(self._function, args, kwargs))
+        names = _argument_names(self._function, args, kwargs)
+        return Report(self._name, program.plan, names, self._enclave.costs)
 
     def traffic(self, *args: Any, **kwargs: Any) -> Traffic:
         """Bytes and round trips that calls with such arguments have cost so far.

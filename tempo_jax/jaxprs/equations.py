@@ -50,6 +50,28 @@ def at_source_of(eqn: JaxprEqn) -> contextlib.AbstractContextManager[None]:
     return source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)
 
 
+# The scopes that `jax.checkpoint` itself puts around what is computed again, JAX 0.10-0.12.
+_REMAT = ("checkpoint", "rematted_computation")
+
+
+def scopes(eqn: JaxprEqn) -> tuple[str, ...]:
+    """The names under which the user's program made an equation, outermost first.
+
+    They are those of `jax.named_scope`, and so Flax's scopes of modules. A gradient has those of
+    what it is the gradient of; empty where nothing is named.
+    """
+    names: list[str] = []
+    part: list[str] = []
+    for item in eqn.source_info.name_stack.stack:  # JAX 0.10-0.12: scopes and transformations.
+        if isinstance(item, source_info_util.Scope):
+            if item.name not in _REMAT:
+                part.append(item.name)
+        elif item.name == "jvp":
+            # A gradient that is itself traced under the names of its product bears them twice.
+            names, part = [*names, *part], []
+    return tuple(part if part[: len(names)] == names else [*names, *part])
+
+
 def bind(eqn: JaxprEqn, arguments: Sequence[Any], **changes: Any) -> list[Any]:
     """Evaluates one equation on `arguments`, with some parameters changed."""
     params = eqn.primitive.get_bind_params({**eqn.params, **changes})

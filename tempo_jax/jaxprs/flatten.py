@@ -19,6 +19,7 @@ from jax.core import Tracer
 from jax.extend.core import primitives as prims
 
 from tempo_jax.jaxprs.equations import (
+    at_source_of,
     bind,
     checks,
     debugging,
@@ -113,7 +114,8 @@ class _Flattener:
         primitive = eqn.primitive
         if primitive in _INLINED:
             body = _closed(eqn.params[_INLINED[primitive]])
-            return self.evaluate(body.jaxpr, body.consts, arguments, cheap)
+            with at_source_of(eqn):  # the names in its body begin where the call stands
+                return self.evaluate(body.jaxpr, body.consts, arguments, cheap)
         if is_check(eqn):
             return [(x, False) for x in _failed(eqn)]
         if is_written_in_jax(primitive):
@@ -179,9 +181,10 @@ class _Flattener:
         for step in reversed(steps) if params["reverse"] else steps:
             slices = [(lax.index_in_dim(x, step, keepdims=False), c) for x, c in scanned]
             inputs = [*fixed, *carry, *slices]
-            results = self.evaluate(
-                body.jaxpr, body.consts, [x for x, _ in inputs], [c for _, c in inputs]
-            )
+            with at_source_of(eqn):
+                results = self.evaluate(
+                    body.jaxpr, body.consts, [x for x, _ in inputs], [c for _, c in inputs]
+                )
             carry, out = results[:carried], results[carried:]
             stacked.append(out)
         if params["reverse"]:

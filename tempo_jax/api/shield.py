@@ -42,6 +42,11 @@ def shield(  # noqa: D417 (the options are documented one by one)
     Plain arguments are sealed on the way in. Every output stays sealed unless the
     function passes it through `reveal`.
 
+    Inside `jit`, `scan`, `while_loop` and `cond` a carried state keeps the types that it entered
+    with, so that a loop takes it in any form. Weights that a freshly sealed or restored state has
+    on the devices from its first step on are then kept by the host between steps; one call before
+    the loop keeps them on the devices.
+
     Args:
       function: any function that `jax.jit` takes; omitted when used as a decorator.
       enclave: where the trusted part runs.

@@ -73,12 +73,15 @@ class Enclave:
     Make one with `launch` (client and host in one process), `connect` (the client, from any
     machine) or `attach` (the host, on the enclave's machine). A context manager: leaving it ends
     a launched process, and leaves any other running.
+
+    Attributes:
+      handles: of the values in it, and who holds them here.
     """
 
     def __init__(self, connection: Connection | Channel | Attachment):
         """Wraps a connection; users call `launch`, `connect` or `attach`."""
         self._connection = connection
-        self._handles = Handles()
+        self.handles = Handles()
         self._released: collections.deque[int] = collections.deque()
         self._running: set[Future[Any]] = set()
         self._checkpointing = CheckpointRequests()
@@ -539,7 +542,7 @@ class Enclave:
 
     def adopt(self, handle: Any) -> None:
         """Counts an array that holds a handle; when the last one is dropped, frees the handle."""
-        self._handles.adopt(handle)
+        self.handles.adopt(handle)
 
     def keep(self, sealed: SealedArray) -> None:
         """Keeps what a sealed value names in the enclave, although it may be dropped here.
@@ -548,7 +551,7 @@ class Enclave:
         donates them or the enclave ends.
         """
         if sealed.form != ENCRYPTED:
-            self._handles.keep(handle_text(sealed.handle))
+            self.handles.keep(handle_text(sealed.handle))
 
     def donate(self, leaves: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Gives up sealed values that a committed run replaced by `outputs`."""
@@ -560,7 +563,7 @@ class Enclave:
             if not is_sealed(leaf):
                 continue
             if leaf.form != ENCRYPTED:
-                self._handles.drop(handle_text(leaf.handle))
+                self.handles.drop(handle_text(leaf.handle))
             # A leaf that the step passes through may come back as the very same array.
             mine = isinstance(leaf.content, jax.Array) and id(leaf.content) not in kept
             if mine and idle:
@@ -582,7 +585,7 @@ class Enclave:
 
     def free_dropped(self) -> None:
         """Tells the enclave which handles and programs nobody holds any more."""
-        dropped, released = self._handles.take_dropped(), []
+        dropped, released = self.handles.take_dropped(), []
         with contextlib.suppress(IndexError):
             while True:
                 released.append(self._released.popleft())

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,9 @@ from tempo_jax.sealing.array import (
     SealedArray,
     handle_array,
     handle_words,
+    is_sealed,
 )
+from tempo_jax.sealing.handles import Lying
 
 _RUN_OUT_SECONDS = 0.5  # that an interrupted program gets to end while its caller waits
 
@@ -143,7 +145,7 @@ class Runtime:
             raise
         for view in views:
             self._record(view, result, leaves)
-        return self._outputs(result, [handle_array(h) for h in handles], types)
+        return self._outputs(result, [handle_array(h) for h in handles], types, {})
 
     def _run_interruptibly(self, program: Any, run: HostRun, leaves: list[Any]) -> HostResult:
         """Runs on another thread: the main thread could not hear Ctrl-C inside XLA.
@@ -181,8 +183,13 @@ class Runtime:
         raise failure
 
     def _outputs(
-        self, result: HostResult, handles: Sequence[Any], types: Sequence[Any]
+        self,
+        result: HostResult,
+        handles: Sequence[Any],
+        types: Sequence[Any],
+        alike: Mapping[int, SealedArray],
     ) -> list[Any]:
+        """The flat outputs; those in `alike` are declared as the values there are."""
         outputs: list[Any] = [None] * len(types)
         for position, value in zip(self.plan.revealed, result.revealed, strict=True):
             outputs[position] = jaxpr_types.from_physical(value, types[position])
@@ -192,7 +199,11 @@ class Runtime:
         ):
             aval = types[position]
             on_device = port.place == DEVICE
-            children = (next(blinded), handle) if on_device else (handle,)
+            content = next(blinded) if on_device else None
+            if position in alike:
+                outputs[position] = alike[position].declared_alike(content, handle)
+                continue
+            children = (content, handle) if on_device else (handle,)
             outputs[position] = SealedArray(
                 children,
                 BLINDED if on_device else RESIDENT,
@@ -231,12 +242,17 @@ class Runtime:
           types: abstract values of the flat outputs.
           donated: positions of inputs that the run consumes.
         """
-        number, resident = self._stage_begin(inputs)
+        carried = {o: i for i, o in self.plan.request.carried.items() if is_sealed(inputs[i])}
+        alike = {o: inputs[carried[o]] for o in self.plan.sealed if o in carried}
+        number, resident = self._stage_begin(inputs, alike)
         function = build_host_program(self.plan, _Raising(self), self._mesh, observe=False)
-        result, handles = self._stage_commit(number, function(number, resident), donated)
-        return self._outputs(result, handles, types)
+        result = function(number, resident)
+        result, handles = self._stage_commit(number, result, types, donated, alike)
+        return self._outputs(result, handles, types, alike)
 
-    def _stage_begin(self, inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
+    def _stage_begin(
+        self, inputs: Sequence[Any], alike: Mapping[int, SealedArray]
+    ) -> tuple[Any, list[Any]]:
         """The run's number, and its device-resident inputs, as tracers."""
         leaves, structure = jax.tree.flatten(list(inputs))
         leaves = [opaque.words_of(x) for x in leaves]
@@ -244,7 +260,10 @@ class Runtime:
         request = self.plan.request
         renewed = request.verify or request.scheme.key_budget is not None
         resident = {i: x for i, x in enumerate(inputs) if self._is_on_devices(i)}
-        arriving = [i for i, x in resident.items() if x.form != BLINDED or renewed]
+        # What returns to the enclave, declared as what it was, comes from there the next time.
+        places = dict(zip(self.plan.sealed, (p.place for p in self._program.outputs), strict=True))
+        leaving = {i for i, o in request.carried.items() if o in alike and places[o] != DEVICE}
+        arriving = [i for i, x in resident.items() if x.form != BLINDED or renewed or i in leaving]
         arrays = [self._program.inputs[i].array for i in arriving]
         results = [jax.ShapeDtypeStruct(a.shape, np.dtype(a.dtype)) for a in arrays]
 
@@ -278,24 +297,57 @@ class Runtime:
                     "leaves. Call the function once outside jit, which blinds it again."
                 )
             self._runs[run.number] = run
+        for text in run.handles.values():
+            self._enclave.handles.used(text)
         return run, blinded
 
     def _stage_commit(
-        self, number: Any, result: HostResult, donated: Sequence[int]
+        self,
+        number: Any,
+        result: HostResult,
+        types: Sequence[Any],
+        donated: Sequence[int],
+        alike: Mapping[int, SealedArray],
     ) -> tuple[HostResult, list[Any]]:
         """The result, and the sealed outputs' handles, as tracers that depend on the commit."""
+        ports = self._program.outputs
+        blinded = iter(result.on_devices)
+        contents = {i: next(blinded) for i, port in enumerate(ports) if port.place == DEVICE}
+        # What its array is not declared to be; blinded content that has no room there comes along.
+        lying = {}
+        for i, position in enumerate(self.plan.sealed):
+            found = BLINDED if i in contents else RESIDENT, types[position].weak_type
+            if position in alike and not alike[position].declares(*found):
+                lying[i] = Lying(*found)
+        given = {
+            i: x
+            for i, x in contents.items()
+            if i in lying and not alike[self.plan.sealed[i]].has_room
+        }
 
-        def commit(number: np.ndarray, _: Any, *revealed: np.ndarray) -> list[np.ndarray]:
+        def commit(number: np.ndarray, _: Any, *arrays: np.ndarray) -> list[np.ndarray]:
             run = self._known(int(number))
             with self._ending(run):
                 handles = run.commit(donated)
             self._runs.pop(run.number, None)
+            revealed = arrays[len(given) :]
+            kept = {i: x.copy() for i, x in zip(given, arrays, strict=False)}
+            for i in donated:
+                if i in run.handles:
+                    self._enclave.handles.donated(run.handles[i])
+            self._enclave.handles.made(
+                {h: port.array.nbytes for h, port in zip(handles, ports, strict=True)},
+                {
+                    handles[i]: dataclasses.replace(found, content=kept.get(i))
+                    for i, found in lying.items()
+                },
+            )
             named = np.stack(
                 [handle_words(h) for h in handles] or [np.zeros(opaque.WORDS, np.uint32)]
             )
             return [named, *revealed]
 
-        count = len(self._program.outputs)
+        count = len(ports)
         # What is revealed passes through: JAX drops a call on which nothing depends.
         handles, *revealed = call_python(
             commit,
@@ -305,6 +357,7 @@ class Runtime:
             ],
             number,
             result.token,
+            *given.values(),
             *result.revealed,
         )
         named = [opaque.opaque(lax.index_in_dim(handles, i, keepdims=False)) for i in range(count)]

@@ -91,6 +91,7 @@ class HostRun:
     Attributes:
       number: by which the enclave knows it.
       arena: its shared memory.
+      handles: of its inputs that have one, by position.
       failure: why it failed, if it did; visits after that do nothing.
       failed: done when the run has been aborted.
       views: recordings that its visits fill.
@@ -107,6 +108,7 @@ class HostRun:
         self.failure: BaseException | None = None
         self.failed: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.number = 0
+        self.handles: dict[int, str] = {}
         self._reserved: tuple[str, Arena] | None = served.lines.reserve(served.program.arena_bytes)
         self.arena = self._reserved[1]
         self._calls = Calls()
@@ -132,11 +134,12 @@ class HostRun:
         served, (name, arena) = self.served, self._require_memory()
         given: list[dict[str, Any]] = []
         offsets, offset = [], 0
-        for port, x in zip(served.program.inputs, inputs, strict=True):
+        for i, (port, x) in enumerate(zip(served.program.inputs, inputs, strict=True)):
             offsets.append(offset)
             offset += input_bytes(port.array)
             if is_sealed(x) and x.form != ENCRYPTED:
-                given.append({"handle": handle_text(x.handle)})
+                self.handles[i] = handle_text(x.handle)
+                given.append({"handle": self.handles[i]})
                 continue
             content = np.asarray(x.content) if is_sealed(x) else np.asarray(x)
             place = ArrayType(content.shape, content.dtype.name)

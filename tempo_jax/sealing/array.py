@@ -15,11 +15,9 @@ from jax.core import Tracer
 
 from tempo_jax.errors import SealedValueError
 from tempo_jax.jaxprs import opaque
+from tempo_jax.sealing.handles import NO_HANDLE, Handles, Lying
 
 ENCRYPTED, RESIDENT, BLINDED = "encrypted", "resident", "blinded"
-
-
-NO_HANDLE = bytes(16)  # beside ciphertext, which the enclave does not know yet
 
 
 def handle_text(handle: Any) -> str:
@@ -57,6 +55,8 @@ def no_handle() -> Any:
 class HandleOwner(Protocol):
     """The enclave client that counts the owners of handles."""
 
+    handles: Handles
+
     def adopt(self, handle: Any) -> None:
         """Keeps a handle alive as long as the array that holds it."""
 
@@ -76,15 +76,18 @@ class SealedArray:
     It is a pytree node, so it may sit anywhere in a Flax `TrainState`, a dict of variables
     or an `nnx.State`. Open it with `Enclave.open`.
 
+    Inside a user's `jit`, `scan`, `while_loop` or `cond` a carried state keeps the children and
+    the static part that it entered with, since JAX compares both. There `form` and `weak_type` are
+    declarations. Outside they are the truth, which the handle tells: a value declared ciphertext
+    that has a handle is what the handle names, and its ciphertext is an old value.
+
     Attributes:
       shape: of the secret array.
       dtype: of the secret array.
-      form: "encrypted" (AES-256-GCM, made by the client), "resident" (inside the enclave,
-        named by a handle), or "blinded" (on the devices, under keys that a handle names).
       session: the session it belongs to.
     """
 
-    __slots__ = ("_children", "dtype", "form", "session", "shape", "weak_type")
+    __slots__ = ("_children", "_form", "_text", "_weak_type", "dtype", "session", "shape")
 
     def __init__(
         self,
@@ -96,30 +99,90 @@ class SealedArray:
         session: str,
     ):
         self._children = children
-        self.form = form
+        self._form = form
         self.shape = shape
         self.dtype = dtype
-        self.weak_type = weak_type
+        self._weak_type = weak_type
         self.session = session
-        handle = self.handle
+        self._text: str | None = None
+        handle, owner = self.handle, owners.get(session)
         if (
-            form != ENCRYPTED
-            and isinstance(handle, (np.ndarray, jax.Array))
+            owner is not None
+            and isinstance(handle, jax.Array)
             and not isinstance(handle, Tracer)
+            and (form != ENCRYPTED or owner.handles.any_loose)
         ):
-            owner = owners.get(session)
-            if owner is not None:
-                owner.adopt(handle)
+            owner.adopt(handle)
 
     @property
     def handle(self) -> Any:
         """The opaque name of a resident value or of a blinded one's keys; none of ciphertext."""
         return self._children[-1]
 
+    def _name(self) -> str | None:
+        """The handle's text; None while traced, and of what names no single value."""
+        handle = self.handle
+        if self._text is None and isinstance(handle, (np.ndarray, jax.Array)):
+            if not isinstance(handle, Tracer):
+                name = opaque.name_of(opaque.words_of(handle))
+                self._text = None if name is None else name.hex()
+        return self._text
+
+    def _lying(self) -> Lying | None:
+        owner = owners.get(self.session)
+        if owner is None or not owner.handles.any_loose:
+            return None
+        name = self._name()
+        return None if name is None else owner.handles.lying(name)
+
+    @property
+    def form(self) -> str:
+        """Where the value is.
+
+        "encrypted" (AES-256-GCM, made by the client), "resident" (inside the enclave, named by a
+        handle), or "blinded" (on the devices, under keys that a handle names).
+        """
+        lying = self._lying()
+        if lying is not None:
+            return lying.form
+        if self._form == ENCRYPTED and self._name() not in (None, NO_HANDLE.hex()):
+            return RESIDENT
+        return self._form
+
+    @property
+    def weak_type(self) -> bool:
+        """Whether the secret array's dtype gives way to others'."""
+        lying = self._lying()
+        return self._weak_type if lying is None else lying.weak_type
+
     @property
     def content(self) -> Any:
         """The ciphertext, uint8[nbytes + 28], or the blinded array."""
-        return self._children[0]
+        lying = self._lying()
+        kept = None if lying is None else lying.content
+        return self._children[0] if kept is None else kept
+
+    @property
+    def has_room(self) -> bool:
+        """Whether its children hold blinded content, or would."""
+        return self._form == BLINDED
+
+    def declared_alike(self, content: Any, handle: Any) -> SealedArray:
+        """A value of this shape and dtype with this one's types, whatever it is.
+
+        Args:
+          content: blinded, where it is; None of a value inside the enclave.
+          handle: names it.
+        """
+        children = (handle,)
+        if self._form != RESIDENT:
+            room = self.has_room and content is not None
+            children = (content if room else self._children[0], handle)
+        return self.tree_unflatten(self.tree_flatten()[1], children)
+
+    def declares(self, form: str, weak_type: bool) -> bool:
+        """Whether that is what its types say."""
+        return (form, weak_type) == (self._form, self._weak_type)
 
     @property
     def ndim(self) -> int:
@@ -180,7 +243,8 @@ class SealedArray:
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Children and static part, for `jax.tree_util`."""
-        return self._children, (self.form, self.shape, self.dtype, self.weak_type, self.session)
+        declared = self._form, self.shape, self.dtype, self._weak_type, self.session
+        return self._children, declared
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> SealedArray:

@@ -17,6 +17,11 @@ ROOT = Path(__file__).parents[2]
 _SET_HERE = ("XLA_FLAGS", "OPENBLAS_NUM_THREADS", "JAX_ENABLE_X64")
 
 
+def environment() -> dict[str, str]:
+    """The variables of a user's process: without what `conftest` sets."""
+    return {k: v for k, v in os.environ.items() if k not in _SET_HERE}
+
+
 def run_fresh(
     *functions: Callable[[], object],
     devices: int = 1,
@@ -34,9 +39,9 @@ def run_fresh(
     Raises:
       AssertionError: one failed, or they hung; with what it printed.
     """
-    environment = {k: v for k, v in os.environ.items() if k not in _SET_HERE}
+    variables = environment()
     if devices > 1:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     usable = sorted(os.sched_getaffinity(0))[:cores]
     lines = [f"import os; os.sched_setaffinity(0, {usable!r})"]
     for function in functions:
@@ -46,7 +51,7 @@ def run_fresh(
     try:
         ended = subprocess.run(
             [sys.executable, "-c", "\n".join(lines)],
-            env=environment,
+            env=variables,
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -74,6 +74,10 @@ class ChannelError(EnclaveError):
     """No channel to the enclave: nothing answers, or it did not accept this peer."""
 
 
+class PlanWarning(UserWarning):
+    """A plan does less than its options suggest; it is right, and `explain` says why."""
+
+
 class UnprovisionedError(EnclaveError):
     """A program that the enclave's client did not provision."""
 

@@ -51,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     another process has half written. Set in this process alone: enclaves and fresh interpreters
     compile as they always do.
     """
+    # Tests' models are small, and mostly send nothing out by default.
+    config.addinivalue_line("filterwarnings", "ignore::tempo_jax.errors.PlanWarning")
     worker: dict[str, str] | None = getattr(config, "workerinput", None)
     folder = worker["compiled"] if worker else tempfile.mkdtemp(prefix="tempo_jax-tests-")
     if worker:

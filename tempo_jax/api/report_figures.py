@@ -23,7 +23,10 @@ from tempo_jax.api.report_costs import Costs, costs_of
 from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.plan import Plan, offloaded, offloaded_work
+from tempo_jax.planning.prospects import Prospects, prospects
 from tempo_jax.schemes import Group
+
+LITTLE = 0.1  # share of the arithmetic outside below which a user should know why
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,17 @@ class Figures:
     def costs(self) -> Costs:
         """What a call costs the enclave by layer, by visit and in all; estimated."""
         return costs_of(self.plan, self.model, self.arguments)
+
+    @functools.cached_property
+    def prospects(self) -> Prospects:
+        """From which size on most of the arithmetic would leave the enclave."""
+        return prospects(self.plan, self.model)
+
+    @property
+    def sends_little(self) -> bool:
+        """Whether less than a tenth of the arithmetic leaves though it might."""
+        outside, total = self.offloaded_work
+        return self.plan.request.offload and outside < LITTLE * total
 
     @property
     def products(self) -> tuple[int, int]:

@@ -76,7 +76,23 @@ def totals(figures: Figures) -> list[str]:
             f"all inside it would take about {duration(costs.all_inside_seconds)}: the largest "
             f"possible gain is {costs.largest_gain:.2g} times, with devices that take no time"
         )
+    if figures.sends_little:
+        lines.append(would_leave(figures))
     return [f"  {line}" for line in lines]
+
+
+def would_leave(figures: Figures) -> str:
+    """What would have to change for most of the arithmetic to leave, as a sentence."""
+    found, ways = figures.prospects, []
+    if found.rows is not None:
+        ways.append((f"from {found.rows.size:,} rows on (now {found.rows.now:,})", found.rows))
+    if found.width is not None:
+        ways.append((f"from width {found.width.size:,} on (now {found.width.now:,})", found.width))
+    if not ways:
+        return "Neither more rows nor wider layers would change that."
+    share = percent(min(way.share for _, way in ways), 1)
+    words = ", or ".join(words for words, _ in ways)
+    return f"{words[0].upper()}{words[1:]}, {share} of it would leave on this machine."
 
 
 def duration(seconds: float) -> str:

@@ -67,7 +67,9 @@ def shield(  # noqa: D417 (the options are documented one by one)
         and why a leaf is not on the devices.
 
     Returns:
-      A `Shielded` function with the parameters and the result of `function`.
+      A `Shielded` function with the parameters and the result of `function`. It warns
+      (`errors.PlanWarning`) once where less than a tenth of the arithmetic leaves the enclave, and
+      says what would change that, and where `mesh` or `cheap_update` has no effect.
 
     Raises:
       UnsupportedError: an option has an unknown value.

@@ -10,6 +10,7 @@ import contextvars
 import functools
 import inspect
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -21,6 +22,8 @@ from jax.core import Tracer
 from enclave_runtime.protocol.program import DEVICE
 from tempo_jax.api.options import Options
 from tempo_jax.api.report import Report
+from tempo_jax.api.report_figures import Figures
+from tempo_jax.api.report_notices import tell_of_signature, warn_of
 from tempo_jax.errors import RoleError, SecrecyError, UnsupportedError
 from tempo_jax.jaxprs import trace
 from tempo_jax.jaxprs import types as jaxpr_types
@@ -85,8 +88,9 @@ def _aval(x: Any) -> Any:
 class _PlannedSignature:
     """A traced signature: its plan and, once it runs, its runtime."""
 
-    def __init__(self, plan: Plan, out_structure: Any, types: list[Any]):
+    def __init__(self, plan: Plan, out_structure: Any, types: list[Any], seconds: float):
         self.plan = plan
+        self.seconds = seconds  # that tracing and planning took
         self.out_structure = out_structure
         self.types = types
         self.runtime: Runtime | None = None
@@ -107,6 +111,7 @@ class Shielded(Generic[P, R]):
         self._enclave = options.enclave
         self._public = options.public_names(function)
         self._programs: dict[Any, list[_PlannedSignature]] = {}
+        self._told: set[str] = set()  # of which warnings
         self._lock = threading.RLock()
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -178,6 +183,7 @@ class Shielded(Generic[P, R]):
             return programs[-1]
 
     def _make(self, signature: _Signature) -> _PlannedSignature:
+        start = time.perf_counter()
         structures: list[Any] = []
 
         # JAX's errors while tracing name the function and its arguments after what is traced.
@@ -212,7 +218,8 @@ class Shielded(Generic[P, R]):
             workers=options.workers,
             verify=options.verify,
         )
-        return _PlannedSignature(make_plan(request), out_structure, types)
+        plan = make_plan(request)
+        return _PlannedSignature(plan, out_structure, types, time.perf_counter() - start)
 
     def _carried(
         self, signature: _Signature, parts: Sequence[Any], types: Sequence[Any]
@@ -258,6 +265,14 @@ class Shielded(Generic[P, R]):
         with self._lock:
             if program.runtime is None:
                 program.runtime = Runtime(program.plan, self._enclave, self._options.mesh)
+                positions = range(len(program.plan.jaxpr.invars))
+                names = [f"argument {i}" for i in positions]
+                figures = Figures(self._name, program.plan, names, self._enclave.costs)
+                given = program.runtime.provisioned
+                tell_of_signature(
+                    figures, program.seconds, given.export_seconds, given.compile_seconds
+                )
+                warn_of(figures, self._told)
             return program.runtime
 
     def _donated(self, plan: Plan) -> list[int]:

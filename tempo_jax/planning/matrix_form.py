@@ -17,8 +17,8 @@ Untrusted and pure.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -41,6 +41,27 @@ from tempo_jax.jaxprs.products import (
 from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from tempo_jax.planning.cost import CostModel, too_cheap
 from tempo_jax.schemes import Scheme
+
+
+class Growth(NamedTuple):
+    """How much larger than the one at hand a program is imagined.
+
+    Attributes:
+      rows: times the rows of each product (the batch, or the length of its sequences).
+      width: times the width of each layer.
+    """
+
+    rows: int = 1
+    width: int = 1
+
+    def sizes(self, rows: int, inner: int, columns: int) -> tuple[int, int, int]:
+        """A product's rows, contracted length and columns."""
+        return rows * self.rows, inner * self.width, columns * self.width
+
+    @property
+    def arithmetic(self) -> int:
+        """Times the arithmetic of each product."""
+        return self.rows * self.width**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +96,9 @@ def matrix_form(
     """
     closed = flatten.merge_equal(closed)
     jaxpr = closed.jaxpr
-    data = _data(jaxpr, carried)
+    data = data_variables(jaxpr, carried)
     families = find_families(jaxpr, data, products_above(jaxpr))
-    fused, stays = _Policy(jaxpr, families, scheme, costs, data).decide()
+    fused, stays = _Policy(jaxpr, families, scheme, costs, data).decide(Growth())
     sequence = order(jaxpr, fused)
     assert sequence is not None, "fusing leaves an order"
     reasons: list[str | None] = []
@@ -93,6 +114,35 @@ def matrix_form(
     return MatrixForm(_rewrite(closed, sequence), tuple(reasons), tuple(decoys))
 
 
+def work_outside(
+    closed: ClosedJaxpr,
+    scheme: Scheme,
+    costs: CostModel,
+    carried: Mapping[int, int],
+    growths: Iterable[Growth],
+) -> list[int]:
+    """Floating-point operations of the products that would go out if the program were larger.
+
+    Args:
+      closed: a flat program.
+      scheme: a scheme with keys per product.
+      costs: the cost model.
+      carried: inputs that are leaves of the carried state.
+      growths: how much larger it is imagined.
+
+    Returns:
+      For each of them the operations, as many as the program at hand has.
+    """
+    jaxpr = flatten.merge_equal(closed).jaxpr
+    data = data_variables(jaxpr, carried)
+    families = find_families(jaxpr, data, products_above(jaxpr))
+    policy = _Policy(jaxpr, families, scheme, costs, data)
+    return [
+        sum(work(jaxpr.eqns[n]) for fused in policy.decide(growth)[0] for n in fused.numbers)
+        for growth in growths
+    ]
+
+
 _NO_FAMILY = "it has no form as a product of matrices (a grouped convolution, or a constant)"
 
 
@@ -105,7 +155,7 @@ def _descendants(jaxpr: Jaxpr, primitive: Any) -> frozenset[Var]:
     return frozenset(found)
 
 
-def _data(jaxpr: Jaxpr, carried: Mapping[int, int]) -> frozenset[Var]:
+def data_variables(jaxpr: Jaxpr, carried: Mapping[int, int]) -> frozenset[Var]:
     """Variables that depend on something other than the carried state."""
     data = {v for i, v in enumerate(jaxpr.invars) if i not in carried} | set(jaxpr.constvars)
     for eqn in jaxpr.eqns:
@@ -149,7 +199,7 @@ class _Policy:
                 bits |= self.above.get(v, 0)
         return bits
 
-    def decide(self) -> tuple[list[Fused], dict[int, str]]:
+    def decide(self, growth: Growth) -> tuple[list[Fused], dict[int, str]]:
         """What goes out, and the reason for each equation of the families that stay inside."""
         stays: dict[int, str] = {}
         allowed = []
@@ -161,10 +211,12 @@ class _Policy:
                 stays.update(dict.fromkeys(family.members, why))
         out = []
         for fused in fuse(self.jaxpr, allowed, self.above):
-            why = self._too_thin(fused)
+            sizes = growth.sizes(*fused.sizes)
+            why = self._too_thin(fused, *sizes)
             if why is None and self.costs is not None:
                 inside = sum(self.costs.inside(self.jaxpr.eqns[n]) for n in fused.numbers)
-                outside = self._outside(fused, self.costs)
+                inside *= growth.arithmetic
+                outside = self._outside(fused, self.costs, *sizes)
                 if not self.costs.worthwhile(inside, outside):
                     why = too_cheap(inside, outside)
             if why is None:
@@ -201,8 +253,7 @@ class _Policy:
     def _work(self, family: Family) -> int:
         return sum(work(self.jaxpr.eqns[n]) for n in family.members)
 
-    def _too_thin(self, fused: Fused) -> str | None:
-        rows, contracted, columns = fused.sizes
+    def _too_thin(self, fused: Fused, rows: int, contracted: int, columns: int) -> str | None:
         least_rows, least_side = self.scheme.least_rows, self.scheme.least_side
         if fused.primary in self.per_example and contracted < least_side:
             return (
@@ -219,9 +270,10 @@ class _Policy:
     def _is_first(self, family: Family) -> bool:
         return not self._bits(self.jaxpr.eqns[family.primary])
 
-    def _outside(self, fused: Fused, costs: CostModel) -> float:
+    def _outside(
+        self, fused: Fused, costs: CostModel, rows: int, inner: int, columns: int
+    ) -> float:
         """Seconds that the enclave works for what goes out."""
-        rows, inner, columns = fused.sizes
         copies = fused.copies
         padded = rows + self.scheme.decoys(rows)
         lengths = {"x": padded * inner, "w": inner * columns, "g": padded * columns}

@@ -51,7 +51,12 @@ _OVER = "the run is over; JAX repeated one of its callbacks too late"
 
 
 class Runtime:
-    """A provisioned plan."""
+    """A provisioned plan.
+
+    Attributes:
+      plan: the plan.
+      provisioned: its program in the enclave.
+    """
 
     def __init__(self, plan: Plan, enclave: Enclave, mesh: Mesh | None):
         self.plan = plan
@@ -61,7 +66,8 @@ class Runtime:
         self._runs: dict[int, HostRun] = {}
         self._compiled: dict[bool, Any] = {}
         self._lock = threading.Lock()
-        self._program, number = provisioned(plan, enclave)
+        self.provisioned = provisioned(plan, enclave)
+        self._program, number = self.provisioned.program, self.provisioned.number
         weakref.finalize(self, enclave.release, number)
         self._served = Served(
             enclave.connection,

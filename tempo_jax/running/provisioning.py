@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,25 +26,48 @@ from tempo_jax.planning.export import export_segments
 from tempo_jax.planning.plan import Plan
 
 
-def provisioned(plan: Plan, enclave: Enclave) -> tuple[Program, int]:
-    """The program with its segments named, and its number in the enclave.
+class Provisioned(NamedTuple):
+    """A program that the enclave has.
+
+    Attributes:
+      program: with its segments named.
+      number: of the program in the enclave.
+      export_seconds: that exporting the segments took.
+      compile_seconds: that the enclave took to compile them; 0 on the host, whose client had it
+        do so before.
+    """
+
+    program: Program
+    number: int
+    export_seconds: float
+    compile_seconds: float
+
+
+def provisioned(plan: Plan, enclave: Enclave) -> Provisioned:
+    """Gives the enclave a plan's program, or finds it there.
 
     Raises:
       UnprovisionedError: on the host, where the client has to do this first.
     """
+    start, compiling = time.perf_counter(), 0.0
     if enclave.is_client:
         given: dict[bytes, str] = {}
         names = []
         for blob in export_segments(plan.cut):
             if blob not in given:
+                before = time.perf_counter()
                 given[blob] = _compile(enclave, blob)
+                compiling += time.perf_counter() - before
             names.append(given[blob])
+        exporting = time.perf_counter() - start - compiling
         program = _named(plan, names)
-        return program, _provision(enclave, program, plan.flat.consts)
+        number = _provision(enclave, program, plan.flat.consts)
+        return Provisioned(program, number, exporting, compiling)
     blobs = export_segments(plan.cut)
     program = _named(plan, [hashlib.sha256(blob).hexdigest() for blob in blobs])
+    exporting = time.perf_counter() - start
     try:
-        return program, _find(enclave, program)
+        return Provisioned(program, _find(enclave, program), exporting, compiling)
     except UnprovisionedError as error:
         raise UnprovisionedError(
             f"the client provisioned no program of digest {program.digest}. Have it call "

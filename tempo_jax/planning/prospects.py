@@ -1,0 +1,113 @@
+"""How much of a program would leave the enclave if it were larger.
+
+Whether sending a product out pays depends on its rows and its width. Both are imagined larger
+here, without tracing the program again. Untrusted and pure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from tempo_jax.families.finder import FORWARD, TO_INPUT, TO_WEIGHT, Family, find_families
+from tempo_jax.jaxprs.products import is_product, products_above, work
+from tempo_jax.jaxprs.types import Jaxpr
+from tempo_jax.planning.cost import CostModel
+from tempo_jax.planning.matrix_form import Growth, data_variables, work_outside
+from tempo_jax.planning.plan import Plan, flatten_calls
+
+ENOUGH = 0.5  # share of the arithmetic outside from which a larger program is worth naming
+_ROWS = tuple(Growth(rows=2**n) for n in range(1, 8))
+_WIDTHS = tuple(Growth(width=2**n) for n in range(1, 6))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prospect:
+    """A size from which most of the arithmetic would leave.
+
+    Attributes:
+      size: rows, or width, of the product with the most arithmetic.
+      now: what it is in the program at hand.
+      share: of the arithmetic that would leave then.
+    """
+
+    size: int
+    now: int
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Prospects:
+    """What would change that little leaves.
+
+    Attributes:
+      rows: how many rows would, or None if no number up to 128 times as many does.
+      width: how wide layers would, or None if no width up to 32 times as wide does.
+    """
+
+    rows: Prospect | None
+    width: Prospect | None
+
+
+def prospects(plan: Plan, costs: CostModel) -> Prospects:
+    """What would have to be larger for most of a program's arithmetic to leave the enclave.
+
+    Args:
+      plan: of the program at hand.
+      costs: the enclave's speeds.
+    """
+    request = plan.request
+    closed = flatten_calls(request).closed
+    jaxpr = closed.jaxpr
+    data = data_variables(jaxpr, request.carried)
+    families = find_families(jaxpr, data, products_above(jaxpr))
+    total = sum(work(eqn) for eqn in jaxpr.eqns if is_product(eqn))
+    if not families or not total:
+        return Prospects(None, None)
+    largest = max(families, key=lambda f: _work(jaxpr, f))
+    rows, inner, _ = largest.sizes
+
+    def first(growths: Sequence[Growth]) -> tuple[Growth, float] | None:
+        if request.scheme.keys_per_product:
+            outside = work_outside(closed, request.scheme, costs, request.carried, growths)
+        else:
+            outside = [_leaving(jaxpr, families, plan, costs, growth) for growth in growths]
+        shares = zip(growths, (n / total for n in outside), strict=True)
+        return next(((g, share) for g, share in shares if share >= ENOUGH), None)
+
+    taller, wider = first(_ROWS), first(_WIDTHS)
+    return Prospects(
+        taller and Prospect(rows * taller[0].rows, rows, min(taller[1], 1.0)),
+        wider and Prospect(inner * wider[0].width, inner, min(wider[1], 1.0)),
+    )
+
+
+def _work(jaxpr: Jaxpr, family: Family) -> int:
+    return sum(work(jaxpr.eqns[n]) for n in family.members)
+
+
+def _leaving(
+    jaxpr: Jaxpr, families: Sequence[Family], plan: Plan, costs: CostModel, growth: Growth
+) -> int:
+    """Floating-point operations that would leave under a scheme that blinds a value once.
+
+    Each operand serves a product and a gradient, if there is one; no weight is taken to lie on the
+    devices, which would only spare more.
+    """
+    scheme, leaving = plan.request.scheme, 0
+    for family in families:
+        rows, inner, columns = growth.sizes(*family.sizes)
+        sizes = {"x": rows * inner, "w": inner * columns, "g": rows * columns}
+        results = {FORWARD: "g", TO_INPUT: "x", TO_WEIGHT: "w"}
+        kinds = [(member.left, member.right) for member in family.members.values()]
+        for number, kind in zip(family.members, kinds, strict=True):
+            eqn = jaxpr.eqns[number]
+            itemsize = eqn.outvars[0].aval.dtype.itemsize
+            outside = costs.latency
+            for name in (*kind, results[kind]):
+                uses = 1 if name == results[kind] else sum(name in other for other in kinds)
+                count = sizes[name] * family.copies
+                outside += costs.tensor(count, itemsize, scheme) / uses
+            if costs.worthwhile(costs.inside(eqn) * growth.arithmetic, outside):
+                leaving += work(eqn)
+    return leaving

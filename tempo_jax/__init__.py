@@ -6,6 +6,7 @@ optimizer update blinded weights where they lie.
 """
 
 from tempo_jax import checkpoints, errors, schemes, testing
+from tempo_jax.api.estimate import Machine
 from tempo_jax.api.markers import cheap_update, keep_inside, reveal
 from tempo_jax.api.shield import shield
 from tempo_jax.api.shielded import Shielded
@@ -26,6 +27,7 @@ __all__ = [
     "ClientIdentity",
     "Collateral",
     "Enclave",
+    "Machine",
     "SealedArray",
     "Shielded",
     "cheap_update",

@@ -6,7 +6,7 @@ Untrusted and pure.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from enclave_runtime.protocol.descriptions import VECTORS
@@ -127,7 +127,13 @@ def cells(layer: Layer, total: int) -> tuple[str, ...]:
 def _table(figures: Figures) -> list[str]:
     total = figures.offloaded_work[1]
     rows = [COLUMNS, *(cells(layer, total) for layer in figures.costs.layers)]
-    rows = [(f"…{name[1 - _MOST :]}" if len(name) > _MOST else name, *rest) for name, *rest in rows]
+    return columns(
+        [(f"…{name[1 - _MOST :]}" if len(name) > _MOST else name, *rest) for name, *rest in rows]
+    )
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows of cells as lines, the first cell to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, *rest in rows:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import inspect
 import threading
@@ -20,6 +21,7 @@ import numpy as np
 from jax.core import Tracer
 
 from enclave_runtime.protocol.program import DEVICE
+from tempo_jax.api.estimate import Estimate, Machine, Step, estimated, machine_named
 from tempo_jax.api.options import Options
 from tempo_jax.api.report import Report
 from tempo_jax.api.report_figures import Figures
@@ -27,10 +29,12 @@ from tempo_jax.api.report_notices import tell_of_signature, warn_of
 from tempo_jax.errors import RoleError, SecrecyError, UnsupportedError
 from tempo_jax.jaxprs import trace
 from tempo_jax.jaxprs import types as jaxpr_types
+from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.plan import Plan, make_plan
 from tempo_jax.planning.request import Request
 from tempo_jax.running.call import Runtime, Traffic
 from tempo_jax.running.observation import active_views
+from tempo_jax.schemes import SCHEMES, Scheme
 from tempo_jax.sealing.array import BLINDED, RESIDENT, SealedArray, is_sealed, refuse_opaque
 
 P = ParamSpec("P")
@@ -179,10 +183,13 @@ class Shielded(Generic[P, R]):
                 wanted = program.plan.request.on_devices | program.plan.placement.resident
                 if signature.on_devices <= wanted:
                     return program
-            programs.append(self._make(signature))
+            programs.append(self._make(signature, self._options))
             return programs[-1]
 
-    def _make(self, signature: _Signature) -> _PlannedSignature:
+    def _make(
+        self, signature: _Signature, options: Options, costs: CostModel | None = None
+    ) -> _PlannedSignature:
+        """Traces and plans a signature; `costs` instead of the enclave's measured ones."""
         start = time.perf_counter()
         structures: list[Any] = []
 
@@ -206,14 +213,15 @@ class Shielded(Generic[P, R]):
         args, kwargs = jax.tree.unflatten(signature.structure, physical)
         closed = trace.trace(traced, args, kwargs)
         (out_structure, parts), types = structures
-        options = self._options
+        if costs is None and options.weighs_costs:
+            costs = self._enclave.costs
         request = Request(
             closed=closed,
             carried=self._carried(signature, parts, types),
             public=signature.public,
             on_devices=signature.on_devices,
             scheme=options.scheme,
-            costs=self._enclave.costs if options.weighs_costs else None,
+            costs=costs if options.weighs_costs else None,
             offload=options.offloads,
             workers=options.workers,
             verify=options.verify,
@@ -383,6 +391,45 @@ class Shielded(Generic[P, R]):
         program = self._program(self._signature(args, kwargs))
         names = _argument_names(self._function, args, kwargs)
         return Report(self._name, program.plan, names, self._enclave.costs)
+
+    def estimate(self, *args: Any, machine: Machine | str = "here", **kwargs: Any) -> Estimate:
+        """What a step would take on a machine, from shapes alone; nothing is run.
+
+        Compares the plain step on the device, the step all in the enclave, and shielded under
+        each scheme, and says from which batch on each beats all inside. The batch is the leading
+        axis that most arrays share which carry no state (or of the last argument, where none
+        does); it is doubled and halved, and the function traced anew for each.
+
+        Args:
+          *args: arguments as for a call; only shapes and dtypes matter.
+          machine: "here" (no accelerator), a name such as "h100", or a `Machine`.
+          **kwargs: likewise.
+
+        Raises:
+          UnsupportedError: no machine has that name.
+        """
+        where = machine_named(machine) if isinstance(machine, str) else machine
+        signature = self._signature(args, kwargs)
+        inside = dataclasses.replace(self._options, placement="enclave")
+        first = self._make(signature, inside).plan
+        state = first.request.carried
+        if not state and args:
+            last = len(jax.tree.leaves(args[-1], is_leaf=is_sealed))
+            before = len(jax.tree.leaves(args, is_leaf=is_sealed)) - last
+            state = [i for i in range(len(signature.avals)) if not 0 <= i - before < last]
+
+        def plan(scheme: Scheme | None, costs: CostModel, avals: Sequence[Any]) -> Plan:
+            scaled = _Signature(list(avals), signature.structure, signature.public)
+            options = inside
+            if scheme is not None:
+                auto = {"placement": "auto", "offload": "auto", "scheme": scheme}
+                options = dataclasses.replace(self._options, **auto)
+            return self._make(scaled, options, costs).plan
+
+        schemes = {name: scheme() for name, scheme in SCHEMES.items()}
+        schemes[self._options.scheme.name] = self._options.scheme
+        step = Step(self._name, signature.avals, frozenset(state), plan)
+        return estimated(step, where, self._enclave.costs, schemes)
 
     def traffic(self, *args: Any, **kwargs: Any) -> Traffic:
         """Bytes and round trips that calls with such arguments have cost so far.

@@ -1,4 +1,4 @@
-"""The command ``tempo-jax``: serve an enclave, inspect one, check this machine.
+"""The command ``tempo-jax``: serve an enclave, inspect one, check this machine, estimate a step.
 
 For the host's administrator and for a client who wants to see what is there. Exit status 0 is
 success, 1 that something is wrong, 2 that the command was not understood.
@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tempo_jax import __version__
+from tempo_jax.api.estimate import MACHINES
 from tempo_jax.cli.doctor import diagnose, format_findings
+from tempo_jax.cli.estimate import estimate
 from tempo_jax.cli.inspect import inspect, signed_build
 from tempo_jax.cli.serve import served
 from tempo_jax.errors import LaunchError, TempoError
@@ -106,6 +108,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON array")
     doctor.set_defaults(run=_doctor)
+
+    guess = commands.add_parser(
+        "estimate",
+        help="say what a step would take, from shapes alone",
+        description="Compares a function plain on a device, all in the enclave, and shielded under "
+        "each scheme, on a machine that need not be this one, and says which batch makes shielding "
+        "worth while. The enclave's speed is measured here once. Imports the module, so name only "
+        "code that you trust.",
+    )
+    guess.add_argument("function", metavar="MODULE:FUNCTION", help="plain or shielded")
+    guess.add_argument(
+        "--shapes",
+        nargs="+",
+        required=True,
+        metavar="SHAPE",
+        help="one for each argument: f32[2048,784], a JSON tree of such, or MODULE:FUNCTION that "
+        "makes the argument",
+    )
+    guess.add_argument(
+        "--machine", choices=MACHINES, default="here", help="a device (default: %(default)s)"
+    )
+    guess.add_argument("--cores", type=int, help="of the enclave (default: those usable here)")
+    guess.add_argument("--tflops", type=float, help="peak of the device, instead of the machine's")
+    guess.add_argument("--gigabytes-per-second", type=float, help="to the device, likewise")
+    guess.add_argument("--json", action="store_true", help="print one JSON object")
+    guess.set_defaults(run=_estimate)
     return parser
 
 
@@ -178,6 +206,19 @@ def _inspect(options: argparse.Namespace) -> int:
         found = inspect(options.address)
     print(json.dumps(dataclasses.asdict(found)) if options.json else found)
     return 0 if found.bound else 1
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    given = {
+        "cores": options.cores,
+        "device_tflops": options.tflops,
+        "gigabytes_per_second": options.gigabytes_per_second,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    machine = dataclasses.replace(MACHINES[options.machine], **changes)
+    found = estimate(options.function, options.shapes, machine)
+    print(found.to_json() if options.json else found)
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from tempo_jax.api.shielded import Shielded
 from tempo_jax.attestation.policy import AttestationPolicy
 from tempo_jax.attestation.tcb import Collateral
 from tempo_jax.enclave.enclave import Enclave
+from tempo_jax.running.timeline import profile
 from tempo_jax.sealing.array import SealedArray, is_sealed, shapes
 from tempo_jax.sealing.file import load_sealed, save_sealed
 from tempo_jax.sealing.ledger import CheckpointKey, CheckpointLedger
@@ -36,6 +37,7 @@ __all__ = [
     "is_sealed",
     "keep_inside",
     "load_sealed",
+    "profile",
     "reveal",
     "save_sealed",
     "schemes",

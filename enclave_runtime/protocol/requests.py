@@ -184,11 +184,12 @@ class SettleRequest:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentRequest:
-    """Run a segment, whose uploads this worker has brought."""
+    """Run a segment, whose uploads this worker has brought; `timed` asks for its times."""
 
     run: Integer
     segment: Integer
     worker: Integer
+    timed: Annotated[int, _between(0, 1)] = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -260,8 +260,17 @@ class Run:
             self._condition.notify_all()
             return not self._executing
 
-    def segment(self, index: Any, worker: Any) -> None:
+    def segment(self, index: Any, worker: Any, timed: bool = False) -> tuple[float, ...]:
         """Brings one worker's part of a segment; returns when the segment has run.
+
+        Args:
+          index: of the segment.
+          worker: that brings.
+          timed: whether each part of the work is waited for before the next, to tell them apart.
+
+        Returns:
+          Seconds that unblinding (and checking), computing and blinding took, if this request
+          ran the segment; of a repeat, or where another worker's request ran it, nothing.
 
         Raises:
           RunError: out of order, an unknown worker, or a repeat with other bytes.
@@ -283,13 +292,17 @@ class Run:
                 if len(self._arrived) < self._workers:
                     self._condition.wait_for(lambda: self._next > index or self._failure)
                     self._raise_failure()
-                    return
+                    return ()
             # One at a time; an abort need not wait for it, so the lock is not held meanwhile.
             self._condition.wait_for(lambda: not self._executing)
             self._raise_failure()
             self._executing = True
+        seconds: tuple[float, ...] = ()
         try:
-            (self._repeat if repeated else self._execute)(index)
+            if repeated:
+                self._repeat(index)
+            else:
+                seconds = self._execute(index, timed)
         except BaseException as error:
             self._failure = self._failure or error
             raise
@@ -301,6 +314,7 @@ class Run:
                     self._next = index + 1
                 self._condition.notify_all()
         self._raise_failure()
+        return seconds
 
     def _raise_failure(self) -> None:
         if isinstance(self._failure, IntegrityError):
@@ -311,7 +325,7 @@ class Run:
     def _uploads(self, index: int) -> list[jax.Array]:
         return [self._receive(c) for c in self.program.segments[index].uploads]
 
-    def _execute(self, index: int) -> None:
+    def _execute(self, index: int, timed: bool) -> tuple[float, float, float]:
         start = time.perf_counter()
         segment = self.program.segments[index]
         for value in self._doomed:
@@ -329,9 +343,15 @@ class Run:
             zip((c.value for c in segment.uploads), self._last_uploads, strict=True)
         )
         self._raise_failure()  # an abort is heard between the steps
+        if timed:
+            jax.block_until_ready(self._last_uploads)
+        unblinded = time.perf_counter()
         inputs = [self._values[v] for v in segment.inputs]
         outputs = self._executables.run(segment.executable, inputs)
         self._values.update(zip(segment.outputs, outputs, strict=True))
+        if timed:
+            jax.block_until_ready(outputs)
+        computed = time.perf_counter()
         for crossing in segment.downloads:
             self._raise_failure()
             self._send(crossing)
@@ -339,7 +359,9 @@ class Run:
             self._follower.advance()
         jax.block_until_ready(self._last_uploads)  # unblinding is this segment's work
         self._doomed = [v for v in segment.dead if v in self._values]
-        self.busy_seconds += time.perf_counter() - start
+        end = time.perf_counter()
+        self.busy_seconds += end - start
+        return unblinded - start, computed - unblinded, end - computed
 
     def _repeat(self, index: int) -> None:
         for old, new in zip(self._last_uploads, self._uploads(index), strict=True):

@@ -93,6 +93,11 @@ class Visit:
     bytes_down: int
     products: tuple[tuple[str, int], ...]
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers of the products, each once."""
+        return tuple(dict.fromkeys(name for name, _ in self.products))
+
 
 @dataclasses.dataclass(frozen=True)
 class Costs:

@@ -272,10 +272,14 @@ class Shielded(Generic[P, R]):
     def _runtime(self, program: _PlannedSignature) -> Runtime:
         with self._lock:
             if program.runtime is None:
-                program.runtime = Runtime(program.plan, self._enclave, self._options.mesh)
-                positions = range(len(program.plan.jaxpr.invars))
-                names = [f"argument {i}" for i in positions]
-                figures = Figures(self._name, program.plan, names, self._enclave.costs)
+                plan = program.plan
+                names = [f"argument {i}" for i in range(len(plan.jaxpr.invars))]
+                figures = Figures(self._name, plan, names, self._enclave.costs)
+
+                def labels() -> list[str]:
+                    return [", ".join(v.layers) for v in figures.costs.visits]
+
+                program.runtime = Runtime(plan, self._enclave, self._options.mesh, labels)
                 given = program.runtime.provisioned
                 tell_of_signature(
                     figures, program.seconds, given.export_seconds, given.compile_seconds

@@ -58,7 +58,14 @@ class Runtime:
       provisioned: its program in the enclave.
     """
 
-    def __init__(self, plan: Plan, enclave: Enclave, mesh: Mesh | None):
+    def __init__(
+        self,
+        plan: Plan,
+        enclave: Enclave,
+        mesh: Mesh | None,
+        labels: Callable[[], Sequence[str]],
+    ):
+        """Provisions a plan; `labels` names its segments, see `Served`."""
         self.plan = plan
         self._enclave = enclave
         self._mesh = mesh
@@ -76,6 +83,7 @@ class Runtime:
             plan.sharded,
             1 if mesh is None else mesh.size,
             self._device.platform == "cpu",
+            labels,
         )
 
     @property

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from enclave_runtime.protocol.program import ArrayType, Crossing, Program
 from enclave_runtime.protocol.wire import Kind
 from tempo_jax.errors import EnclaveError, TempoError
 from tempo_jax.planning.mesh import local_shape, sharded_axis
-from tempo_jax.running import watchdog
+from tempo_jax.running import timeline, watchdog
 from tempo_jax.running.observation import HostView
 from tempo_jax.sealing.array import ENCRYPTED, handle_text, is_sealed
 from tempo_jax.transport.loopback import Calls, Loopback
@@ -63,6 +63,7 @@ class Served:
       workers: devices of the mesh, 1 without one.
       lends: whether results may be views of shared memory: the CPU backend copies them before the
         run goes on, others may not.
+      labels: for each segment, the layers whose products the devices compute after it.
       traffic: what its runs carried.
     """
 
@@ -72,6 +73,7 @@ class Served:
     sharded: frozenset[int]
     workers: int
     lends: bool
+    labels: Callable[[], Sequence[str]]
     traffic: Traffic = dataclasses.field(default_factory=Traffic)
 
     def local(self, crossing: Crossing) -> ArrayType:
@@ -109,6 +111,8 @@ class HostRun:
         self.failed: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.number = 0
         self.handles: dict[int, str] = {}
+        recording = timeline.active()
+        self._track = None if recording is None else recording.track(served.labels())
         self._reserved: tuple[str, Arena] | None = served.lines.reserve(served.program.arena_bytes)
         self.arena = self._reserved[1]
         self._calls = Calls()
@@ -116,6 +120,9 @@ class HostRun:
         self._brought: dict[int, set[int]] = {}
         self._first: dict[int, float] = {}  # when the first worker came to a segment
         self._segments: dict[int, concurrent.futures.Future[None]] = {}
+
+    def _noted(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._track is None else self._track.request(name)
 
     def _request(self, kind: Kind, fields: dict[str, Any]) -> Any:
         return self.served.lines.request(kind, {"run": self.number, **fields}, calls=self._calls)
@@ -148,7 +155,8 @@ class HostRun:
         # The host's workers meet here, so that the enclave serves one.
         fields = {"program": served.number, "arena": name, "workers": 1}
         fields |= {"inputs": given, "blind_at": offsets}
-        reply = served.lines.request(Kind.BEGIN, fields, calls=self._calls)
+        with self._noted("begin"):
+            reply = served.lines.request(Kind.BEGIN, fields, calls=self._calls)
         self.number = reply["run"]
         if served.workers > 1:
             watchdog.watch(self)
@@ -192,11 +200,14 @@ class HostRun:
     def bring(self, worker: int, index: int, uploads: Sequence[np.ndarray]) -> None:
         """Lays one worker's parts of a segment's uploads into shared memory."""
         segment = self.served.program.segments[index]
+        start = time.perf_counter()
         for crossing, array in zip(segment.uploads, uploads, strict=True):
             part, split = self._part(crossing, worker)
             if split or worker == 0:
                 np.copyto(part, array)
                 self.served.traffic.up += part.nbytes
+        if self._track is not None:
+            self._track.brought(worker, index, start)
         with self._lock:
             self._first.setdefault(index, time.monotonic())
             self._brought.setdefault(index, set()).add(worker)
@@ -215,12 +226,14 @@ class HostRun:
         """One worker's parts of a segment's downloads; the first to ask has the segment run."""
         self._run_once(index)
         segment, traffic = self.served.program.segments[index], self.served.traffic
-        downloads = []
+        downloads, start = [], time.perf_counter()
         for crossing in segment.downloads:
             part, split = self._part(crossing, worker)
             downloads.append(part if self.served.lends else part.copy())
             if split or worker == 0:
                 traffic.down += part.nbytes
+        if self._track is not None:
+            self._track.fetched(worker, index, start)
         if worker == 0:
             traffic.round_trips += 1
             for view in self.views:
@@ -242,7 +255,13 @@ class HostRun:
             done.result()
             return
         try:
-            self._request(Kind.SEGMENT, {"segment": index, "worker": 0})
+            fields: dict[str, Any] = {"segment": index, "worker": 0}
+            if self._track is None:
+                self._request(Kind.SEGMENT, fields)
+            else:
+                start = time.perf_counter()
+                reply = self._request(Kind.SEGMENT, fields | {"timed": 1})
+                self._track.ran(index, start, reply["seconds"])
         except BaseException as error:
             done.set_exception(error)
             raise
@@ -252,7 +271,10 @@ class HostRun:
 
     def commit(self, donated: Sequence[int]) -> list[str]:
         """Keeps the outputs and returns their handles; the shared memory serves the next run."""
-        handles = self._request(Kind.COMMIT, {"donate": list(donated)})["handles"]
+        with self._noted("commit"):
+            handles = self._request(Kind.COMMIT, {"donate": list(donated)})["handles"]
+        if self._track is not None:
+            self._track.ended()
         watchdog.unwatch(self)
         self.served.traffic.runs += 1
         with self._lock:

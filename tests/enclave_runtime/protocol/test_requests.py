@@ -28,7 +28,7 @@ COMPLETE: dict[Kind, dict[str, Any]] = {
         "blind_at": [0, 64],
     },
     Kind.SETTLE: {"run": 1, "offsets": {"0": 64, "12": 0}, "blind_at": {}},
-    Kind.SEGMENT: {"run": 1, "segment": 0, "worker": 1},
+    Kind.SEGMENT: {"run": 1, "segment": 0, "worker": 1, "timed": 1},
     Kind.COMMIT: {"run": 1, "donate": [0]},
     Kind.ABORT: {"run": 1},
     Kind.OPEN: {"handle": "h", "arena": "a", "offset": 0},
@@ -81,6 +81,7 @@ def test_a_field_that_is_missing(kind, name):
         *((Kind.PROVISION, name) for name in COMPLETE[Kind.PROVISION]),
         *((Kind.OPEN, name) for name in ("arena", "offset")),
         (Kind.CHECKPOINT_LEAF, "handle"),
+        (Kind.SEGMENT, "timed"),
     }
     if (kind, name) in optional:
         assert getattr(read(kind, fields), name) in (None, (), 0)
@@ -110,6 +111,7 @@ def test_a_field_of_another_type(kind, name, value):
         (Kind.BEGIN, "inputs", [{"handle": 3}]),
         (Kind.SETTLE, "offsets", {"9" * 5000: 0}),
         (Kind.SETTLE, "blind_at", {"\N{ARABIC-INDIC DIGIT THREE}": 0}),
+        (Kind.SEGMENT, "timed", 2),
         (Kind.RESTORE, "head", "AAE"),
         (Kind.RESTORE, "head", "AA E"),
     ],

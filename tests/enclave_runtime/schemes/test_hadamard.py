@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from scipy import stats
 
 from enclave_runtime.crypto.keys import KeyStream
-from enclave_runtime.schemes.kernels import hadamard
+from enclave_runtime.schemes.kernels import hadamard, passes
 from enclave_runtime.schemes.kernels.hadamard import AxisMap, draw, mix, unmix
 
 KEY = bytes(range(32))
@@ -306,8 +306,8 @@ def test_randomness_comes_from_the_stream_alone():
 def test_representations_show_nothing():
     axis_map = drawn(3)
     assert repr(axis_map) == str(axis_map) == f"{axis_map}" == "AxisMap(<secret>)"
-    prepared = hadamard._prepare(axis_map, np.dtype(np.float32))
-    assert repr(prepared) == "_Prepared(<secret>)"
+    x = uniform(14, 3)
+    assert repr(passes.planned(x, 0, axis_map, None, x)) == "Pass(<secret>)"
 
 
 # Compilation
@@ -334,7 +334,7 @@ def test_works_where_numba_can_write_no_cache(tmp_path):
 
 def test_every_kernel_is_compiled_by_warm_up():
     hadamard.warm_up()
-    kernels = (hadamard._mix_rows, hadamard._mix_strips)
+    kernels = (passes.mix_rows, passes.mix_strips)
     before = [len(kernel.signatures) for kernel in kernels]
     for dtype in TOLERANCES:
         x = uniform(14, 2, 70, 40, dtype=dtype)

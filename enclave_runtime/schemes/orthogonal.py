@@ -19,10 +19,10 @@ from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout
 from enclave_runtime.schemes.contract import Group, Scheme, SchemeCost, keyed_axes, register
 from enclave_runtime.schemes.kernels import hadamard
 from enclave_runtime.schemes.kernels.hadamard import AxisMap
-from enclave_runtime.schemes.signed_permutation import SignedPermutationKey, inverse_permutation
+from enclave_runtime.schemes.permutation import PermutationKey, draw_permutation
 
 # What a batch axis of a product carries is a permutation alone.
-OrthogonalKey = AxisMap | SignedPermutationKey
+OrthogonalKey = AxisMap | PermutationKey
 
 
 @register
@@ -69,8 +69,7 @@ class Orthogonal(Scheme):
     def draw(self, key_class: KeyClass, stream: KeyStream) -> OrthogonalKey:
         """Draws an element in fast form; batch classes get a permutation alone."""
         if key_class.batch:
-            permutation = stream.permutation(key_class.size)
-            return SignedPermutationKey(permutation, inverse_permutation(permutation), None)
+            return draw_permutation(key_class.size, stream)
         return hadamard.draw(stream, key_class.size, condition=1.0)
 
     def blind(

@@ -264,7 +264,7 @@ def test_permutation_and_signs_of_a_key_are_independent():
     for _ in range(9600):
         key = SignedPermutation().draw(KeyClass(3), stream)
         counts[
-            number[tuple(key.permutation.tolist())], (np.asarray(key.signs) < 0) @ [1, 2, 4]
+            number[tuple(key.permutation.tolist())], (np.asarray(key.factors) < 0) @ [1, 2, 4]
         ] += 1
     assert stats.chisquare(counts.ravel()).pvalue > LEVEL
 
@@ -276,7 +276,7 @@ def test_permutation_and_signs_of_a_key_are_independent():
 def test_drawn_keys_are_consistent(key, size, batch):
     drawn = SignedPermutation().draw(KeyClass(size, batch), KeyStream(key))
     np.testing.assert_array_equal(drawn.permutation[drawn.inverse], np.arange(size))
-    assert (drawn.signs is None) == batch
+    assert (drawn.factors is None) == batch
 
 
 # Nothing is shown
@@ -290,7 +290,7 @@ def test_representations_show_nothing():
     secrets = {
         "KeyStream(<secret>)": stream,
         "KeySchedule(<secret>)": KeySchedule(),
-        "SignedPermutationKey(<secret>)": signed,
+        "PermutationKey(<secret>)": signed,
         f"Resident({array}, <secret>)": Resident(array, jnp.arange(5.0)),
         f"Blinded({array}, signed_permutation, <secret>)": Blinded(
             array, scheme, layout, {0: signed}, {0: False}, {0: KeyUses()}

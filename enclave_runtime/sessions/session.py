@@ -477,7 +477,8 @@ def _peak_memory(path: str = "/proc/self/status") -> int:
     """Most resident memory so far, in bytes; `getrusage` would start from the parent's size."""
     with open(path) as status:
         fields = dict(line.split(":", 1) for line in status)
-    # Gramine tells the most that was mapped, and nothing else.
+    # Gramine tells the most that was mapped, and nothing else; without SGX, who launched the
+    # enclave can tell better.
     return int((fields.get("VmHWM") or fields["VmPeak"]).split()[0]) * 1024
 
 

@@ -265,11 +265,16 @@ class Enclave:
         """What the enclave reports of itself.
 
         Returns:
-          `handles`, `runs`, `programs` and `blindings` (counts), `peak_memory_bytes`,
+          `handles`, `runs`, `programs` and `blindings` (counts), `peak_memory_bytes`
+          (resident; under SGX, and under Gramine for a host that attached, what was mapped),
           `busy_seconds` (inside segments, since launch) and `process` (its id).
         """
         self.free_dropped()
-        return self._lines("`enclave.statistics`").request(Kind.STATISTICS, {})
+        told = self._lines("`enclave.statistics`").request(Kind.STATISTICS, {})
+        if isinstance(self._connection, Connection):
+            resident = self._connection.peak_resident_bytes()
+            return told if resident is None else {**told, "peak_memory_bytes": resident}
+        return told
 
     # The client's side: plaintext in, plaintext out
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import subprocess
 import threading
 import weakref
+from pathlib import Path
 from typing import IO
 
 from enclave_runtime.crypto.encryption import SECRET_BYTES, session_keys
@@ -158,6 +160,19 @@ class Connection(Loopback):
 
     def __repr__(self) -> str:
         return f"process {self.process.pid}"
+
+    def peak_resident_bytes(self) -> int | None:
+        """The most of the child's memory that was resident, where only this side can tell.
+
+        Gramine tells what it runs how much was mapped, with address space that is merely reserved;
+        without SGX this machine's kernel counts what was touched. None for other kinds: a plain
+        process knows it itself, and an SGX enclave's pages are counted as no process's.
+        """
+        if self.kind != "gramine-direct":
+            return None
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        peak = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+        return None if peak is None else int(peak[1]) * 1024
 
     def _connection_key(self) -> bytes:
         assert self.keys is not None

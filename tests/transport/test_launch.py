@@ -15,6 +15,7 @@ from enclave_runtime.environment import ENCLAVE_ENVIRONMENT
 from enclave_runtime.gramine import manifest
 from tempo_jax.errors import EnclaveError, LaunchError
 from tempo_jax.transport import launch
+from tempo_jax.transport.child import Connection
 
 
 @pytest.fixture
@@ -159,6 +160,23 @@ def test_loader_runs_in_the_directory_and_gets_the_secret_through_its_pipe(
         np.testing.assert_array_equal(enclave.open(sealed), [0, 1, 2])
         result = tempo.shield(lambda x: x + 1, enclave=enclave)(sealed)
         np.testing.assert_array_equal(enclave.open(result), [1, 2, 3])
+
+
+def test_peak_memory_is_resident_memory_under_gramine(tools, built, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", launch._root())
+    stand_in(tools, "gramine-direct")
+    with tempo.Enclave.launch(kind="gramine-direct", directory=built) as enclave:
+        connection = enclave.connection
+        assert isinstance(connection, Connection)
+        # Gramine would answer with what was mapped.
+        answer = {**enclave.statistics(), "peak_memory_bytes": 1 << 60}
+        monkeypatch.setattr(connection, "request", lambda *_: answer)
+        peak = enclave.statistics()["peak_memory_bytes"]
+        assert 50 << 20 < peak < 4 << 30 and peak % 4096 == 0
+        for kind in ("process", "gramine-sgx"):
+            monkeypatch.setattr(connection, "kind", kind)
+            assert enclave.statistics() == answer
+        monkeypatch.undo()
 
 
 def test_cache_is_built_once_and_again_when_it_is_old(tools, monkeypatch, tmp_path):

@@ -8,92 +8,21 @@ generators, whose output can be predicted from a part of it.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
+from enclave_runtime.compiled.kernel import Kernel
 from enclave_runtime.crypto.encryption import SECRET_BYTES, derive_key, refuse_pickling
-
-# The bits of the float64 number sqrt(1/2), and those of any that are not sign or exponent.
-_ROOT_HALF = np.int64(0x3FE6A09E667F3BCD)
-_FRACTION = np.int64((1 << 52) - 1)
 
 _NORMAL_BLOCK = 8192
 
 
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compiles with Numba, for calls that release the GIL.
-
-    The machine code is cached next to the source, or in the user's cache directory, and
-    compiled again in each process where neither can be written. A cache is code: where
-    the host can write to it, it must lie outside of what the enclave reads.
-    """
-    # Division as in NumPy: a check for zero would keep loops from being vectorized.
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(**options, cache=True)(function)
-    except RuntimeError:  # Numba found no directory that it can write to.
-        return numba.njit(**options)(function)
-
-
-@compiled
-def _shuffled(words):
-    """Fisher and Yates, for each row: place i takes from place ``⌊word * (i + 1) / 2**64⌋``."""
-    order = np.empty(words.shape, np.int32)
-    for row in range(words.shape[0]):
-        for i in range(words.shape[1]):
-            order[row, i] = i
-        for i in range(words.shape[1] - 1, 0, -1):
-            # The product has 96 bits; those of its halves give its upper 32.
-            word, places = words[row, i], np.uint64(i + 1)
-            low, high = word & np.uint64(0xFFFFFFFF), word >> np.uint64(32)
-            j = np.int64((high * places + ((low * places) >> np.uint64(32))) >> np.uint64(32))
-            order[row, i], order[row, j] = order[row, j], order[row, i]
-    return order
-
-
-@compiled
-def _box_muller(words):
-    """Two normal values from each word of 64 bits, float64[2, count].
-
-    The word's lower half gives the radius ``sqrt(-2 log u)``, the next 30 bits the angle in
-    a quadrant, and the last two bits the quadrant, as two signs. Polynomials, exact to about
-    1e-12, stand for the functions so that LLVM vectorizes the loop.
-    """
-    values = np.empty((2, words.size), np.float64)
-    first, second = values[0], values[1]
-    for i in range(words.size):
-        word = words[i]
-        # u = m 2**e with sqrt(1/2) <= m < sqrt(2), and log m = 2 artanh((m - 1) / (m + 1)).
-        u = np.float64(np.int64(word & np.uint64(0xFFFFFFFF))) + 0.5
-        bits = np.float64(u).view(np.int64) - _ROOT_HALF
-        exponent = np.int32(bits >> 52)
-        m = np.int64((bits & _FRACTION) + _ROOT_HALF).view(np.float64)
-        t = (m - 1) / (m + 1)
-        q = t * t
-        series = 1 / 11 + q * (1 / 13 + q * (1 / 15 + q * (1 / 17)))
-        series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * series))))
-        logarithm = 2 * t * series + (exponent - 32) * 0.6931471805599453
-        radius = math.sqrt(-logarithm)  # without the factor sqrt(2), which the angle has too
-        # The angle is x + pi/4 with |x| < pi/4, whose sine and cosine are (c ± s) / sqrt(2).
-        quarter = np.float64(np.int64((word >> np.uint64(32)) & np.uint64(0x3FFFFFFF))) + 0.5
-        x = (quarter * 2.0**-30 - 0.5) * (math.pi / 2)
-        q = x * x
-        sine = 1 / 362880 + q * (-1 / 39916800 + q * (1 / 6227020800))
-        sine = x * (1 + q * (-1 / 6 + q * (1 / 120 + q * (-1 / 5040 + q * sine))))
-        cosine = 1 / 40320 + q * (-1 / 3628800 + q * (1 / 479001600 - q * (1 / 87178291200)))
-        cosine = 1 + q * (-1 / 2 + q * (1 / 24 + q * (-1 / 720 + q * cosine)))
-        sign_x = 1.0 - 2.0 * np.float64(np.int64((word >> np.uint64(62)) & np.uint64(1)))
-        sign_y = 1.0 - 2.0 * np.float64(np.int64(word >> np.uint64(63)))
-        first[i] = sign_x * radius * (cosine - sine)
-        second[i] = sign_y * radius * (cosine + sine)
-    return values
+_shuffled = Kernel("enclave_runtime.compiled.definitions.sampling", "shuffled")
+_box_muller = Kernel("enclave_runtime.compiled.definitions.sampling", "box_muller")
 
 
 class KeyStream:
@@ -121,7 +50,9 @@ class KeyStream:
 
     def permutations(self, count: int, size: int) -> np.ndarray:
         """Independent permutations, int32[count, size]; each as `permutation` draws it."""
-        return _shuffled(self.words(count * size).reshape(count, size))
+        order = np.empty((count, size), np.int32)
+        _shuffled(self.words(count * size).reshape(count, size), order)
+        return order
 
     def signs(self, size: int) -> np.ndarray:
         """Uniform signs, int8[size] of -1 and 1."""
@@ -140,9 +71,13 @@ class KeyStream:
         many angles.
         """
         values = np.empty(count, dtype)
+        pairs = np.empty((2, _NORMAL_BLOCK // 2))
         for start in range(0, count, _NORMAL_BLOCK):  # what is between stays in the cache
             part = values[start : start + _NORMAL_BLOCK]
-            part[...] = _box_muller(self.words(-(-part.size // 2))).reshape(-1)[: part.size]
+            words = self.words(-(-part.size // 2))
+            block = pairs.reshape(-1)[: 2 * words.size].reshape(2, -1)
+            _box_muller(words, block)
+            part[...] = block.reshape(-1)[: part.size]
         return values
 
 

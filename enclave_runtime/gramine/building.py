@@ -105,6 +105,11 @@ def build(directory: Path, options: Options | None = None) -> Built:
         skipped.append(
             "stripping: `strip` (binutils) is not on the PATH; start-up hashes more bytes"
         )
+    if not staged.ahead:
+        skipped.append(
+            "compiling kernels: `ld` (binutils) is not on the PATH; the tree holds Numba, so that "
+            "start-up hashes a third more bytes, and it compiles in the enclave at the first use"
+        )
     template = manifest.own_part(
         directory,
         enclave_size=options.enclave_size,

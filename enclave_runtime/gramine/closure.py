@@ -19,7 +19,8 @@ import ssl
 import sys
 import threading
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -44,13 +45,23 @@ class Only(importlib.abc.MetaPathFinder):
         return None
 
 
-def exercise() -> None:
-    """Imports all of the enclave and takes every path that may import something late."""
+def exercise(kernels: str | None) -> None:
+    """Imports all of the enclave and takes every path that may import something late.
+
+    Args:
+      kernels: the library of kernels that were compiled ahead of time; None has Numba compile them.
+    """
     import jax
+
+    from enclave_runtime.compiled import kernel
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
-    _import_all("enclave_runtime")
+    left_out = ["enclave_runtime.gramine"]
+    if kernels is not None:
+        left_out.append("enclave_runtime.compiled.definitions")
+        kernel.LIBRARY = Path(kernels)
+    _import_all("enclave_runtime", left_out)
     import jax.export
     import jax.numpy as jnp
 
@@ -97,15 +108,15 @@ def _shake_hands() -> None:
     thread.join()
 
 
-def _import_all(package: str) -> None:
+def _import_all(package: str, left_out: Collection[str]) -> None:
     """Imports a package's modules, without those that only build the enclave."""
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         name = f"{package}.{module.name}"
         # The entry point is imported too: under this name it does not serve.
-        if name == "enclave_runtime.gramine":
+        if name in left_out:
             continue
         if module.ispkg:
-            _import_all(name)
+            _import_all(name, left_out)
         else:
             importlib.import_module(name)
 
@@ -128,5 +139,5 @@ if __name__ == "__main__":
     sys.path.extend(request["roots"])
     finders = sys.meta_path
     finders[finders.index(importlib.machinery.PathFinder)] = Only(request["packages"])
-    exercise()
+    exercise(request["kernels"])
     json.dump(loaded(), sys.stdout)

@@ -3,8 +3,10 @@
 The tree is a relocatable Python: ``bin/python3``, ``lib/`` with the shared libraries that are not
 glibc's (Gramine brings its own), ``lib/python3.N/`` with the standard library, and ``packages/``.
 Modules are compiled beforehand and staged without their source: half as many files to trust, and
-nothing to compile or to compare at start-up. It also keeps Numba from caching machine code, for
-which it wants a source file to stamp: the kernels are compiled in the enclave's own memory.
+nothing to compile or to compare at start-up. So are the kernels (`ahead_of_time`), where binutils'
+`ld` is there: Numba and its LLVM, a quarter of all bytes, are then no part of the tree. Elsewhere
+they are, and compile the kernels in the enclave's own memory: without a source file to stamp, Numba
+caches no machine code.
 
 What goes in: every file that `closure` saw loaded, and with each module its siblings in the same
 directory, because what a package imports late is nearly always a neighbour; small packages go in
@@ -25,13 +27,18 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from enclave_runtime.compiled import kernel
 from enclave_runtime.crypto.encryption import SECRET_BYTES
 from enclave_runtime.environment import ENCLAVE_ENVIRONMENT, ENCLAVE_MODULE
+from enclave_runtime.gramine import ahead_of_time
 
-# What the enclave imports besides Python itself; each has to be installed.
+# What the enclave imports besides Python itself, or kernels are compiled with; each has to be
+# installed.
 PACKAGES = (
     ENCLAVE_MODULE,
     "_cffi_backend",
@@ -47,6 +54,9 @@ PACKAGES = (
     "scipy",
     "typing_extensions",
 )
+
+# What only compiles kernels.
+COMPILER = ("llvmlite", "numba")
 
 # Taken whole: small, and they import their own parts on use, some only in rare cases.
 WHOLE_PACKAGES = ("cryptography", "flatbuffers", "ml_dtypes", "opt_einsum")
@@ -106,12 +116,14 @@ class Staged:
       objects: shared objects and the interpreter.
       size: of all files, in bytes.
       stripped: whether symbols that nothing loads were taken off shared objects.
+      ahead: whether the kernels were compiled ahead of time, and their compiler left out.
     """
 
     modules: int
     objects: int
     size: int
     stripped: bool
+    ahead: bool
 
     @property
     def files(self) -> int:
@@ -170,19 +182,26 @@ def stage(tree: Path, source: Source | None = None, *, strip: bool = True) -> St
       StagingError: something is missing, or what was staged does not start.
     """
     source = source or find_source()
-    found = _trace(source)
-    modules = {path for path in _with_siblings(source, map(Path, found["files"]))}
-    objects = _objects(source, [Path(path) for path in found["objects"]])
     tool = shutil.which("strip") if strip else None
-    tree.mkdir(parents=True)
-    for path in sorted(modules):
-        _compile(source, tree, path)
-    for target, path in sorted(objects.items()):
-        _copy(path, tree / target, tool)
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = _compile_kernels(source, Path(folder) / kernel.LIBRARY.name)
+        found = _trace(source, kernels)
+        modules = {path for path in _with_siblings(source, map(Path, found["files"]))}
+        loaded = [Path(path) for path in found["objects"] if path != str(kernels)]
+        objects = _objects(source, loaded)
+        if kernels is not None:
+            place = _place(source, kernel.LIBRARY.resolve())
+            assert place is not None  # the enclave's own package is among the roots
+            objects[place] = kernels
+        tree.mkdir(parents=True)
+        for path in sorted(modules):
+            _compile(source, tree, path)
+        for target, path in sorted(objects.items()):
+            _copy(path, tree / target, tool)
     _copy(source.interpreter, tree / INTERPRETER, None, mode=0o755)
     probe(tree)
     sizes = [path.stat().st_size for path in files_of(tree)]
-    return Staged(len(modules), len(objects) + 1, sum(sizes), tool is not None)
+    return Staged(len(modules), len(objects) + 1, sum(sizes), tool is not None, kernels is not None)
 
 
 def files_of(tree: Path) -> list[Path]:
@@ -220,25 +239,45 @@ def probe(tree: Path) -> None:
         raise StagingError(f"the staged enclave does not start:\n{run.stderr[-2000:]}")
 
 
-def _trace(source: Source) -> dict[str, list[str]]:
+def _compile_kernels(source: Source, output: Path) -> Path | None:
+    """Compiles the kernels ahead of time; None where there is no linker."""
+    linker = shutil.which("ld")
+    if linker is None:
+        return None
+    request = {"output": str(output), "linker": linker}
+    _run_script(source, ahead_of_time.__file__, request, ahead_of_time.environment())
+    return output
+
+
+def _trace(source: Source, kernels: Path | None) -> dict[str, list[str]]:
+    packages = [name for name in PACKAGES if kernels is None or name not in COMPILER]
+    request = {"packages": packages, "kernels": kernels and str(kernels)}
     script = Path(__file__).with_name("closure.py")
-    request = {"roots": [str(root) for root in source.roots], "packages": PACKAGES}
+    return json.loads(_run_script(source, str(script), request, {}))
+
+
+def _run_script(
+    source: Source, script: str, request: dict[str, Any], variables: dict[str, str]
+) -> str:
+    """Runs a script of this folder in an interpreter of its own; gives what it prints."""
     environment = {
         name: value
         for name, value in enclave_environment("").items()
         if not name.startswith("PYTHON")
     }
     run = subprocess.run(
-        [str(source.interpreter), *PYTHON_OPTIONS, str(script)],
-        input=json.dumps(request),
-        env=environment,
+        [str(source.interpreter), *PYTHON_OPTIONS, script],
+        input=json.dumps({"roots": [str(root) for root in source.roots], **request}),
+        env={**environment, **variables},
         cwd="/",
         capture_output=True,
         text=True,
     )
     if run.returncode:
-        raise StagingError(f"the enclave's modules cannot be loaded:\n{run.stderr[-2000:]}")
-    return json.loads(run.stdout)
+        raise StagingError(
+            f"the enclave's modules cannot be loaded or compiled:\n{run.stderr[-2000:]}"
+        )
+    return run.stdout
 
 
 def _with_siblings(source: Source, files: Iterable[Path]) -> Iterator[Path]:

@@ -18,11 +18,13 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 
-from enclave_runtime.crypto.keys import KeyStream, compiled
+from enclave_runtime.compiled.kernel import Kernel
+from enclave_runtime.crypto.keys import KeyStream
 
 BLOCK = 64  # positions in a Hadamard block; two passes of radix 8
+
+_reversed_gathers = Kernel("enclave_runtime.compiled.definitions.sampling", "reversed_gathers")
 
 
 class AxisMap(NamedTuple):
@@ -110,17 +112,10 @@ def draw(
     return AxisMap(order, scale)
 
 
-@compiled
-def _reversed(order, scale):
+def _reversed(order: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The transposed gathers, last first."""
     undo, taken = np.empty_like(order), np.empty_like(scale)
-    for copy in range(order.shape[0]):
-        for stage in range(order.shape[1]):
-            last = order.shape[1] - 1 - stage
-            for i in range(order.shape[2]):
-                place = order[copy, stage, i]
-                undo[copy, last, place] = i
-                taken[copy, last, place] = scale[copy, stage, i]
+    _reversed_gathers(order, scale, undo, taken)
     return undo, taken
 
 
@@ -132,7 +127,10 @@ def block_size(size: int) -> int:
 def _dense_transform(size: int, tail_first: bool) -> np.ndarray:
     """H as a matrix."""
     block = block_size(size)
-    butterfly = scipy.linalg.hadamard(block) / math.sqrt(block)
+    butterfly = np.ones((1, 1))
+    while len(butterfly) < block:
+        butterfly = np.kron([[1, 1], [1, -1]], butterfly)
+    butterfly /= math.sqrt(block)
     blocks, tail = np.eye(size), np.eye(size)
     for start in range(0, size - block + 1, block):
         blocks[start : start + block, start : start + block] = butterfly

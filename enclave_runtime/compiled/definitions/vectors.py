@@ -1,8 +1,7 @@
 """Vectors in Numba: what it lacks, and what its loops would leave to LLVM's judgement.
 
 Intrinsics on a *tile*: rows of `TILE_BYTES` bytes, one after the other. Addresses are pointer and
-offset in elements; nothing is checked. Called by the kernels of
-`enclave_runtime.schemes.kernels.hadamard`.
+offset in elements; nothing is checked.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
-TILE_BYTES = 64  # of a row of a tile: one cache line
+from enclave_runtime.compiled.layout import TILE_BYTES
+
 VECTOR = 8  # elements of a vector register, or of two for float64
 
 # Pyright sees the undecorated function, whose first argument Numba supplies.

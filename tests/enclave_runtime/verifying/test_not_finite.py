@@ -127,6 +127,5 @@ def train_with_liars() -> None:
                         shielded(weights, x)
 
 
-@pytest.mark.parametrize("judge", [judge_products, judge_leaves, train_with_liars])
-def test_what_is_not_finite_is_noticed(judge):
-    run_fresh(judge)
+def test_what_is_not_finite_is_noticed():
+    run_fresh(judge_products, judge_leaves, train_with_liars)

@@ -46,6 +46,10 @@ class SealedValueError(TempoError):
     """A sealed value that was donated, belongs to another enclave, or was altered."""
 
 
+class AdmissionError(TempoError):
+    """A sealed value that its owner did not allow there, or no more; the text says which."""
+
+
 class CheckpointError(TempoError):
     """A checkpoint that is altered, of another key or tree, or older than one already seen."""
 

@@ -83,32 +83,48 @@ def decrypt_bytes(key: bytes, encrypted: bytes | memoryview, context: bytes) -> 
         raise DecryptionError("a ciphertext failed its authentication") from error
 
 
-def array_context(session: str, shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """What an array's ciphertext is bound to: session, shape and dtype."""
-    return f"array|{session}|{tuple(shape)}|{np.dtype(dtype).name}".encode()
+def array_context(
+    session: str, shape: tuple[int, ...], dtype: np.dtype, bound_to: bytes = b""
+) -> bytes:
+    """What an array's ciphertext is bound to: session, shape and dtype, and further bytes."""
+    return f"array|{session}|{tuple(shape)}|{np.dtype(dtype).name}|".encode() + bound_to
 
 
-def encrypt_array(key: bytes, plain: np.ndarray, session: str) -> np.ndarray:
+def encrypt_array(
+    key: bytes, plain: np.ndarray, session: str, *, bound_to: bytes = b""
+) -> np.ndarray:
     """Encrypts an array of any shape and dtype.
+
+    Args:
+      key: of one direction of the session.
+      plain: the array.
+      session: its public name.
+      bound_to: what else the ciphertext is bound to.
 
     Returns:
       uint8[nbytes + 28].
     """
     # The context names the dtype without its byte order, so there is only the native one.
     plain = plain.astype(plain.dtype.newbyteorder("="), copy=False)
-    context = array_context(session, plain.shape, plain.dtype)
+    context = array_context(session, plain.shape, plain.dtype, bound_to)
     content = np.ascontiguousarray(plain).reshape(-1).view(np.uint8)
     return np.frombuffer(encrypt_bytes(key, content.data, context), np.uint8)
 
 
 def decrypt_array(
-    key: bytes, encrypted: np.ndarray, session: str, shape: tuple[int, ...], dtype: np.dtype
+    key: bytes,
+    encrypted: np.ndarray,
+    session: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    *,
+    bound_to: bytes = b"",
 ) -> np.ndarray:
     """Inverse of `encrypt_array`; read-only.
 
     Raises:
-      DecryptionError: altered, or made for another session, shape or dtype.
+      DecryptionError: altered, or made for another session, shape, dtype or bound otherwise.
     """
-    context = array_context(session, shape, dtype)
+    context = array_context(session, shape, dtype, bound_to)
     plain = decrypt_bytes(key, np.ascontiguousarray(encrypted).data, context)
     return np.frombuffer(plain, dtype).reshape(shape)

@@ -12,19 +12,21 @@ their keys: whoever restores them blinds them again, under fresh keys.
 A checkpoint is a head and its leaves, one after the other; integers are big-endian:
 
     bytes  0-7   magic b"TEMPOCKP"
-    bytes  8-9   version, now 1
+    bytes  8-9   version, now 2
     bytes 10-11  whose secret sealed it, see `Recipient`
     bytes 12-15  length m of the sealed manifest, at most `MAX_MANIFEST`
     bytes 16-23  number, one more than that of the lineage's checkpoint before
     bytes 24-39  lineage: the public name of the secret, see `lineage_name`
     bytes 40-71  identifier, drawn at random for each checkpoint
     bytes 72-    m bytes: the manifest, JSON in UTF-8, sealed as one part
-    then         for each leaf of the manifest its bytes in parts of `CHUNK`, the last one
-                 shorter; each part is 16 bytes longer sealed. An empty leaf is one part.
+    then         for each leaf of the manifest its tag (56 bytes, see `tags.TagRecord`) as one
+                 part, and its bytes in parts of `CHUNK`, the last one shorter; each part is 16
+                 bytes longer sealed. The bytes of an empty leaf are one part.
 
 A *part* is AES-256-GCM under HKDF-SHA256(secret, identifier): a key that serves this one
 checkpoint. Its nonce is the part's number, counted from 0 at the manifest; its associated data
-are the 72 bytes of the header, its leaf's position and its own in the leaf. So a part fits
+are the 72 bytes of the header, its leaf's position and its own in the leaf, where a tag comes
+before all others. So a part fits
 nowhere else, and the manifest, which is authenticated first, says how long everything is.
 """
 
@@ -45,8 +47,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from enclave_runtime.crypto.encryption import derive_key
 from enclave_runtime.protocol.program import ArrayType, ProgramError
+from enclave_runtime.protocol.tags import RECORD, TagRecord
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"TEMPOCKP"
 HEADER = struct.Struct(">8sHHIQ16s32s")  # 72 bytes
 PLACE = struct.Struct(">QQ")  # a leaf's position and a part's in it
@@ -61,6 +64,8 @@ MAX_NAME = 4096  # characters
 MAX_NUMBER = 1 << 62
 MAX_RUN = 256  # characters
 _MANIFEST_PLACE = (1 << 64) - 1
+_TAG_PART = (1 << 64) - 1
+_TAG_BYTES = RECORD.size + TAG_BYTES
 
 # One text for whatever is wrong with authenticated bytes: it tells the untrusted side nothing.
 ALTERED = (
@@ -247,7 +252,7 @@ def _parts(array: ArrayType) -> int:
 
 def sealed_bytes(array: ArrayType) -> int:
     """How long a leaf is in a checkpoint."""
-    return array.nbytes + TAG_BYTES * _parts(array)
+    return _TAG_BYTES + array.nbytes + TAG_BYTES * _parts(array)
 
 
 class _Cipher:
@@ -308,13 +313,15 @@ class CheckpointWriter:
         self._cipher = _Cipher(secret, self.header)
         self.head = self.header.encode() + self._cipher.seal(manifest, _MANIFEST_PLACE, 0)
 
-    def seal(self, value: np.ndarray, out: np.ndarray) -> None:
-        """Writes the next leaf to `out`, uint8[sealed_bytes]."""
+    def seal(self, value: np.ndarray, tag: TagRecord, out: np.ndarray) -> None:
+        """Writes the next leaf and its tag to `out`, uint8[sealed_bytes]."""
         array = self.leaves[self.written].array
         assert (value.shape, value.dtype.name) == (array.shape, array.dtype)
         native = value.astype(value.dtype.newbyteorder("="), copy=False)
         content = np.ascontiguousarray(native).reshape(-1).view(np.uint8).data
-        start = 0
+        record = self._cipher.seal(tag.encode(), self.written, _TAG_PART)
+        out[:_TAG_BYTES] = np.frombuffer(record, np.uint8)
+        start = _TAG_BYTES
         for part in range(_parts(array)):
             plain = content[part * CHUNK : (part + 1) * CHUNK]
             sealed = self._cipher.seal(plain, self.written, part)
@@ -348,8 +355,8 @@ class CheckpointReader:
         self.leaves = _decode_manifest(manifest)
         self.read = 0
 
-    def open(self, sealed: np.ndarray) -> np.ndarray:
-        """The next leaf from uint8[sealed_bytes], which nobody else may be writing to.
+    def open(self, sealed: np.ndarray) -> tuple[TagRecord, np.ndarray]:
+        """The next leaf and its tag from uint8[sealed_bytes], to which nobody else may write.
 
         Raises:
           CheckpointError: altered, of another length, or not the next leaf.
@@ -360,13 +367,14 @@ class CheckpointReader:
         if sealed.shape != (sealed_bytes(array),) or sealed.dtype != np.uint8:
             raise CheckpointError(ALTERED)
         content = np.ascontiguousarray(sealed).data
+        tag = TagRecord.decode(self._cipher.open(content[:_TAG_BYTES], self.read, _TAG_PART))
         plain = np.empty(array.nbytes, np.uint8)
         for part in range(_parts(array)):
-            start = part * (CHUNK + TAG_BYTES)
+            start = _TAG_BYTES + part * (CHUNK + TAG_BYTES)
             opened = self._cipher.open(content[start : start + CHUNK + TAG_BYTES], self.read, part)
             plain[part * CHUNK : part * CHUNK + len(opened)] = np.frombuffer(opened, np.uint8)
         self.read += 1
-        return plain.view(np.dtype(array.dtype)).reshape(array.shape)
+        return tag, plain.view(np.dtype(array.dtype)).reshape(array.shape)
 
 
 def _decode_manifest(manifest: bytes) -> tuple[Leaf, ...]:
@@ -406,4 +414,4 @@ def read_checkpoint(secret: bytes, data: bytes) -> tuple[CheckpointReader, list[
       CheckpointError: see `CheckpointReader`.
     """
     reader = CheckpointReader(secret, head_of(data))
-    return reader, [reader.open(sealed) for sealed in split(data, reader.leaves)]
+    return reader, [reader.open(sealed)[1] for sealed in split(data, reader.leaves)]

@@ -15,8 +15,8 @@ import re
 
 import numpy as np
 
-from enclave_runtime.crypto.encryption import OVERHEAD_BYTES
 from enclave_runtime.protocol.program import ArrayType, aligned
+from enclave_runtime.protocol.tags import seal_bytes
 
 DIRECTORY = "/dev/shm"
 _NAME = re.compile(r"tempo_jax-[0-9a-f]{32}")
@@ -89,4 +89,4 @@ class Arena:
 
 def input_bytes(array: ArrayType) -> int:
     """Room for an input in the arena, in whatever form it comes."""
-    return aligned(array.nbytes + OVERHEAD_BYTES)
+    return aligned(seal_bytes(array.nbytes))

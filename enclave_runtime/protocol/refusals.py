@@ -26,6 +26,7 @@ class ErrorCode(enum.IntEnum):
     INTEGRITY = 9  # the devices returned something wrong
     UNPROVISIONED = 10  # a program that the client did not provision
     UNOWNED = 11  # the host comes before the client
+    ADMISSION = 12  # a value that its owner did not allow there, or not so often
 
 
 def refusal(request: int, code: ErrorCode, text: str) -> Frame:

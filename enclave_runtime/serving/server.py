@@ -46,6 +46,7 @@ from enclave_runtime.protocol.wire import Frame, Kind, WireError
 from enclave_runtime.serving import log
 from enclave_runtime.serving.peers import CLIENT, HOST, PARENT, Ownership, Role, UnownedError
 from enclave_runtime.serving.tls import ServerIdentity
+from enclave_runtime.sessions.admission import AdmissionError
 from enclave_runtime.sessions.programs import UnprovisionedError
 from enclave_runtime.sessions.run import RunError
 from enclave_runtime.sessions.session import Session
@@ -60,6 +61,7 @@ _log = logging.getLogger("enclave_runtime")
 # The codes of errors whose texts are written for the peer; of any other error only that something
 # failed leaves. A class not named here has its base's code.
 _CODES: dict[type[BaseException], ErrorCode] = {
+    AdmissionError: ErrorCode.ADMISSION,
     ArenaError: ErrorCode.SHARED_MEMORY,
     CheckpointError: ErrorCode.CHECKPOINT,
     DecryptionError: ErrorCode.DECRYPTION,
@@ -77,7 +79,7 @@ _CODES: dict[type[BaseException], ErrorCode] = {
 _EXPLAINED_TO_HOSTS = frozenset(
     {
         *(ErrorCode.SHARED_MEMORY, ErrorCode.CHECKPOINT, ErrorCode.INTEGRITY),
-        *(ErrorCode.UNOWNED, ErrorCode.UNPROVISIONED),
+        *(ErrorCode.UNOWNED, ErrorCode.UNPROVISIONED, ErrorCode.ADMISSION),
     }
 )
 # Requests that belong to a run.

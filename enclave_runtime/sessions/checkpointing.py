@@ -2,10 +2,11 @@
 
 A checkpoint is written and restored leaf by leaf through shared memory, so that it may be much
 larger than that. Writing asks for no secret: while the client is away, the host may have as
-many checkpoints as it likes and can open none. (Whoever asks says which value is which leaf, as
-for a run; that a checkpoint is authentic does not say that its host named the leaves right.)
-Taking a key into use and restoring need the client, whose orders come encrypted. Trusts the
-client's orders alone.
+many checkpoints as it likes and can open none. (Whoever asks says which value is which leaf, and
+may name it wrongly. Its tag is in the checkpoint as well, and a restored value goes where the tag
+lets it.) Taking a key into use and restoring need the client, whose orders come encrypted. Each
+order brings back one copy: what is restored was used by no run yet, and counts anew.
+Trusts the client's orders alone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from enclave_runtime.protocol.requests import (
     RestoreLeafRequest,
     RestoreRequest,
 )
+from enclave_runtime.protocol.tags import TagRecord
+from enclave_runtime.sessions.admission import Origin, Tag
 from enclave_runtime.sessions.lineage import Lineages, Seen
 from enclave_runtime.sessions.store import Resident, Store
 
@@ -48,7 +51,7 @@ class Checkpointing:
         store: Store,
         arena: Callable[[str], Arena],
         decrypt: Callable[[bytes, str], bytes],
-        value: Callable[[Arena, int, str | None, ArrayType], np.ndarray],
+        value: Callable[[Arena, int, str | None, ArrayType], tuple[TagRecord, np.ndarray]],
     ):
         """Takes the session's store and its ways to read a request.
 
@@ -56,7 +59,8 @@ class Checkpointing:
           store: gets restored values.
           arena: the shared memory of a name.
           decrypt: opens an attachment that the client made for a purpose.
-          value: a sealed value in the clear, from its place in shared memory, its handle and type.
+          value: a sealed value's tag and content, from its place in shared memory, its handle and
+            type.
         """
         self._store = store
         self._arena = arena
@@ -67,6 +71,7 @@ class Checkpointing:
         self._writer: CheckpointWriter | None = None
         self._reader: CheckpointReader | None = None
         self._restored: list[Resident] = []
+        self._origins: dict[bytes, Origin] = {}
         self._lock = threading.Lock()
 
     def provision(self, _: EmptyRequest, attachment: bytes) -> Fields:
@@ -92,16 +97,16 @@ class Checkpointing:
                 raise CheckpointError("a checkpoint's leaves are written in order, each once")
             array = writer.leaves[writer.written].array
             arena = self._arena(asked.arena)
-            value = self._value(arena, asked.offset, asked.handle, array)
+            record, value = self._value(arena, asked.offset, asked.handle, array)
             place = ArrayType((sealed_bytes(array),), "uint8")
-            writer.seal(value, arena.view(place, asked.offset))
+            writer.seal(value, record, arena.view(place, asked.offset))
         return {}
 
     def begin_restoring(self, asked: RestoreRequest, attachment: bytes) -> Fields:
         """Begins to restore the checkpoint with this `head`, if the client's order lets it."""
         order = json.loads(self._decrypt(attachment, "restore"))
         with self._lock:
-            self._reader, self._restored = None, []
+            self._reader, self._restored, self._origins = None, [], {}
             reader = self._reader = self._lineages.reader(asked.head, order)
         seen = Seen(reader.header.number, reader.header.identifier)
         return {"weak": [leaf.weak for leaf in reader.leaves], **seen.encode()}
@@ -121,11 +126,15 @@ class Checkpointing:
             place = ArrayType((sealed_bytes(array),), "uint8")
             try:
                 # A private copy: the host may change shared memory while it is being opened.
-                value = reader.open(self._arena(asked.arena).view(place, asked.offset).copy())
+                own = self._arena(asked.arena).view(place, asked.offset).copy()
+                record, value = reader.open(own)
             except CheckpointError:
                 self._reader, self._restored = None, []
                 raise
-            self._restored.append(Resident(array, jnp.asarray(value)))
+            # Leaves that belonged together do so again.
+            origin = self._origins.setdefault(record.origin, Origin.new())
+            tag = Tag(record.place, origin, record.generation)
+            self._restored.append(Resident(array, jnp.asarray(value), tag))
             if reader.read < len(reader.leaves):
                 return {}
             restored, self._reader, self._restored = self._restored, None, []

@@ -16,6 +16,7 @@ import jax
 from enclave_runtime.execution.executor import Executables
 from enclave_runtime.protocol.program import Program
 from enclave_runtime.protocol.requests import RequestError
+from enclave_runtime.protocol.tags import Rules
 from enclave_runtime.schemes import Scheme
 
 MAX_PROGRAMS = 256
@@ -28,9 +29,10 @@ class UnprovisionedError(RequestError):
 
 
 class Provisioned(NamedTuple):
-    """A program with its digest and constants, and what its runs execute."""
+    """A program with its digest and constants, its owner's rules, and what its runs execute."""
 
     program: Program
+    rules: Rules
     digest: str
     scheme: Scheme
     constants: dict[int, jax.Array]
@@ -52,9 +54,19 @@ class Programs:
         return len(self._kept)
 
     def keep(self, provisioned: Provisioned) -> int:
-        """Keeps a program and returns its number."""
+        """Keeps a program and returns its number.
+
+        Rules that refuse something hold at once and in place of earlier ones, which a host that
+        remembered their number might like better.
+        """
         with self._lock:
-            number = next(self._numbers)
+            earlier = [
+                n
+                for n, kept in self._kept.items()
+                if kept.digest == provisioned.digest and kept.rules.arguments
+            ]
+            number = earlier[0] if earlier else next(self._numbers)
+            self._kept.pop(number, None)
             self._kept[number] = provisioned
             if len(self._kept) > MAX_PROGRAMS:
                 oldest = next(iter(self._kept))

@@ -23,6 +23,7 @@ from enclave_runtime.execution.executor import Executables
 from enclave_runtime.protocol.memory import Arena
 from enclave_runtime.protocol.program import DEVICE, ENCLAVE, Crossing, Layout, Port, Program
 from enclave_runtime.schemes import Scheme
+from enclave_runtime.sessions.admission import Claim, Tag
 from enclave_runtime.sessions.store import Blinded, KeyUses, Resident, Store
 from enclave_runtime.verifying.checksum import NotComparableError, SpentSignsError
 from enclave_runtime.verifying.follower import Follower
@@ -122,6 +123,7 @@ class Run:
         number: int,
         schedule: KeySchedule,
         executables: Executables,
+        claim: Claim,
     ):
         self.program = program
         self.arena = arena
@@ -134,6 +136,7 @@ class Run:
         self._values = dict(constants)
         self._workers = workers
         self._executables = executables
+        self._claim = claim
         self._scheme = scheme
         self._schedule = schedule
         self._number = number
@@ -187,6 +190,7 @@ class Run:
         out = self.arena.view(crossing.blinded, crossing.offset)
         value, layout = self._values[crossing.value], crossing.layout
         if not layout.keyed:
+            self._claim.show()
             np.copyto(out, np.asarray(value))
             if self._follower is not None:
                 self._follower.keep(crossing, np.asarray(value))
@@ -375,6 +379,7 @@ class Run:
 
         Raises:
           RunError: not every segment has run.
+          AdmissionError: another run on the same values counted meanwhile.
         """
         with self._condition:
             self._raise_failure()
@@ -382,18 +387,20 @@ class Run:
                 raise RunError(
                     f"commit after {self._next} of {len(self.program.segments)} segments"
                 )
+            tags = self._claim.commit()
             self._failure = RunError("the run was committed")
-            return [store.put(self._output(port)) for port in self.program.outputs]
+            ports = zip(self.program.outputs, tags, strict=True)
+            return [store.put(self._output(port, tag)) for port, tag in ports]
 
-    def _output(self, port: Port) -> Resident | Blinded:
+    def _output(self, port: Port, tag: Tag) -> Resident | Blinded:
         if port.place == DEVICE:
             layout = port.layout
             keys, uses = self.keys.of(layout), self.keys.uses(layout)
             batches = {c: self.program.classes[c].batch for c in keys}
-            held = Blinded(port.array, self._scheme, layout, keys, batches, uses)
+            held = Blinded(port.array, tag, self._scheme, layout, keys, batches, uses)
             if self._follower is None:
                 return held
             checksum, source = self._follower.checksum(port), self._follower.source(port)
             return held._replace(checksum=checksum, source=source)
         assert port.place == ENCLAVE
-        return Resident(port.array, self._values[port.value])
+        return Resident(port.array, self._values[port.value], tag)

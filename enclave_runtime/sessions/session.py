@@ -9,6 +9,7 @@ shapes and numbers of the program, never values; the detail goes to the enclave'
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -44,9 +45,12 @@ from enclave_runtime.protocol.requests import (
     SegmentRequest,
     SettleRequest,
     UnmapRequest,
+    WrittenInput,
 )
+from enclave_runtime.protocol.tags import Rules, Seal, TagRecord, seal_bytes, unseal_array
 from enclave_runtime.protocol.wire import Frame, Kind
 from enclave_runtime.schemes import make_scheme
+from enclave_runtime.sessions.admission import Admission, Tag
 from enclave_runtime.sessions.attempts import Attempts
 from enclave_runtime.sessions.checkpointing import Checkpointing
 from enclave_runtime.sessions.programs import Programs, Provisioned
@@ -79,6 +83,7 @@ class Session:
         self._busy_seconds = 0.0
         self._blindings = 0
         self._attempts = Attempts()
+        self._admission = Admission()
         self._adopting = threading.Lock()
         self._handlers: dict[Kind, Callable[[Any, bytes], Answer]] = {
             Kind.MAP: self._map,
@@ -146,8 +151,10 @@ class Session:
         """
         size = asked.program_bytes
         description, inline = _split(attachment, len(attachment) if size is None else size)
-        program = Program.decode(json.loads(self._decrypt(description, "provision")))
+        described = json.loads(self._decrypt(description, "provision"))
+        program = Program.decode(described["program"])
         scheme = make_scheme(program.scheme, program.parameters)
+        rules = Rules.decode(described["rules"], len(program.inputs), len(program.outputs))
         for segment in program.segments:
             if not self._executor.has(segment.executable):
                 raise RequestError("a segment's executable was not provisioned")
@@ -178,7 +185,7 @@ class Session:
                 kernels += self._executor.warm_up(scheme, port.array, port.layout, program.classes)
         executables = self._executor.hold((s.executable for s in program.segments), kernels)
         digest = program.digest
-        provisioned = Provisioned(program, digest, scheme, constants, executables)
+        provisioned = Provisioned(program, rules, digest, scheme, constants, executables)
         return {"program": self._programs.keep(provisioned), "digest": digest}
 
     def _find(self, asked: FindRequest, _: bytes) -> dict[str, Any]:
@@ -190,6 +197,15 @@ class Session:
         for number in asked.programs:
             self._programs.release(number)
         return {}
+
+    def _unsealed(self, arena: Arena, array: ArrayType, offset: int) -> tuple[Seal, jax.Array]:
+        """What the owner sealed, and what it said of it."""
+        size = seal_bytes(array.nbytes)
+        own = private_copy(arena.view(ArrayType((size,), "uint8"), offset))
+        seal, plain = unseal_array(
+            self._keys.to_enclave, own, self._identity, array.shape, np.dtype(array.dtype)
+        )
+        return seal, jnp.array(plain)
 
     def _decrypted(self, arena: Arena, array: ArrayType, offset: int) -> jax.Array:
         size = array.nbytes + encryption.OVERHEAD_BYTES
@@ -220,6 +236,11 @@ class Session:
             raise RequestError(f"the program takes {len(program.inputs)} inputs")
         executables.wait()
         arena = self._arena(asked.arena)
+        ports = zip(program.inputs, asked.inputs, strict=True)
+        taken = [self._taken(arena, *one, program.verify) for one in enumerate(ports)]
+        # Before anything is blinded, which is what a run too many would show.
+        tags = [tag for tag, _ in taken]
+        claim = self._admission.admit(provisioned.rules, provisioned.digest, tags)
         number = next(self._run_numbers)
         run = Run(
             program,
@@ -230,21 +251,16 @@ class Session:
             number,
             self._schedule,
             executables,
+            claim,
         )
         upload, blind = [], []
         for index, (port, given) in enumerate(zip(program.inputs, asked.inputs, strict=True)):
-            if isinstance(given, HeldInput):
-                entry = self._held(run, index, given.handle)
-                if isinstance(entry, Blinded):
-                    if port.place != DEVICE or not self._adopted(run, port, entry):
-                        upload.append(index)
-                    continue
-                value = entry.value
-            elif port.place == PUBLIC:
-                value = jnp.asarray(private_copy(arena.view(port.array, given.offset)))
-            else:
-                value = self._decrypted(arena, port.array, given.offset)
-            if port.place == DEVICE:
+            run.handles[index] = given.handle if isinstance(given, HeldInput) else None
+            value = taken[index][1]
+            if isinstance(value, Blinded):
+                if port.place != DEVICE or not self._adopted(run, port, value):
+                    upload.append(index)
+            elif port.place == DEVICE:
                 blind.append((index, value))
             else:
                 run.set(port, value)
@@ -255,22 +271,33 @@ class Session:
         self._admit(number, run)
         return {"run": number, "upload": upload, "download": [index for index, _ in blind]}
 
-    def _held(self, run: Run, index: int, handle: str) -> Resident | Blinded:
-        """What the enclave holds of an input, if it fits the program's port.
+    def _taken(
+        self, arena: Arena, index: int, arrived: tuple[Port, HeldInput | WrittenInput], verify: bool
+    ) -> tuple[Tag | Seal | bytes, jax.Array | Blinded]:
+        """An input and its tag, as `Admission.admit` takes them.
 
         Raises:
-          RequestError: it is of another type.
+          RequestError: it is of another type than the program's port.
           IntegrityError: the program verifies, and nothing checks this value.
         """
-        port = run.program.inputs[index]
-        run.handles[index] = handle
+        port, given = arrived
+        if isinstance(given, HeldInput):
+            entry = self._held(port, index, given.handle, verify)
+            return entry.tag, entry if isinstance(entry, Blinded) else entry.value
+        if port.place == PUBLIC:
+            own = private_copy(arena.view(port.array, given.offset))
+            return hashlib.sha256(own.tobytes()).digest(), jnp.asarray(own)
+        return self._unsealed(arena, port.array, given.offset)
+
+    def _held(self, port: Port, index: int, handle: str, verify: bool) -> Resident | Blinded:
+        """What the enclave holds of an input; see `_taken`."""
         entry = self._store.get(handle)
         if entry.array != port.array:
             raise RequestError(
                 f"input {index} is {entry.array.dtype}{list(entry.array.shape)}, expected "
                 f"{port.array.dtype}{list(port.array.shape)}"
             )
-        if isinstance(entry, Blinded) and run.program.verify and entry.checksum is None:
+        if isinstance(entry, Blinded) and verify and entry.checksum is None:
             raise IntegrityError(
                 f"input {index} lies blinded on the devices, where nothing checks it, and "
                 "verify=True takes nothing unchecked. Have the function that made it verify as "
@@ -391,7 +418,7 @@ class Session:
         if asked.arena is None:
             return {}, self._opened(entry, attachment)
         arena = self._arena(asked.arena)
-        value = self._value(arena, asked.offset, asked.handle, entry.array)
+        _, value = self._value(arena, asked.offset, asked.handle, entry.array)
         encrypted = encryption.encrypt_array(self._keys.to_client, value, self._identity)
         np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), asked.offset), encrypted)
         return {}
@@ -411,8 +438,10 @@ class Session:
             self._keys.to_client, np.asarray(value), self._identity
         ).tobytes()
 
-    def _value(self, arena: Arena, offset: int, handle: str | None, array: ArrayType) -> np.ndarray:
-        """A sealed value in the clear, whatever its form.
+    def _value(
+        self, arena: Arena, offset: int, handle: str | None, array: ArrayType
+    ) -> tuple[TagRecord, np.ndarray]:
+        """A sealed value's tag, and the value in the clear, whatever its form.
 
         Args:
           arena: has at `offset` what the host holds of it.
@@ -421,7 +450,8 @@ class Session:
           array: its shape and dtype.
         """
         if handle is None:
-            return np.asarray(self._decrypted(arena, array, offset))
+            seal, plain = self._unsealed(arena, array, offset)
+            return TagRecord(*seal, generation=0), np.asarray(plain)
         entry = self._store.get(handle)
         if entry.array != array:
             raise RequestError(
@@ -429,8 +459,9 @@ class Session:
                 f"{array.dtype}{list(array.shape)}"
             )
         if isinstance(entry, Blinded):
-            return np.asarray(self._unblinded(entry, private_copy(arena.view(entry.array, offset))))
-        return np.asarray(entry.value)
+            own = private_copy(arena.view(entry.array, offset))
+            return entry.tag.record(), np.asarray(self._unblinded(entry, own))
+        return entry.tag.record(), np.asarray(entry.value)
 
     def _unblinded(self, entry: Blinded, blinded: np.ndarray) -> jax.Array:
         """A value that comes back from the devices, held to its checksum if it has one.

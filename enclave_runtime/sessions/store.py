@@ -14,6 +14,7 @@ import jax
 from enclave_runtime.crypto.encryption import refuse_pickling
 from enclave_runtime.protocol.program import ArrayType, Layout
 from enclave_runtime.schemes import Scheme
+from enclave_runtime.sessions.admission import Tag
 from enclave_runtime.verifying.checksum import Checksum
 
 HANDLE_BYTES = 16
@@ -35,10 +36,11 @@ class KeyUses:
 
 
 class Resident(NamedTuple):
-    """A plaintext array inside the enclave."""
+    """A plaintext array inside the enclave, and what it is."""
 
     array: ArrayType
     value: jax.Array
+    tag: Tag
 
     def __repr__(self) -> str:
         return f"Resident({self.array}, <secret>)"
@@ -51,6 +53,7 @@ class Blinded(NamedTuple):
 
     Attributes:
       array: its shape and dtype.
+      tag: what it is.
       scheme: the scheme.
       layout: classes by number, meaningful together with `keys`.
       keys: each class of the layout's key.
@@ -61,6 +64,7 @@ class Blinded(NamedTuple):
     """
 
     array: ArrayType
+    tag: Tag
     scheme: Scheme
     layout: Layout
     keys: dict[int, Any]

@@ -48,10 +48,15 @@ def send(options: argparse.Namespace) -> None:
     asked = policy(options)
     state, batches = agreement.initial_state(), secret_batches(options)
     with tempo.Enclave.connect(options.client, policy=asked, identity=identity) as enclave:
-        digest = agreement.shielded(enclave, options).provision(state, batches[0])
-        tempo.save_sealed(options.exchange / STATE, enclave.seal(state))
-        tempo.save_sealed(options.exchange / BATCHES, enclave.seal(batches))
-    print(f"owner: provisioned program {digest[:16]}…, sealed {len(batches)} batches; leaving")
+        # The host goes through the batches in turn, and each is used no oftener than it has to.
+        runs = -(-options.steps // len(batches))
+        step = agreement.shielded(enclave, options)
+        given = step.provision(state, batches[0], runs_per_batch=runs)
+        print(f"owner: provisioned {given}")
+        tempo.save_sealed(options.exchange / STATE, enclave.seal(state, tag="state"))
+        sealed = [enclave.seal(batch, tag="batch") for batch in batches]
+        tempo.save_sealed(options.exchange / BATCHES, sealed)
+    print(f"owner: sealed {len(batches)} batches; leaving")
 
 
 def receive(options: argparse.Namespace) -> None:

@@ -21,6 +21,9 @@ import numpy as np
 from jax.core import Tracer
 
 from enclave_runtime.protocol.program import DEVICE
+from enclave_runtime.protocol.tags import Rules
+from tempo_jax.api.allowance import Allowance, Provision, Runs, Signed, Tags
+from tempo_jax.api.allowance import rules as make_rules
 from tempo_jax.api.estimate import Estimate, Machine, Step, estimated, machine_named
 from tempo_jax.api.options import Options
 from tempo_jax.api.report import Report
@@ -90,14 +93,18 @@ def _aval(x: Any) -> Any:
 
 
 class _PlannedSignature:
-    """A traced signature: its plan and, once it runs, its runtime."""
+    """A traced signature: its plan and, once it runs, its runtime and what was allowed."""
 
-    def __init__(self, plan: Plan, out_structure: Any, types: list[Any], seconds: float):
+    def __init__(
+        self, plan: Plan, out_structure: Any, types: list[Any], signed: Signed, seconds: float
+    ):
         self.plan = plan
         self.seconds = seconds  # that tracing and planning took
         self.out_structure = out_structure
         self.types = types
+        self.signed = signed
         self.runtime: Runtime | None = None
+        self.allowance: Allowance | None = None
 
 
 class Shielded(Generic[P, R]):
@@ -226,8 +233,14 @@ class Shielded(Generic[P, R]):
             workers=options.workers,
             verify=options.verify,
         )
+        signed = Signed(
+            self._name,
+            _argument_leaves(self._function, args, kwargs),
+            _paths(jax.tree.unflatten(out_structure, types)),
+        )
         plan = make_plan(request)
-        return _PlannedSignature(plan, out_structure, types, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return _PlannedSignature(plan, out_structure, types, signed, seconds)
 
     def _carried(
         self, signature: _Signature, parts: Sequence[Any], types: Sequence[Any]
@@ -269,9 +282,11 @@ class Shielded(Generic[P, R]):
                 return {starts[i] + n: n for n in range(start)}
         return {}
 
-    def _runtime(self, program: _PlannedSignature) -> Runtime:
+    def _runtime(self, program: _PlannedSignature, allowance: Allowance | None = None) -> Runtime:
+        """What runs a program; provisioned again where more or less is allowed than before."""
         with self._lock:
-            if program.runtime is None:
+            if program.runtime is None or allowance not in (None, program.allowance):
+                program.allowance = allowance or Allowance()
                 plan = program.plan
                 names = [f"argument {i}" for i in range(len(plan.jaxpr.invars))]
                 figures = Figures(self._name, plan, names, self._enclave.costs)
@@ -279,13 +294,20 @@ class Shielded(Generic[P, R]):
                 def labels() -> list[str]:
                     return [", ".join(v.layers) for v in figures.costs.visits]
 
-                program.runtime = Runtime(plan, self._enclave, self._options.mesh, labels)
+                program.runtime = Runtime(
+                    plan, self._enclave, self._options.mesh, labels, self._rules(program)
+                )
                 given = program.runtime.provisioned
                 tell_of_signature(
                     figures, program.seconds, given.export_seconds, given.compile_seconds
                 )
                 warn_of(figures, self._told)
             return program.runtime
+
+    def _rules(self, program: _PlannedSignature) -> Rules:
+        # A client that is the host as well need not be held to what it allowed itself.
+        alone = not self._enclave.is_host
+        return make_rules(program.signed, program.plan, program.allowance if alone else None)
 
     def _donated(self, plan: Plan) -> list[int]:
         """Inputs that a call consumes; what is revealed replaces no state."""
@@ -329,7 +351,16 @@ class Shielded(Generic[P, R]):
                 outputs[i] = np.zeros(aval.shape, jax.dtypes.float0)
         return jax.tree.unflatten(program.out_structure, outputs)
 
-    def provision(self, *args: Any, **kwargs: Any) -> str:
+    def provision(
+        self,
+        *args: Any,
+        tags: Tags | None = None,
+        allow_any: Sequence[str] = (),
+        allow_forks: bool = False,
+        runs_per_batch: Runs = "auto",
+        retries: int = 8,
+        **kwargs: Any,
+    ) -> Provision:
         """Gives the enclave the program for such arguments, so that the host may run it.
 
         The client calls this; then `shield` of the same function finds the program on the host
@@ -343,26 +374,60 @@ class Shielded(Generic[P, R]):
         their shapes and dtypes matter. Of two programs that differ in such arrays alone, the host
         gets the one provisioned last.
 
+        The host of an enclave that serves is held to rules, of which the client says more with
+        the options below. An argument takes what the client sealed under its name
+        (``enclave.seal(state, tag="state")``), whole and in place; one that carries state also
+        takes what this function returned in its stead, all of it from one run, and each generation
+        once. Anything else is refused with an `AdmissionError`. Provisioning again replaces the
+        rules. A launched enclave refuses nothing, since its client is its host, and on the host
+        the options say nothing. A parameter of the function that has an option's name is passed by
+        position.
+
         Args:
           *args: arguments as for a call; only structure, shapes, dtypes and, of sealed values,
             where they lie matter. `jax.ShapeDtypeStruct` stands for an array.
-          **kwargs: likewise.
+          tags: by an argument's name, which tag or tags it takes in place of its name. What
+            another function made is tagged with its name: ``{"params": "train_step.state[0]"}``
+            takes the first part of the state that `train_step` carries, ``"encode.result[1]"`` the
+            second thing that `encode` returns.
+          allow_any: names of arguments that take every sealed value of their types, from
+            anywhere: the host may then show any of your values to this program.
+          allow_forks: whether a generation of the carried state may be used by several runs: the
+            host may then try other batches on one state, and compare what they reveal.
+          runs_per_batch: how many runs of this function may use what was sealed in one call, or
+            made by one run, for an argument that carries no state; None for any number, and a dict
+            says it by arguments' names. By default 1 for a function that carries state, and any
+            number for others. Each run shows the value under fresh blindings, and many of them tell
+            which of some guesses it is (SECURITY.md, *Guesses*).
+          retries: how many more runs than count may be begun on a value, for what fails or is
+            interrupted.
+          **kwargs: arguments as for a call.
 
         Returns:
-          The hash of the program for the arguments as given.
+          What the enclave has now: print it to see what each argument takes. Its `digest` is the
+          hash of the program for the arguments as given.
 
         Raises:
           UnprovisionedError: on the host, if the client did not provision it.
+          UnsupportedError: an option names no argument, or is no count.
         """
         signature = self._signature(args, kwargs)
         program = self._program(signature)
+        allowance = Allowance(tags or {}, allow_any, allow_forks, runs_per_batch, retries)
+        allowance.check(program.signed)
         provisioned = []
         while program not in provisioned:
-            self._runtime(program)
+            self._runtime(program, allowance)
             provisioned.append(program)
             signature = self._following(signature, program)
             program = self._program(signature)
-        return self._runtime(provisioned[0]).digest
+        first = provisioned[0]
+        named = (first.signed.leaves[i][0] for i in sorted(first.plan.request.public))
+        return Provision(
+            self._runtime(first).digest,
+            self._rules(first) if self._enclave.is_client else None,
+            tuple(dict.fromkeys(named)),
+        )
 
     def _following(self, signature: _Signature, program: _PlannedSignature) -> _Signature:
         """The signature of the next call, whose state is the one that this call returns."""
@@ -393,7 +458,7 @@ class Shielded(Generic[P, R]):
           A report: print it, look at it in a notebook, or `save` it as a page.
         """
         program = self._program(self._signature(args, kwargs))
-        names = _argument_names(self._function, args, kwargs)
+        names = ["".join(leaf) for leaf in _argument_leaves(self._function, args, kwargs)]
         return Report(self._name, program.plan, names, self._enclave.costs)
 
     def estimate(self, *args: Any, machine: Machine | str = "here", **kwargs: Any) -> Estimate:
@@ -467,17 +532,17 @@ def _tracing_inside() -> Iterator[None]:
         _inside.reset(token)
 
 
-def _argument_names(
+def _argument_leaves(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[str]:
-    """A readable name for each flat argument, such as `state.params['kernel']`."""
+) -> list[tuple[str, str]]:
+    """For each flat argument a readable name in two, such as `state` and `.params['kernel']`."""
     parameters = list(inspect.signature(function).parameters)
     names = []
     for i, argument in enumerate(args):
         root = parameters[i] if i < len(parameters) else f"argument {i}"
-        names += [root + suffix for suffix in _paths(argument)]
+        names += [(root, suffix) for suffix in _paths(argument)]
     for key in sorted(kwargs):
-        names += [key + suffix for suffix in _paths(kwargs[key])]
+        names += [(key, suffix) for suffix in _paths(kwargs[key])]
     return names
 
 

@@ -19,6 +19,7 @@ import collections
 import contextlib
 import functools
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
@@ -32,6 +33,14 @@ from enclave_runtime.crypto import encryption
 from enclave_runtime.protocol.checkpoint import Seen
 from enclave_runtime.protocol.memory import Arena, input_bytes
 from enclave_runtime.protocol.program import ArrayType, aligned
+from enclave_runtime.protocol.tags import (
+    NOWHERE,
+    ORIGIN_BYTES,
+    Seal,
+    place_of,
+    seal_array,
+    unseal_array,
+)
 from enclave_runtime.protocol.wire import Kind
 from tempo_jax.attestation.policy import AttestationPolicy, Verified
 from tempo_jax.enclave.saving import CheckpointRequests
@@ -278,11 +287,15 @@ class Enclave:
 
     # The client's side: plaintext in, plaintext out
 
-    def seal(self, tree: Any) -> Any:
+    def seal(self, tree: Any, *, tag: str | None = None) -> Any:
         """Encrypts every array of a pytree to the enclave.
 
         Args:
           tree: any pytree of arrays and Python numbers; sealed leaves stay as they are.
+          tag: what the pytree is, for an enclave that serves: by default the name of the argument
+            that takes it, such as "state". The host can pass what was sealed in one call for that
+            argument only, whole, each leaf at its place; so seal each batch in a call of its own.
+            See `Shielded.provision`.
 
         Returns:
           The same pytree, its leaves `SealedArray`.
@@ -291,9 +304,15 @@ class Enclave:
           UnsupportedError: a leaf is not an array or a number.
           RoleError: this is the host's side.
         """
-        return jax.tree.map(self._seal_leaf, tree, is_leaf=is_sealed)
+        origin = secrets.token_bytes(ORIGIN_BYTES)
 
-    def _seal_leaf(self, leaf: Any) -> SealedArray:
+        def sealed(path: Any, leaf: Any) -> SealedArray:
+            text = None if tag is None else f"{tag}{jax.tree_util.keystr(path)}"
+            return self._seal_leaf(leaf, Seal(NOWHERE if text is None else place_of(text), origin))
+
+        return jax.tree_util.tree_map_with_path(sealed, tree, is_leaf=is_sealed)
+
+    def _seal_leaf(self, leaf: Any, seal: Seal) -> SealedArray:
         if is_sealed(leaf):
             return self.check_owned(leaf)
         keys = self._keys("`enclave.seal`")
@@ -311,7 +330,7 @@ class Enclave:
                 f"enclave.seal: a leaf of type {type(leaf).__name__} is not an array or a number. "
                 "Keep such objects out of the pytree, for example as static fields."
             ) from error
-        encrypted = encryption.encrypt_array(keys.to_enclave, plain, self.session)
+        encrypted = seal_array(keys.to_enclave, plain, self.session, seal)
         return SealedArray(
             (jnp.asarray(encrypted), no_handle()),
             ENCRYPTED,
@@ -344,7 +363,7 @@ class Enclave:
         array = array_type(sealed)
         keys = self._keys("`enclave.open`")
         if sealed.form == ENCRYPTED:
-            plain = self._decrypt(keys.to_enclave, np.asarray(sealed.content), array)
+            plain = self._unseal(keys.to_enclave, np.asarray(sealed.content), array)
         elif isinstance(self._connection, Channel):
             blinded = np.asarray(sealed.content).tobytes() if sealed.form == BLINDED else b""
             fields = {"handle": handle_text(sealed.handle)}
@@ -364,16 +383,15 @@ class Enclave:
         opened = types.from_physical(jnp.asarray(plain), sealed)
         return types.with_weak_type(opened, sealed.weak_type)
 
+    def _unseal(self, key: bytes, sealed: np.ndarray, array: ArrayType) -> np.ndarray:
+        with _authentic(array):
+            return unseal_array(key, sealed, self.session, array.shape, np.dtype(array.dtype))[1]
+
     def _decrypt(self, key: bytes, encrypted: np.ndarray, array: ArrayType) -> np.ndarray:
-        try:
+        with _authentic(array):
             return encryption.decrypt_array(
                 key, encrypted, self.session, array.shape, np.dtype(array.dtype)
             )
-        except encryption.DecryptionError as error:
-            raise SealedValueError(
-                f"a sealed {array.dtype}{list(array.shape)} failed its authentication: it was "
-                "altered, or its shape, dtype or session is not the one it was sealed with"
-            ) from error
 
     def copy(self, tree: Any) -> Any:
         """Copies sealed values, so that each lives on when the other is donated.
@@ -386,7 +404,8 @@ class Enclave:
           tree: any pytree; leaves that are not sealed stay as they are.
 
         Returns:
-          The same pytree, freshly sealed.
+          The same pytree, freshly sealed, without a tag: for a host elsewhere seal what `open`
+          returns.
 
         Raises:
           SealedValueError: a leaf was donated, altered, or belongs to another enclave.
@@ -399,8 +418,9 @@ class Enclave:
           ...     float(enclave.open(enclave.copy(state))["weight"])
           2.0
         """
+        seal = Seal(NOWHERE, secrets.token_bytes(ORIGIN_BYTES))
         return jax.tree.map(
-            lambda x: self._seal_leaf(self._open_leaf(x)) if is_sealed(x) else x,
+            lambda x: self._seal_leaf(self._open_leaf(x), seal) if is_sealed(x) else x,
             tree,
             is_leaf=is_sealed,
         )
@@ -633,6 +653,18 @@ class Enclave:
         """
         key = self._keys("provisioning a program").to_enclave
         return encryption.encrypt_array(key, np.asarray(value), self.session)
+
+
+@contextlib.contextmanager
+def _authentic(array: ArrayType) -> Iterator[None]:
+    """Says of which value an authentication failed."""
+    try:
+        yield
+    except encryption.DecryptionError as error:
+        raise SealedValueError(
+            f"a sealed {array.dtype}{list(array.shape)} failed its authentication: it was "
+            "altered, or its shape, dtype or session is not the one it was sealed with"
+        ) from error
 
 
 def _concrete(sealed: SealedArray) -> list[Any]:

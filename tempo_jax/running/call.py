@@ -23,6 +23,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from enclave_runtime.protocol.program import DEVICE
+from enclave_runtime.protocol.tags import Rules
 from tempo_jax.enclave.enclave import Enclave
 from tempo_jax.errors import EnclaveError, remember
 from tempo_jax.jaxprs import opaque
@@ -64,8 +65,9 @@ class Runtime:
         enclave: Enclave,
         mesh: Mesh | None,
         labels: Callable[[], Sequence[str]],
+        rules: Rules,
     ):
-        """Provisions a plan; `labels` names its segments, see `Served`."""
+        """Provisions a plan under `rules`; `labels` names its segments, see `Served`."""
         self.plan = plan
         self._enclave = enclave
         self._mesh = mesh
@@ -73,7 +75,7 @@ class Runtime:
         self._runs: dict[int, HostRun] = {}
         self._compiled: dict[bool, Any] = {}
         self._lock = threading.Lock()
-        self.provisioned = provisioned(plan, enclave)
+        self.provisioned = provisioned(plan, enclave, rules)
         self._program, number = self.provisioned.program, self.provisioned.number
         weakref.finalize(self, enclave.release, number)
         self._served = Served(

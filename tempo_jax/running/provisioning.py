@@ -18,6 +18,7 @@ import numpy as np
 
 from enclave_runtime.protocol.memory import input_bytes
 from enclave_runtime.protocol.program import ArrayType, Program
+from enclave_runtime.protocol.tags import Rules
 from enclave_runtime.protocol.wire import Kind
 from tempo_jax.enclave.enclave import Enclave
 from tempo_jax.errors import UnprovisionedError
@@ -43,8 +44,13 @@ class Provisioned(NamedTuple):
     compile_seconds: float
 
 
-def provisioned(plan: Plan, enclave: Enclave) -> Provisioned:
+def provisioned(plan: Plan, enclave: Enclave, rules: Rules) -> Provisioned:
     """Gives the enclave a plan's program, or finds it there.
+
+    Args:
+      plan: its plan.
+      enclave: what gets it, or has it.
+      rules: the client's, of what the program's inputs take; the host's say nothing.
 
     Raises:
       UnprovisionedError: on the host, where the client has to do this first.
@@ -61,7 +67,7 @@ def provisioned(plan: Plan, enclave: Enclave) -> Provisioned:
             names.append(given[blob])
         exporting = time.perf_counter() - start - compiling
         program = _named(plan, names)
-        number = _provision(enclave, program, plan.flat.consts)
+        number = _provision(enclave, program, rules, plan.flat.consts)
         return Provisioned(program, number, exporting, compiling)
     blobs = export_segments(plan.cut)
     program = _named(plan, [hashlib.sha256(blob).hexdigest() for blob in blobs])
@@ -91,9 +97,10 @@ def _compile(enclave: Enclave, blob: bytes) -> str:
     return reply["executable"]
 
 
-def _provision(enclave: Enclave, program: Program, constants: Sequence[Any]) -> int:
-    """Gives a program and its closed-over arrays; returns its number."""
-    content = enclave.encrypt(json.dumps(program.encode()).encode(), "provision")
+def _provision(enclave: Enclave, program: Program, rules: Rules, constants: Sequence[Any]) -> int:
+    """Gives a program, its rules and its closed-over arrays; returns its number."""
+    described = {"program": program.encode(), "rules": rules.encode()}
+    content = enclave.encrypt(json.dumps(described).encode(), "provision")
     plain = (np.asarray(types.to_physical(value)) for value in constants)
     if not enclave.is_host:
         behind = [enclave.encrypt_array(value).tobytes() for value in plain]

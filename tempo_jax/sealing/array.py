@@ -157,7 +157,7 @@ class SealedArray:
 
     @property
     def content(self) -> Any:
-        """The ciphertext, uint8[nbytes + 28], or the blinded array."""
+        """The ciphertext with its tag, uint8[nbytes + 76], or the blinded array."""
         lying = self._lying()
         kept = None if lying is None else lying.content
         return self._children[0] if kept is None else kept

@@ -6,7 +6,7 @@ to outlive an enclave. The reader takes structure, shapes and dtypes from the ca
 file only what fits them: nothing is unpickled, and no length in it decides what is allocated.
 
     bytes 0-3   magic b"TMPS"
-    bytes 4-5   version, now 1
+    bytes 4-5   version, now 2
     bytes 6-7   zero
     bytes 8-11  length of the header, at most `MAX_HEADER`
     header      JSON: {"session": …, "leaves": [{"path", "form", "shape", "dtype", "weak_type",
@@ -31,8 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from enclave_runtime.crypto.encryption import OVERHEAD_BYTES
 from enclave_runtime.protocol.program import ArrayType
+from enclave_runtime.protocol.tags import seal_bytes
 from tempo_jax.errors import SealedValueError
 from tempo_jax.jaxprs.types import array_type
 from tempo_jax.sealing.array import (
@@ -49,7 +49,7 @@ from tempo_jax.sealing.array import (
 
 HEADER = struct.Struct(">4sHHI")  # 12 bytes
 MAGIC = b"TMPS"
-VERSION = 1
+VERSION = 2
 MAX_HEADER = 1 << 26  # bytes
 _SESSION = re.compile("[0-9a-f]{32}")
 _HANDLE = re.compile("[0-9a-f]{32}")
@@ -199,7 +199,7 @@ def _read_leaf(file: BinaryIO, session: str, fields: Any, name: str, like: Any) 
     if form != RESIDENT:
         array = array_type(aval)
         if form == ENCRYPTED:
-            array = ArrayType((array.nbytes + OVERHEAD_BYTES,), "uint8")
+            array = ArrayType((seal_bytes(array.nbytes),), "uint8")
         content = file.read(array.nbytes)
         if len(content) != array.nbytes:
             raise SealedValueError(f"load_sealed: the file ends within `{name}`")

@@ -24,6 +24,7 @@ from enclave_runtime.protocol.memory import Arena, ArenaError
 from enclave_runtime.protocol.refusals import ErrorCode, refused
 from enclave_runtime.protocol.wire import Frame, Kind, WireError
 from tempo_jax.errors import (
+    AdmissionError,
     ChannelError,
     CheckpointError,
     EnclaveDiedError,
@@ -41,6 +42,7 @@ PATIENCE_SECONDS = 10.0  # of waiting for a reply before the enclave is asked wh
 ANSWER_SECONDS = 20.0  # within which a busy enclave answers that
 
 _ERRORS: dict[ErrorCode, type[TempoError]] = {
+    ErrorCode.ADMISSION: AdmissionError,
     ErrorCode.SHARED_MEMORY: SharedMemoryError,
     ErrorCode.CHECKPOINT: CheckpointError,
     ErrorCode.DECRYPTION: SealedValueError,

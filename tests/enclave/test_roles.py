@@ -7,7 +7,7 @@ import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import tempo_jax as tempo
+from enclave_runtime.protocol.tags import Rules
 from enclave_runtime.protocol.wire import REFUSAL, Kind
-from tempo_jax.cli.serve import Served, served
+from tempo_jax.cli.serve import served
 from tempo_jax.errors import (
     ChannelError,
     CheckpointError,
@@ -33,33 +34,24 @@ from tempo_jax.running.host_run import HostRun
 from tempo_jax.sealing.array import handle_text
 from tempo_jax.transport.channel import dial
 from tempo_jax.transport.host_key import default_path, read_host_key, write_host_key
+from tests.support.serving import IDENTITY, INSECURE, Roles, sealed_for, serving
 from tests.support.steps import assert_close, shield_all, uniform
 from tests.support.steps import momentum_state as initial_state
 from tests.support.steps import momentum_step as train_step
 
-INSECURE = tempo.AttestationPolicy(insecure_accept_no_sgx=True)
-IDENTITY = tempo.ClientIdentity(bytes(range(32)))
 X, Y = uniform(1, 6, 5), uniform(2, 6, 3)
-
-
-class Roles(NamedTuple):
-    """Both sides of one serving enclave."""
-
-    ports: Served
-    client: tempo.Enclave
-    host: tempo.Enclave
 
 
 @pytest.fixture(scope="module")
 def roles(tmp_path_factory) -> Iterator[Roles]:
-    """A client and a host; in this process for speed, sharing nothing but files."""
-    key = tmp_path_factory.mktemp("roles") / "host.key"
-    with (
-        served(host_key=key) as ports,
-        tempo.Enclave.connect(ports.client, policy=INSECURE, identity=IDENTITY) as client,
-        tempo.Enclave.attach(ports.host, host_key=ports.host_key) as host,
-    ):
-        yield Roles(ports, client, host)
+    """A client and a host; in this process for speed."""
+    with serving(tmp_path_factory.mktemp("roles")) as both:
+        yield both
+
+
+def sealed_step(client: tempo.Enclave) -> list[Any]:
+    """The arguments of `train_step`, sealed."""
+    return sealed_for(client, state=initial_state(), x=X, y=Y)
 
 
 def carry(path: Path, tree: Any) -> Any:
@@ -83,12 +75,13 @@ def carry(path: Path, tree: Any) -> Any:
 )
 def test_host_trains_what_the_client_sealed_and_opens(roles, tmp_path, scheme, verify):
     options = {"scheme": scheme, "offload": "all", "verify": verify}
-    sealed = roles.client.seal((initial_state(), X, Y))
+    sealed = sealed_step(roles.client)
     owned = tempo.shield(train_step, enclave=roles.client, **options)
-    digest = owned.provision(initial_state(), X, Y)
+    digest = owned.provision(initial_state(), X, Y, runs_per_batch=3).digest
     shielded = tempo.shield(train_step, enclave=roles.host, **options)
     state, x, y = carry(tmp_path / "in", sealed)
-    assert shielded.provision(state, x, y) == digest == owned.provision(*sealed)
+    assert shielded.provision(state, x, y).digest == digest
+    assert owned.provision(*sealed, runs_per_batch=3).digest == digest
     expected, plain = initial_state(), jax.jit(train_step)
     for _ in range(3):
         state, loss = shielded(state, x, y)
@@ -108,7 +101,7 @@ def _is_sealed(x: Any) -> bool:
 def test_host_trains_inside_its_own_jit(roles):
     shielded = shield_all(train_step, enclave=roles.host)
     shield_all(train_step, enclave=roles.client).provision(initial_state(), X, Y)
-    state, x, y = roles.client.seal((initial_state(), X, Y))
+    state, x, y = sealed_step(roles.client)
     state, loss = jax.jit(shielded)(state, x, y)
     expected, expected_loss = jax.jit(train_step)(initial_state(), X, Y)
     assert_close(loss, expected_loss)
@@ -120,7 +113,7 @@ def test_host_trains_inside_its_own_jit(roles):
 
 def test_program_that_was_not_provisioned_is_refused(roles):
     shield_all(train_step, enclave=roles.client).provision(initial_state(), X, Y)
-    state, x, y = roles.client.seal((initial_state(), X, Y))
+    state, x, y = sealed_step(roles.client)
 
     def other(state, x, y):  # reveals the state instead of the loss
         return train_step(state, x, y)[0], tempo.reveal(state[0]["bias"])
@@ -164,7 +157,7 @@ def provisioned_step(roles) -> tuple[Any, Any, Any, list[Any]]:
     """The host's step, its sealed arguments, what runs it, and the arguments' leaves."""
     owned, shielded = (shield_all(train_step, enclave=e) for e in (roles.client, roles.host))
     owned.provision(initial_state(), X, Y)
-    arguments = roles.client.seal((initial_state(), X, Y))
+    arguments = sealed_step(roles.client)
     runtime = shielded._runtime(shielded._program(shielded._signature(arguments, {})))
     return shielded, arguments, runtime, jax.tree.leaves(arguments, is_leaf=_is_sealed)
 
@@ -204,8 +197,9 @@ def test_host_that_repeats_a_segment_with_other_bytes_loses_the_run(roles):
 
 
 def test_donated_value_is_explained_to_the_host(roles):
-    shield_all(train_step, enclave=roles.client).provision(initial_state(), X, Y)
-    state, x, y = roles.client.seal((initial_state(), X, Y))
+    owned = shield_all(train_step, enclave=roles.client)
+    owned.provision(initial_state(), X, Y, runs_per_batch=2)
+    state, x, y = sealed_step(roles.client)
     shielded = shield_all(train_step, enclave=roles.host)
     first, _ = shielded(state, x, y)
     shielded(first, x, y)
@@ -228,9 +222,9 @@ def test_same_code_elsewhere_is_the_same_program(roles, verify):
         compiled.append(names["product"])
     w = uniform(3, 5, 4)
     owned = shield_all(compiled[0], enclave=roles.client, verify=verify)
-    digest = owned.provision(X, w)
+    digest = owned.provision(X, w).digest
     elsewhere = shield_all(compiled[1], enclave=roles.host, verify=verify)
-    assert elsewhere.provision(X, w) == digest
+    assert elsewhere.provision(X, w).digest == digest
     plan = owned.explain(X, w).plan
     assert all(b"model.py" not in blob for blob in export_segments(plan.cut))
     # What the client is told of a wrong product names its own line, and none of its folders.
@@ -248,7 +242,7 @@ def test_closed_over_arrays_are_the_clients(roles):
         return lambda x: tempo.reveal(jnp.tanh(x @ weight))
 
     shield_all(using(secret), enclave=roles.client).provision(X)
-    sealed = roles.client.seal(X)
+    sealed = roles.client.seal(X, tag="x")
     out = shield_all(using(placeholder), enclave=roles.host, donate=False)(sealed)
     assert_close(out, jnp.tanh(X @ secret))
 
@@ -276,7 +270,8 @@ def test_programs_constants_are_bounded(roles):
 
 
 def _encoded(program: Any) -> bytes:
-    return json.dumps(program.encode()).encode()
+    rules = Rules("", ("",) * len(program.outputs))
+    return json.dumps({"program": program.encode(), "rules": rules.encode()}).encode()
 
 
 def test_state_that_returns_weakly_typed_is_provisioned_too(roles):
@@ -286,9 +281,9 @@ def test_state_that_returns_weakly_typed_is_provisioned_too(roles):
     plain = {"n": jnp.zeros(()), "s": jnp.zeros(())}
     types = jax.eval_shape(count, plain, X)
     assert types["n"].weak_type and not jax.typeof(plain["n"]).weak_type
-    tempo.shield(count, enclave=roles.client).provision(plain, X)
+    tempo.shield(count, enclave=roles.client).provision(plain, X, runs_per_batch=3)
     shielded = tempo.shield(count, enclave=roles.host)
-    state, x = roles.client.seal((plain, X))
+    state, x = sealed_for(roles.client, state=plain, x=X)
     expected = plain
     for _ in range(3):
         state, expected = shielded(state, x), count(expected, X)
@@ -299,7 +294,7 @@ def test_provisioning_a_launched_enclave_compiles_ahead(enclave):
     shielded = tempo.shield(scaled, enclave=enclave)
     before = enclave.statistics()["programs"]
     digest = shielded.provision(jax.ShapeDtypeStruct((6, 5), X.dtype), X)
-    assert len(digest) == 64 and enclave.statistics()["programs"] == before + 1
+    assert len(digest.digest) == 64 and enclave.statistics()["programs"] == before + 1
     assert_close(shielded(X, X), scaled(X, X))
     assert enclave.statistics()["programs"] == before + 1
 
@@ -351,7 +346,7 @@ def test_client_runs_nothing(roles):
 
 def test_client_drops_nothing_of_the_hosts(roles, tmp_path):
     shield_all(train_step, enclave=roles.client).provision(initial_state(), X, Y)
-    state, x, y = roles.client.seal((initial_state(), X, Y))
+    state, x, y = sealed_step(roles.client)
     state, _ = shield_all(train_step, enclave=roles.host)(state, x, y)
     tempo.save_sealed(tmp_path / "out", state)
     like = jax.eval_shape(initial_state)
@@ -366,7 +361,7 @@ def test_client_drops_nothing_of_the_hosts(roles, tmp_path):
 @pytest.mark.parametrize("change", ["short", "long", "unknown"])
 def test_blinded_value_is_opened_with_its_content_only(roles, tmp_path, change):
     shield_all(train_step, enclave=roles.client).provision(initial_state(), X, Y)
-    state, x, y = roles.client.seal((initial_state(), X, Y))
+    state, x, y = sealed_step(roles.client)
     state, _ = shield_all(train_step, enclave=roles.host)(state, x, y)
     leaf = state[0]["first"]
     assert leaf.form == "blinded"
@@ -388,7 +383,7 @@ def test_host_checkpoints_alone_and_restores_by_the_clients_order(roles, tmp_pat
     key, like = tempo.CheckpointKey.generate(), jax.eval_shape(initial_state)
     shield_all(train_step, enclave=roles.client).provision(initial_state(), X, Y)
     roles.client.use_checkpoint_key(key)
-    state, x, y = roles.client.seal((initial_state(), X, Y))
+    state, x, y = sealed_step(roles.client)
     state, _ = shield_all(train_step, enclave=roles.host)(state, x, y)
     data = roles.host.checkpoint(state)
     with (
@@ -414,7 +409,7 @@ def test_host_checkpoints_alone_and_restores_by_the_clients_order(roles, tmp_pat
         with pytest.raises(CheckpointError, match="was used before, and each serves once"):
             host.restore(data, like, order=order)
         shield_all(train_step, enclave=client).provision(restored, X, Y)
-        x, y = client.seal((X, Y))
+        x, y = sealed_for(client, x=X, y=Y)
         restored, _ = shield_all(train_step, enclave=host)(restored, x, y)
         expected = initial_state()
         for _ in range(2):
@@ -534,7 +529,7 @@ def test_shield_takes_an_enclave_of_any_role_and_nothing_else():
 
 def test_host_that_leaves_keeps_what_it_saved(roles, tmp_path):
     shield_all(train_step, enclave=roles.client).provision(initial_state(), X, Y)
-    state, x, y = roles.client.seal((initial_state(), X, Y))
+    state, x, y = sealed_step(roles.client)
     with contextlib.closing(
         tempo.Enclave.attach(roles.ports.host, host_key=roles.ports.host_key)
     ) as host:

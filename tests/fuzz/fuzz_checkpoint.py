@@ -27,6 +27,7 @@ from enclave_runtime.protocol.checkpoint import (
     sealed_bytes,
 )
 from enclave_runtime.protocol.program import ArrayType
+from enclave_runtime.protocol.tags import NOWHERE, TagRecord
 from enclave_runtime.sessions import lineage
 from enclave_runtime.sessions.lineage import Lineages
 from tempo_jax import CheckpointLedger, errors
@@ -45,7 +46,8 @@ def _checkpoint(number: int = 3) -> bytes:
     parts = [writer.head]
     for leaf in LEAVES:
         out = np.empty(sealed_bytes(leaf.array), np.uint8)
-        writer.seal(np.ones(leaf.array.shape, leaf.array.dtype), out)
+        tag = TagRecord(NOWHERE, bytes(16), 0)
+        writer.seal(np.ones(leaf.array.shape, leaf.array.dtype), tag, out)
         parts.append(out.tobytes())
     return b"".join(parts)
 

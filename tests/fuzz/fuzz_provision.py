@@ -1,9 +1,9 @@
 """Fuzzes the request that provisions a program: where description and constants begin and end.
 
 A client that is authentic may still be wrong. An input is a JSON document: the request's `fields`,
-the `program`, and the types of the `constants` that come with it (what is no type comes as it is).
-Everything is encrypted here, since altered bytes rarely get past a tag, and the fuzzer's
-`program_bytes` counts from where the description ends.
+the `program`, its `rules` (without them some that fit) and the types of the `constants` that come
+with it (what is no type comes as it is). Everything is encrypted here, since altered bytes rarely
+get past a tag, and the fuzzer's `program_bytes` counts from where the description ends.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from enclave_runtime.crypto.encryption import (
     encrypt_bytes,
     session_keys,
 )
-from enclave_runtime.protocol import updates
+from enclave_runtime.protocol import tags, updates
 from enclave_runtime.protocol.memory import Arena, ArenaError
 from enclave_runtime.protocol.program import ArrayType, ProgramError
 from enclave_runtime.protocol.requests import RequestError
+from enclave_runtime.protocol.tags import ArgumentRule, Rules
 from enclave_runtime.protocol.wire import Frame, Kind
 from enclave_runtime.sessions import session
 from enclave_runtime.sessions.session import Session
@@ -63,15 +64,22 @@ def _constant(described: Any) -> bytes:
     return encrypt_array(KEYS.to_enclave, zeros, IDENTITY).tobytes()
 
 
+def _open_rules(program: Any) -> dict[str, Any]:
+    """Rules that refuse nothing, for what may be no program."""
+    outputs = program.get("outputs") if isinstance(program, dict) else None
+    return Rules("f", ("",) * (len(outputs) if isinstance(outputs, list) else 0)).encode()
+
+
 def one_input(data: bytes) -> None:
     """Provisions; what is accepted is kept, and nothing else."""
     try:
         document = json.loads(data)
         fields, program = dict(document["fields"]), document["program"]
+        rules = document["rules"] if "rules" in document else _open_rules(program)
         constants = [_constant(c) for c in document["constants"]]
     except (KeyError, TypeError, ValueError, RecursionError):
         return
-    plain = json.dumps(program).encode()
+    plain = json.dumps({"program": program, "rules": rules}).encode()
     attachment = encrypt_bytes(KEYS.to_enclave, plain, f"provision|{IDENTITY}".encode())
     if type(fields.get("program_bytes")) is int:
         fields["program_bytes"] += len(attachment)
@@ -109,15 +117,20 @@ def made_seeds(program: bytes) -> dict[str, bytes]:
     described = json.loads(program)
     constants = [port["array"] for port in described["constants"]]
     places = [number * PLACE for number in range(len(constants))]
+    count = len(described["inputs"])
+    argument = ArgumentRule("x", tuple(range(count)), (("x", "f.x"),) * count, 2, carried=True)
+    held = Rules("f", ("f.x",) * len(described["outputs"]), (argument,), retries=3)
     forms = {
-        "behind": {"program_bytes": 0},
-        "shared": {"arena": ARENA, "offsets": places},
+        "behind": ({"program_bytes": 0}, _open_rules(described)),
+        "shared": ({"arena": ARENA, "offsets": places}, held.encode()),
     }
     return {
-        name: json.dumps({"fields": fields, "constants": constants, "program": described}).encode()
-        for name, fields in forms.items()
+        name: json.dumps(
+            {"fields": fields, "constants": constants, "rules": rules, "program": described}
+        ).encode()
+        for name, (fields, rules) in forms.items()
     }
 
 
 if __name__ == "__main__":
-    harness.fuzz(one_input, (session, follower, updates), mutate)
+    harness.fuzz(one_input, (session, follower, tags, updates), mutate)

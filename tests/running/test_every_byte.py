@@ -30,6 +30,7 @@ from tempo_jax.transport import child as child_module
 from tempo_jax.transport.child import Connection
 from tests.support.boundary import Boundary, open_command, recording
 from tests.support.plaintext_search import Finding, Search
+from tests.support.serving import sealed_for
 from tests.support.steps import assert_close, plain_steps, uniform
 
 pytestmark = pytest.mark.slow
@@ -170,11 +171,11 @@ def record(
         owned = tempo.shield(function, enclave=client, **options)
         plan = owned.explain(*arguments).plan
         if client is not host:
-            owned.provision(*arguments)
+            owned.provision(*arguments, runs_per_batch=steps)
         shielded = tempo.shield(function, enclave=host, **options)
         key = tempo.CheckpointKey.from_bytes(CHECKPOINTS)
         client.use_checkpoint_key(key)
-        state, x, y = client.seal(arguments)
+        state, x, y = sealed_for(client, state=arguments[0], x=X, y=Y)
         keep(boundary, "sealed inputs", (state, x, y))
         with tempo.testing.host_view() as view:
             for _ in range(steps):

@@ -20,8 +20,10 @@ from enclave_runtime.crypto.keys import KeySchedule
 from enclave_runtime.execution.executor import Executables
 from enclave_runtime.protocol.memory import Arena, input_bytes
 from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout, Program
+from enclave_runtime.protocol.tags import NOWHERE, Rules
 from enclave_runtime.protocol.wire import Frame, Kind
 from enclave_runtime.schemes import SignedPermutation, make_scheme
+from enclave_runtime.sessions.admission import Admission, Origin, Tag
 from enclave_runtime.sessions.run import Run
 from enclave_runtime.sessions.session import Session
 from enclave_runtime.sessions.store import Blinded
@@ -302,11 +304,14 @@ class Shared:
         monkeypatch.setattr(SignedPermutation, "unblind", raced)
 
 
+NO_CLAIM = Admission().admit(Rules("", ()), "", ())
+
+
 def unverified_run(memory: Any) -> Run:
     """A run of `chain` that checks nothing."""
     program = plan(chain, X, W, V, scheme=SignedPermutation()).plan.program
     scheme = make_scheme(program.scheme, program.parameters)
-    return Run(program, scheme, {}, memory, 1, 1, KeySchedule(), Executables({}, ()))
+    return Run(program, scheme, {}, memory, 1, 1, KeySchedule(), Executables({}, ()), NO_CLAIM)
 
 
 def test_memory_that_changes_while_a_product_is_read(monkeypatch):
@@ -335,7 +340,8 @@ def test_memory_that_changes_while_a_leaf_is_read(monkeypatch, layout):
         keys = {0: SignedPermutation().draw(KeyClass(6), stream)}
         blinded = Layout((0, None), (1, 0))
         SignedPermutation().blind(content, blinded, keys, memory.content, lambda: stream)
-    entry = Blinded(port.array, SignedPermutation(), blinded, keys, {}, {})
+    tag = Tag(NOWHERE, Origin.new(), 0)
+    entry = Blinded(port.array, tag, SignedPermutation(), blinded, keys, {}, {})
     run.handles[index], run.awaiting = session._store.put(entry), {index}
     session._runs[1] = run
     memory.change(monkeypatch)

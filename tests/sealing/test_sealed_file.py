@@ -115,7 +115,7 @@ def header_of(content: bytes) -> Any:
 
 def with_header(header: Any, contents: bytes) -> bytes:
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return HEADER.pack(MAGIC, 1, 0, len(encoded)) + encoded + contents
+    return HEADER.pack(MAGIC, 2, 0, len(encoded)) + encoded + contents
 
 
 def refused(file: Path, content: bytes, text: str, like: Any = LIKE) -> None:
@@ -127,13 +127,13 @@ def refused(file: Path, content: bytes, text: str, like: Any = LIKE) -> None:
 def test_file_layout_is_frozen(file):  # bump the version before changing it
     content = file.read_bytes()
     header, contents = header_of(content)
-    assert content[:8] == b"TMPS\0\1\0\0"
+    assert content[:8] == b"TMPS\0\2\0\0"
     assert set(header) == {"session", "leaves"}
     assert header["leaves"][0] == {
         **{"path": "['a']", "form": "encrypted", "shape": [2, 3], "dtype": "float32"},
         **{"weak_type": False, "handle": ""},
     }
-    assert len(contents) == 6 * 4 + 28 + 4 + 28
+    assert len(contents) == 6 * 4 + 76 + 4 + 76
 
 
 @pytest.mark.parametrize("size", [0, 1, 11, 12, 40, -1, -33])
@@ -147,9 +147,9 @@ def test_start_that_is_wrong_is_refused(file):
     content = file.read_bytes()
     refused(file, b"PK\3\4" + content[4:], "not a file of sealed values")
     refused(file, content[:6] + b"\0\1" + content[8:], "not a file of sealed values")
-    refused(file, content[:4] + b"\0\2" + content[6:], "has version 2, expected 1")
+    refused(file, content[:4] + b"\0\1" + content[6:], "has version 1, expected 2")
     for length in (MAX_HEADER + 1, 0xFFFFFFFF, len(content) + 1):
-        start = HEADER.pack(MAGIC, 1, 0, length)
+        start = HEADER.pack(MAGIC, 2, 0, length)
         refused(file, start + content[12:], "longer than it may be")
     refused(file, content + b"\0", "more bytes follow")
 

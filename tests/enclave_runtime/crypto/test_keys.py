@@ -21,8 +21,10 @@ from enclave_runtime.crypto.encryption import session_keys
 from enclave_runtime.crypto.keys import KeySchedule, KeyStream
 from enclave_runtime.protocol.configuration import Launched, Serving
 from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout
+from enclave_runtime.protocol.tags import NOWHERE
 from enclave_runtime.schemes import Mixing, SignedPermutation, Tempo
 from enclave_runtime.schemes.mixing import TensorSecret
+from enclave_runtime.sessions.admission import Origin, Tag
 from enclave_runtime.sessions.store import Blinded, KeyUses, Resident
 
 KEY = bytes(range(32))
@@ -282,6 +284,9 @@ def test_drawn_keys_are_consistent(key, size, batch):
 # Nothing is shown
 
 
+TAG = Tag(NOWHERE, Origin(bytes(16)), 0)
+
+
 def test_representations_show_nothing():
     stream = KeyStream(KEY)
     scheme = SignedPermutation()
@@ -291,9 +296,9 @@ def test_representations_show_nothing():
         "KeyStream(<secret>)": stream,
         "KeySchedule(<secret>)": KeySchedule(),
         "PermutationKey(<secret>)": signed,
-        f"Resident({array}, <secret>)": Resident(array, jnp.arange(5.0)),
+        f"Resident({array}, <secret>)": Resident(array, jnp.arange(5.0), TAG),
         f"Blinded({array}, signed_permutation, <secret>)": Blinded(
-            array, scheme, layout, {0: signed}, {0: False}, {0: KeyUses()}
+            array, TAG, scheme, layout, {0: signed}, {0: False}, {0: KeyUses()}
         ),
     }
     for text, secret in secrets.items():
@@ -316,9 +321,9 @@ ARRAY = ArrayType((5,), "float64")
         Tempo().draw(KeyClass(5), KeyStream(KEY)),
         Mixing().draw(KeyClass(128), KeyStream(KEY)),
         TensorSecret(np.ones(1), np.ones((1, 1))),
-        Resident(ARRAY, jnp.arange(5.0)),
+        Resident(ARRAY, jnp.arange(5.0), TAG),
         Blinded(
-            *(ARRAY, SignedPermutation(), Layout((0,), (1,))),
+            *(ARRAY, TAG, SignedPermutation(), Layout((0,), (1,))),
             *({0: SIGNED}, {0: False}, {0: KeyUses()}),
         ),
     ],

@@ -34,6 +34,7 @@ from enclave_runtime.protocol.checkpoint import (
     split,
 )
 from enclave_runtime.protocol.program import ArrayType
+from enclave_runtime.protocol.tags import TagRecord
 from enclave_runtime.sessions import lineage
 from enclave_runtime.sessions.lineage import Lineages
 from tests.fuzz import fuzz_checkpoint
@@ -63,7 +64,7 @@ def written(
     parts = [writer.head]
     for value in values.values():
         out = np.empty(sealed_bytes(ArrayType(value.shape, value.dtype.name)), np.uint8)
-        writer.seal(value, out)
+        writer.seal(value, TagRecord(b"p" * 32, b"o" * 16, 7), out)
         parts.append(out.tobytes())
     return b"".join(parts)
 
@@ -102,14 +103,14 @@ def test_leaf_at_a_parts_edge(size):
     value = np.frombuffer(os.urandom(size), np.uint8)
     data = written({"x": value})
     parts = -(-size // CHUNK)
-    assert len(data) == len(head_of(data)) + size + parts * TAG_BYTES
+    assert len(data) == len(head_of(data)) + 56 + size + (1 + parts) * TAG_BYTES
     assert_holds(data, {"x": value})
 
 
 def test_layout_is_frozen():
     """A second reader, written from the module's drawing alone."""
     data = written(VALUES, number=5)
-    assert data[:12].hex() == b"TEMPOCKP".hex() + "0001" + "0001"
+    assert data[:12].hex() == b"TEMPOCKP".hex() + "0002" + "0001"
     manifest_bytes = int.from_bytes(data[12:16], "big")
     assert int.from_bytes(data[16:24], "big") == 5
 
@@ -119,8 +120,8 @@ def test_layout_is_frozen():
     assert data[24:40] == derived(b"checkpoint lineage", 16)
     cipher = AESGCM(derived(b"checkpoint " + data[40:72].hex().encode(), 32))
 
-    def part(nonce: int, start: int, length: int, leaf: int) -> bytes:
-        context = data[:72] + leaf.to_bytes(8, "big") + bytes(8)
+    def part(nonce: int, start: int, length: int, leaf: int, number: bytes = bytes(8)) -> bytes:
+        context = data[:72] + leaf.to_bytes(8, "big") + number
         return cipher.decrypt(nonce.to_bytes(12, "big"), data[start : start + length], context)
 
     manifest = json.loads(part(0, 72, manifest_bytes, 2**64 - 1))
@@ -132,7 +133,10 @@ def test_layout_is_frozen():
     }
     start = 72 + manifest_bytes
     for number, value in enumerate(VALUES.values()):
-        assert part(number + 1, start, value.nbytes + 16, number) == value.tobytes()
+        tag = part(2 * number + 1, start, 56 + 16, number, b"\xff" * 8)
+        assert tag == b"p" * 32 + b"o" * 16 + (7).to_bytes(8, "big")
+        start += 56 + 16
+        assert part(2 * number + 2, start, value.nbytes + 16, number) == value.tobytes()
         start += value.nbytes + 16
     assert start == len(data)
 
@@ -202,7 +206,7 @@ def test_leaves_in_another_order_are_refused():
 
 def test_chunks_in_another_order_are_refused():
     data = written({"x": np.zeros(3 * CHUNK, np.uint8)})
-    start, size = len(head_of(data)), CHUNK + TAG_BYTES
+    start, size = len(head_of(data)) + 56 + TAG_BYTES, CHUNK + TAG_BYTES
     chunks = [data[start + i * size : start + (i + 1) * size] for i in range(3)]
     for order in ((1, 0, 2), (0, 0, 2), (0, 2, 1)):
         with pytest.raises(CheckpointError, match=ALTERED):
@@ -210,7 +214,7 @@ def test_chunks_in_another_order_are_refused():
 
 
 def _header(**fields: Any) -> bytes:
-    values = {"magic": b"TEMPOCKP", "version": 1, "recipient": 1, "length": 16, "number": 1}
+    values = {"magic": b"TEMPOCKP", "version": 2, "recipient": 1, "length": 16, "number": 1}
     return HEADER.pack(*(values | fields).values(), bytes(16), bytes(32))
 
 
@@ -220,7 +224,7 @@ def _header(**fields: Any) -> bytes:
         (b"", "begins with 72 bytes of header, got 0"),
         (_header()[:71], "got 71"),
         (_header(magic=b"TEMPOCKQ"), "wrong magic"),
-        (_header(version=2), "checkpoint version 2, expected 1"),
+        (_header(version=1), "checkpoint version 1, expected 2"),
         (_header(recipient=3), "out of bounds"),
         (_header(length=15), "out of bounds"),
         (_header(length=(1 << 24) + 1), "out of bounds"),

@@ -488,7 +488,8 @@ def test_unknown_scheme_or_parameter_is_refused(enclave, fields, name, parameter
     with pytest.raises(ProgramError, match=text):
         make_scheme(name, parameters)
     fields.update(scheme=name, parameters=parameters)
-    attachment = enclave.encrypt(json.dumps(fields).encode(), "provision")
+    described = {"program": fields, "rules": None}
+    attachment = enclave.encrypt(json.dumps(described).encode(), "provision")
     with pytest.raises(EnclaveError, match=text):
         enclave.connection.request(Kind.PROVISION, {"arena": "", "offsets": []}, attachment)
 

@@ -22,6 +22,7 @@ def test_codes_are_frozen():  # a number that changes its meaning needs another 
         "INTEGRITY": 9,
         "UNPROVISIONED": 10,
         "UNOWNED": 11,
+        "ADMISSION": 12,
     }
 
 

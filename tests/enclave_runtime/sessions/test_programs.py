@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 
+from enclave_runtime.protocol.tags import ArgumentRule, Rules
 from enclave_runtime.sessions import programs
 from enclave_runtime.sessions.programs import Programs, Provisioned, UnprovisionedError
 
 
-def provisioned(digest: str) -> Provisioned:
-    """A program of which only the digest matters."""
+def provisioned(digest: str, rules: Rules = Rules("f", ())) -> Provisioned:  # noqa: B008
+    """A program of which only the digest and the rules matter."""
     nothing: Any = None
-    return Provisioned(nothing, digest, nothing, {}, nothing)
+    return Provisioned(nothing, rules, digest, nothing, {}, nothing)
 
 
 def test_of_equal_programs_the_latest_is_found():
@@ -26,6 +27,18 @@ def test_of_equal_programs_the_latest_is_found():
     assert kept.find("a") == first
     with pytest.raises(UnprovisionedError, match="provisioned no such program"):
         kept.find("c")
+
+
+def test_rules_that_refuse_something_take_the_place_of_earlier_ones():
+    # The host may have kept the number under which it was allowed more.
+    kept = Programs()
+    wide, narrow = (
+        Rules("f", (), (ArgumentRule("x", (0,), None, runs, carried=False),)) for runs in (None, 1)
+    )
+    number = kept.keep(provisioned("a", wide))
+    other = kept.keep(provisioned("b", wide))
+    assert kept.keep(provisioned("a", narrow)) == number == kept.find("a")
+    assert kept.use(number).rules == narrow and kept.use(other).rules == wide and len(kept) == 2
 
 
 def test_a_released_number_names_nothing_ever_after():

@@ -18,8 +18,10 @@ from enclave_runtime.crypto.encryption import session_keys
 from enclave_runtime.execution.executor import Executables
 from enclave_runtime.protocol.program import ArrayType
 from enclave_runtime.protocol.requests import RequestError
+from enclave_runtime.protocol.tags import Rules
 from enclave_runtime.protocol.wire import Frame, Kind
 from enclave_runtime.schemes import make_scheme
+from enclave_runtime.sessions.admission import Admission
 from enclave_runtime.sessions.run import Run, RunError
 from enclave_runtime.sessions.session import Session
 from enclave_runtime.verifying import checksum, integrity
@@ -39,7 +41,8 @@ def opened(session: Session, workers: int = 1) -> tuple[int, Run]:
     program = planned(chain, X, W, V).program
     scheme = make_scheme(program.scheme, program.parameters)
     memory: Any = Zeros()
-    run = Run(program, scheme, {}, memory, workers, 1, SCHEDULE, Executables({}, ()))
+    claim = Admission().admit(Rules("", ("",) * len(program.outputs)), "", ())
+    run = Run(program, scheme, {}, memory, workers, 1, SCHEDULE, Executables({}, ()), claim)
     run._next, run._tensors = 1, collections.defaultdict(lambda: None)
     number = next(session._run_numbers)
     session._admit(number, run)

@@ -90,10 +90,18 @@ class WrittenInput(typing.NamedTuple):
     offset: int
 
 
-def _input(value: Any) -> HeldInput | WrittenInput:
+class PublishedInput(typing.NamedTuple):
+    """An input in shared memory that the client published."""
+
+    offset: int
+
+
+def _input(value: Any) -> HeldInput | WrittenInput | PublishedInput:
     _expect(isinstance(value, dict) and len(value) == 1, "an object with a handle or an offset")
     if "handle" in value:
         return HeldInput(_text(value["handle"]))
+    if "published" in value:
+        return PublishedInput(_integer(value["published"]))
     _expect("offset" in value, "an object with a handle or an offset")
     return WrittenInput(_integer(value["offset"]))
 
@@ -163,7 +171,7 @@ class BeginRequest:
     program: Integer
     arena: Text
     workers: Annotated[int, _between(1, MAX_WORKERS)]
-    inputs: Annotated[tuple[HeldInput | WrittenInput, ...], _list_of(_input)]
+    inputs: Annotated[tuple[HeldInput | WrittenInput | PublishedInput, ...], _list_of(_input)]
     blind_at: Integers
 
 

@@ -32,6 +32,9 @@ in checkpoints. Tags of values in the enclave never leave it. Rules come encrypt
 An enclave that was launched gets rules that refuse nothing: its client and its host are one.
 
 A sealed array is 48 bytes of `Seal`, then what `encryption.encrypt_array` makes, bound to them.
+A *published* array is one that the host may read and the owner stands for: 48 bytes of `Seal`, 28
+bytes that `encryption.encrypt_bytes` makes of nothing, bound to the seal and the content's SHA-256,
+and the content as it is. It has a tag like a sealed one.
 """
 
 from __future__ import annotations
@@ -46,8 +49,11 @@ import numpy as np
 from enclave_runtime.crypto.encryption import (
     OVERHEAD_BYTES,
     DecryptionError,
+    array_context,
     decrypt_array,
+    decrypt_bytes,
     encrypt_array,
+    encrypt_bytes,
 )
 from enclave_runtime.protocol.fields import items, natural, require
 
@@ -101,7 +107,7 @@ class TagRecord(NamedTuple):
 
 
 def seal_bytes(nbytes: int) -> int:
-    """How long a sealed array of `nbytes` bytes is."""
+    """How long a sealed or published array of `nbytes` bytes is."""
     return SEAL.size + nbytes + OVERHEAD_BYTES
 
 
@@ -131,6 +137,49 @@ def unseal_array(
     return Seal(*SEAL.unpack(head)), plain
 
 
+def _published_context(
+    session: str, head: bytes, content: np.ndarray, shape: tuple[int, ...], dtype: np.dtype
+) -> bytes:
+    digest = hashlib.sha256(content.data).digest()
+    return array_context(session, shape, dtype, b"published|" + head + digest)
+
+
+def publish_array(key: bytes, plain: np.ndarray, session: str, seal: Seal) -> np.ndarray:
+    """Authenticates an array with its tag; both travel in the clear and cannot be changed.
+
+    Returns:
+      uint8[seal_bytes(nbytes)].
+    """
+    head, plain = SEAL.pack(*seal), plain.astype(plain.dtype.newbyteorder("="), copy=False)
+    content = np.ascontiguousarray(plain).reshape(-1).view(np.uint8)
+    proof = encrypt_bytes(
+        key, b"", _published_context(session, head, content, plain.shape, plain.dtype)
+    )
+    return np.concatenate([np.frombuffer(head + proof, np.uint8), content])
+
+
+def published_array(
+    key: bytes, published: np.ndarray, session: str, shape: tuple[int, ...], dtype: np.dtype
+) -> tuple[Seal, np.ndarray]:
+    """Inverse of `publish_array`.
+
+    Raises:
+      DecryptionError: altered, or made for another session, shape, dtype or tag.
+    """
+    head, proof = (
+        published[a:b].tobytes() for a, b in ((0, SEAL.size), (SEAL.size, seal_bytes(0)))
+    )
+    content = np.ascontiguousarray(published[seal_bytes(0) :])
+    decrypt_bytes(key, proof, _published_context(session, head, content, shape, dtype))
+    return Seal(*SEAL.unpack(head)), read_published(published, shape, dtype)
+
+
+def read_published(published: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The content of a published array, which without the key nobody vouches for."""
+    content = np.ascontiguousarray(published[seal_bytes(0) :])
+    return content.view(dtype).reshape(shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class ArgumentRule:
     """What one argument of a program takes.
@@ -138,7 +187,8 @@ class ArgumentRule:
     Attributes:
       name: the argument's.
       inputs: positions of its leaves among the program's inputs.
-      texts: for each of them the texts of the places that it takes; None takes anything.
+      texts: for each of them the texts of the places that it takes; None takes anything, and for
+        a public argument also what nobody but the host stands for.
       runs: how many runs may use values of one origin; None for any number.
       carried: whether a run returns what takes the argument's place.
     """

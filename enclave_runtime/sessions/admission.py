@@ -259,14 +259,19 @@ def _check_places(function: str, rule: ArgumentRule, tags: Sequence[Tag | None])
     if rule.texts is None:
         return
     for tag, texts in zip(tags, rule.texts, strict=True):
-        if tag is None or tag.place not in map(place_of, texts):
-            untagged = tag is not None and tag.place == NOWHERE
+        places = " or ".join(f"`{text}`" for text in texts)
+        if tag is None:
             raise AdmissionError(
-                f"`{rule.name}` of `{function}` takes here a value tagged "
-                f"{' or '.join(f'`{text}`' for text in texts)}, and this one "
-                f"{'has no tag' if untagged else 'is tagged otherwise'}. Its owner says with "
-                "`enclave.seal(tree, tag=...)` what a value is, and with "
-                "`provision(..., tags=...)` what an argument takes"
+                f"`{rule.name}` of `{function}` is public, and takes what its owner published with "
+                f"`enclave.publish(tree, tag=...)`, tagged {places}. What the host may choose is "
+                "named in `shield(..., host_chosen=...)`"
+            )
+        if tag.place not in map(place_of, texts):
+            found = "has no tag" if tag.place == NOWHERE else "is tagged otherwise"
+            raise AdmissionError(
+                f"`{rule.name}` of `{function}` takes here a value tagged {places}, and this one "
+                f"{found}. Its owner says with `enclave.seal(tree, tag=...)` what a value is, and "
+                "with `provision(..., tags=...)` what an argument takes"
             )
     if len({tag.origin.identifier for tag in tags if tag is not None}) > 1:
         raise AdmissionError(

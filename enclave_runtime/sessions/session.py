@@ -40,6 +40,7 @@ from enclave_runtime.protocol.requests import (
     MapRequest,
     OpenRequest,
     ProvisionRequest,
+    PublishedInput,
     ReleaseRequest,
     RequestError,
     SegmentRequest,
@@ -47,7 +48,14 @@ from enclave_runtime.protocol.requests import (
     UnmapRequest,
     WrittenInput,
 )
-from enclave_runtime.protocol.tags import Rules, Seal, TagRecord, seal_bytes, unseal_array
+from enclave_runtime.protocol.tags import (
+    Rules,
+    Seal,
+    TagRecord,
+    published_array,
+    seal_bytes,
+    unseal_array,
+)
 from enclave_runtime.protocol.wire import Frame, Kind
 from enclave_runtime.schemes import make_scheme
 from enclave_runtime.sessions.admission import Admission, Tag
@@ -198,11 +206,13 @@ class Session:
             self._programs.release(number)
         return {}
 
-    def _unsealed(self, arena: Arena, array: ArrayType, offset: int) -> tuple[Seal, jax.Array]:
-        """What the owner sealed, and what it said of it."""
+    def _unsealed(
+        self, arena: Arena, array: ArrayType, offset: int, read: Callable[..., Any] = unseal_array
+    ) -> tuple[Seal, jax.Array]:
+        """What the owner sealed or published, and what it said of it."""
         size = seal_bytes(array.nbytes)
         own = private_copy(arena.view(ArrayType((size,), "uint8"), offset))
-        seal, plain = unseal_array(
+        seal, plain = read(
             self._keys.to_enclave, own, self._identity, array.shape, np.dtype(array.dtype)
         )
         return seal, jnp.array(plain)
@@ -272,7 +282,11 @@ class Session:
         return {"run": number, "upload": upload, "download": [index for index, _ in blind]}
 
     def _taken(
-        self, arena: Arena, index: int, arrived: tuple[Port, HeldInput | WrittenInput], verify: bool
+        self,
+        arena: Arena,
+        index: int,
+        arrived: tuple[Port, HeldInput | WrittenInput | PublishedInput],
+        verify: bool,
     ) -> tuple[Tag | Seal | bytes, jax.Array | Blinded]:
         """An input and its tag, as `Admission.admit` takes them.
 
@@ -281,9 +295,15 @@ class Session:
           IntegrityError: the program verifies, and nothing checks this value.
         """
         port, given = arrived
+        if port.place == PUBLIC and isinstance(given, HeldInput):
+            raise RequestError(f"input {index} is public, and what the enclave holds is not")
         if isinstance(given, HeldInput):
             entry = self._held(port, index, given.handle, verify)
             return entry.tag, entry if isinstance(entry, Blinded) else entry.value
+        if isinstance(given, PublishedInput):
+            if port.place != PUBLIC:
+                raise RequestError(f"input {index} is secret, and what is published is not")
+            return self._unsealed(arena, port.array, given.offset, published_array)
         if port.place == PUBLIC:
             own = private_copy(arena.view(port.array, given.offset))
             return hashlib.sha256(own.tobytes()).digest(), jnp.asarray(own)

@@ -27,11 +27,13 @@ class Signed:
       function: its name.
       leaves: for each flat input its argument's name and its path in the argument.
       results: for each flat output its path in the result.
+      host_chosen: names of the public arguments that the host chooses.
     """
 
     function: str
     leaves: Sequence[tuple[str, str]]
     results: Sequence[str]
+    host_chosen: frozenset[str] = frozenset()
 
     @property
     def arguments(self) -> list[str]:
@@ -120,33 +122,32 @@ def rules(signed: Signed, plan: Plan, allowance: Allowance | None) -> Rules:
         signed.function,
         tuple(outputs),
         tuple(
-            _public_rule(name, positions)
-            if public
-            else _sealed_rule(signed, plan, allowance, name, positions)
+            _rule(signed, plan, allowance, name, positions, public)
             for (name, public), positions in grouped.items()
         ),
         allowance.retries,
     )
 
 
-def _public_rule(name: str, positions: Sequence[int]) -> ArgumentRule:
-    return ArgumentRule(name, tuple(positions), None, None, carried=False)
-
-
-def _sealed_rule(
-    signed: Signed, plan: Plan, allowance: Allowance, name: str, positions: Sequence[int]
+def _rule(
+    signed: Signed,
+    plan: Plan,
+    allowance: Allowance,
+    name: str,
+    positions: Sequence[int],
+    public: bool,
 ) -> ArgumentRule:
     trains = plan.request.carried.keys()
-    carried = not trains.isdisjoint(positions)
+    carried = not public and not trains.isdisjoint(positions)
     named = allowance.tags.get(name, name)
     tags = [named] if isinstance(named, str) else list(named)
     if carried:
         tags.append(f"{signed.function}.{name}")
     texts = tuple(tuple(tag + signed.leaves[i][1] for tag in tags) for i in positions)
-    runs = allowance.runs(name, bool(trains))
+    runs = None if public else allowance.runs(name, bool(trains))
     if carried:
         runs = None if allowance.allow_forks else 1
-    any_place = name in allowance.allow_any
+    any_place = name in allowance.allow_any or (public and name in signed.host_chosen)
     return ArgumentRule(name, tuple(positions), None if any_place else texts, runs, carried)
 
 
@@ -157,12 +158,14 @@ class Provision:
     Attributes:
       digest: the program's hash, by which the host finds it.
       rules: what its arguments take; None on the host, where they are not known.
-      public: names of the arguments that the host knows and chooses.
+      public: names of the arguments that the host knows.
+      host_chosen: names of those that it also chooses.
     """
 
     digest: str
     rules: Rules | None
     public: tuple[str, ...] = ()
+    host_chosen: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"program {self.digest}"]
@@ -177,13 +180,17 @@ class Provision:
         return "\n".join(lines)
 
     def _taken(self, rule: ArgumentRule) -> str:
-        if rule.name in self.public:
-            return "public, and the host's to choose"
+        known = rule.name in self.public
+        if rule.name in self.host_chosen or (known and rule.texts is None):
+            return "public, what the host chooses"
         how_often = "in any number of runs" if rule.runs is None else f"runs on one: {rule.runs}"
         if rule.carried:
             how_often = "of any generation" if rule.runs is None else "each generation once"
         if rule.texts is None:
             return f"any sealed value of its types, {how_often}"
+        first = [texts[0] for texts in rule.texts]
+        if known:
+            return f"public, what is published as `{first[0]}`{' …' if len(first) > 1 else ''}"
         names = [min(texts[k] for texts in rule.texts) for k in range(len(rule.texts[0]))]
         several = " …" if len(rule.inputs) > 1 else ""
         return f"what is tagged {' or '.join(f'`{n}`{several}' for n in names)}, {how_often}"
@@ -194,11 +201,18 @@ class Provision:
         open_ones = [
             rule.name
             for rule in self.rules.arguments
-            if rule.runs is None and not rule.carried and rule.name not in self.public
+            if rule.runs is None
+            and not rule.carried
+            and rule.name not in (*self.public, *self.host_chosen)
         ]
         if open_ones:
             notes.append(
                 f"the host may run {', '.join(open_ones)} as often as it likes, each time under "
                 "fresh blindings, which is what guesses are made from; `runs_per_batch` bounds it"
+            )
+        if self.host_chosen:
+            notes.append(
+                f"the host chooses {', '.join(self.host_chosen)} anew for each run: where that "
+                "weighs examples, it reads what each of them reveals"
             )
         return notes

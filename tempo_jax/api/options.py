@@ -24,6 +24,7 @@ class OptionFields(TypedDict, total=False):
     enclave: Enclave
     scheme: Scheme | None
     public: Sequence[str | int] | int
+    host_chosen: Sequence[str | int] | int
     placement: str
     offload: str
     mesh: Mesh | None
@@ -42,6 +43,7 @@ class Options:
     enclave: Enclave
     scheme: Scheme = dataclasses.field(default_factory=Mixing)
     public: Sequence[str | int] | int = ()
+    host_chosen: Sequence[str | int] | int = ()
     placement: str = "auto"
     offload: str = "auto"
     mesh: Mesh | None = None
@@ -90,19 +92,36 @@ class Options:
         return 1 if self.mesh is None else self.mesh.size
 
     def public_names(self, function: Callable[..., Any]) -> frozenset[str | int]:
-        """Names and positions of the public arguments of a function.
+        """Names and positions of the arguments of a function that the host may know.
 
         Raises:
-          UnsupportedError: it has no such argument.
+          UnsupportedError: it has no such argument, or one is named as both kinds.
         """
-        public = (self.public,) if isinstance(self.public, (str, int)) else self.public
+        authentic, chosen = self._named(function, "public"), self.host_chosen_names(function)
+        if both := authentic & chosen:
+            raise UnsupportedError(
+                f"shield: public and host_chosen both name {min(map(str, both))!r}; name it once: "
+                "what is public comes from the client, what is host_chosen from the host"
+            )
+        return authentic | chosen
+
+    def host_chosen_names(self, function: Callable[..., Any]) -> frozenset[str | int]:
+        """Names and positions of the public arguments that the host chooses.
+
+        Raises:
+          UnsupportedError: the function has no such argument.
+        """
+        return self._named(function, "host_chosen")
+
+    def _named(self, function: Callable[..., Any], option: str) -> frozenset[str | int]:
+        given = getattr(self, option)
         names = list(inspect.signature(function).parameters)
         both: set[str | int] = set()
-        for item in public:
+        for item in (given,) if isinstance(given, (str, int)) else given:
             known = item in names if isinstance(item, str) else 0 <= item < len(names)
             if not known:
                 raise UnsupportedError(
-                    f"shield: public names {item!r}, but the arguments are {', '.join(names)}"
+                    f"shield: {option} names {item!r}, but the arguments are {', '.join(names)}"
                 )
             both |= {item, names.index(item) if isinstance(item, str) else names[item]}
         return frozenset(both)

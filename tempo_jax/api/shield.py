@@ -53,7 +53,12 @@ def shield(  # noqa: D417 (the options are documented one by one)
       scheme: how operands are blinded; `schemes.Mixing()` by default. The others keep weights
         on the devices and are cheaper; they obfuscate and do not protect (see their
         documentation).
-      public: names or positions of arguments that the host may know.
+      public: names or positions of arguments that the host may know. They change what a call
+        computes, and so what it reveals: a public weight for each example's loss that is 1 for one
+        and 0 for all others reads that example's loss from the batch's. So an enclave that serves
+        takes for them what its client published (`Enclave.publish`).
+      host_chosen: names or positions of arguments that the host may know and choose anew for each
+        call. Only for what cannot be turned against the data: a number of steps, no weight.
       placement: "auto", or "enclave" to run the whole function inside.
       offload: "auto" sends a product out when that is less work for the enclave; "all" sends
         every product that can be blinded.

@@ -38,7 +38,14 @@ from tempo_jax.planning.request import Request
 from tempo_jax.running.call import Runtime, Traffic
 from tempo_jax.running.observation import active_views
 from tempo_jax.schemes import SCHEMES, Scheme
-from tempo_jax.sealing.array import BLINDED, RESIDENT, SealedArray, is_sealed, refuse_opaque
+from tempo_jax.sealing.array import (
+    BLINDED,
+    PUBLISHED,
+    RESIDENT,
+    SealedArray,
+    is_sealed,
+    refuse_opaque,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -121,6 +128,7 @@ class Shielded(Generic[P, R]):
         self._options = options
         self._enclave = options.enclave
         self._public = options.public_names(function)
+        self._host_chosen = options.host_chosen_names(function)
         self._programs: dict[Any, list[_PlannedSignature]] = {}
         self._told: set[str] = set()  # of which warnings
         self._lock = threading.RLock()
@@ -136,7 +144,7 @@ class Shielded(Generic[P, R]):
         for name, argument in (*enumerate(args), *sorted(kwargs.items())):
             flat = jax.tree.leaves(argument, is_leaf=is_sealed)
             if name in self._public:
-                public |= {i + len(leaves) for i, x in enumerate(flat) if not is_sealed(x)}
+                public |= {i + len(leaves) for i, x in enumerate(flat) if not _is_secret(x)}
             leaves += flat
         structure = jax.tree.structure((args, kwargs), is_leaf=is_sealed)
         return _Signature(leaves, structure, frozenset(public))
@@ -145,7 +153,12 @@ class Shielded(Generic[P, R]):
         """The flat arguments as the runtime takes them: sealed, or arrays where public."""
         inputs = []
         for i, x in enumerate(signature.leaves):
-            if is_sealed(x):
+            if is_sealed(x) and not _is_secret(x) and i not in signature.public:
+                raise SecrecyError(
+                    f"shield: argument {i} of `{self._name}` is published, and expected to be a "
+                    "secret. Name it in `public=`, or have the client seal it."
+                )
+            elif is_sealed(x):
                 inputs.append(self._enclave.check_owned(x))
             elif i in signature.public:
                 inputs.append(jaxpr_types.to_physical(jnp.asarray(x)))
@@ -237,6 +250,7 @@ class Shielded(Generic[P, R]):
             self._name,
             _argument_leaves(self._function, args, kwargs),
             _paths(jax.tree.unflatten(out_structure, types)),
+            frozenset(name for name in self._host_chosen if isinstance(name, str)),
         )
         plan = make_plan(request)
         seconds = time.perf_counter() - start
@@ -378,10 +392,10 @@ class Shielded(Generic[P, R]):
         the options below. An argument takes what the client sealed under its name
         (``enclave.seal(state, tag="state")``), whole and in place; one that carries state also
         takes what this function returned in its stead, all of it from one run, and each generation
-        once. Anything else is refused with an `AdmissionError`. Provisioning again replaces the
-        rules. A launched enclave refuses nothing, since its client is its host, and on the host
-        the options say nothing. A parameter of the function that has an option's name is passed by
-        position.
+        once; a `public` one takes what the client published under its name (`Enclave.publish`).
+        Anything else is refused with an `AdmissionError`. Provisioning again replaces the rules. A
+        launched enclave refuses nothing, since its client is its host, and on the host the options
+        say nothing. A parameter of the function that has an option's name is passed by position.
 
         Args:
           *args: arguments as for a call; only structure, shapes, dtypes and, of sealed values,
@@ -391,7 +405,8 @@ class Shielded(Generic[P, R]):
             takes the first part of the state that `train_step` carries, ``"encode.result[1]"`` the
             second thing that `encode` returns.
           allow_any: names of arguments that take every sealed value of their types, from
-            anywhere: the host may then show any of your values to this program.
+            anywhere: the host may then show any of your values to this program. A public one then
+            takes what the host chooses.
           allow_forks: whether a generation of the carried state may be used by several runs: the
             host may then try other batches on one state, and compare what they reveal.
           runs_per_batch: how many runs of this function may use what was sealed in one call, or
@@ -422,11 +437,12 @@ class Shielded(Generic[P, R]):
             signature = self._following(signature, program)
             program = self._program(signature)
         first = provisioned[0]
-        named = (first.signed.leaves[i][0] for i in sorted(first.plan.request.public))
+        named = [first.signed.leaves[i][0] for i in sorted(first.plan.request.public)]
         return Provision(
             self._runtime(first).digest,
             self._rules(first) if self._enclave.is_client else None,
-            tuple(dict.fromkeys(named)),
+            tuple(dict.fromkeys(n for n in named if n not in first.signed.host_chosen)),
+            tuple(dict.fromkeys(n for n in named if n in first.signed.host_chosen)),
         )
 
     def _following(self, signature: _Signature, program: _PlannedSignature) -> _Signature:
@@ -508,6 +524,10 @@ class Shielded(Generic[P, R]):
           **kwargs: likewise.
         """
         return self._runtime(self._program(self._signature(args, kwargs))).traffic
+
+
+def _is_secret(x: Any) -> bool:
+    return is_sealed(x) and x.form != PUBLISHED
 
 
 def _physical(aval: Any) -> jax.ShapeDtypeStruct:

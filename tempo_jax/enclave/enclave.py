@@ -20,7 +20,7 @@ import contextlib
 import functools
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
@@ -38,6 +38,9 @@ from enclave_runtime.protocol.tags import (
     ORIGIN_BYTES,
     Seal,
     place_of,
+    publish_array,
+    published_array,
+    read_published,
     seal_array,
     unseal_array,
 )
@@ -58,6 +61,8 @@ from tempo_jax.planning.cost import CostModel
 from tempo_jax.sealing.array import (
     BLINDED,
     ENCRYPTED,
+    HELD_WHOLE,
+    PUBLISHED,
     SealedArray,
     handle_text,
     is_sealed,
@@ -304,41 +309,54 @@ class Enclave:
           UnsupportedError: a leaf is not an array or a number.
           RoleError: this is the host's side.
         """
+        return self._tagged(tree, tag, self._seal_leaf)
+
+    def publish(self, tree: Any, *, tag: str) -> Any:
+        """Stands for every array of a pytree that is no secret, such as a learning rate.
+
+        The host of an enclave that serves reads what is published (`open`), passes it to arguments
+        that are `public`, and cannot change it. A launched enclave takes plain values as well.
+
+        Args:
+          tree: any pytree of arrays and Python numbers.
+          tag: the argument that takes the pytree, as in `seal`.
+
+        Returns:
+          The same pytree, its leaves `SealedArray` of the form "published".
+
+        Raises:
+          UnsupportedError: a leaf is not an array or a number.
+          RoleError: this is the host's side.
+        """
+        return self._tagged(tree, tag, self._publish_leaf)
+
+    def _tagged(self, tree: Any, tag: str | None, make: Callable[[Any, Seal], Any]) -> Any:
+        """The leaves of a pytree, made with tags that share an origin."""
         origin = secrets.token_bytes(ORIGIN_BYTES)
 
-        def sealed(path: Any, leaf: Any) -> SealedArray:
+        def made(path: Any, leaf: Any) -> Any:
             text = None if tag is None else f"{tag}{jax.tree_util.keystr(path)}"
-            return self._seal_leaf(leaf, Seal(NOWHERE if text is None else place_of(text), origin))
+            return make(leaf, Seal(NOWHERE if text is None else place_of(text), origin))
 
-        return jax.tree_util.tree_map_with_path(sealed, tree, is_leaf=is_sealed)
+        return jax.tree_util.tree_map_with_path(made, tree, is_leaf=is_sealed)
 
     def _seal_leaf(self, leaf: Any, seal: Seal) -> SealedArray:
         if is_sealed(leaf):
             return self.check_owned(leaf)
         keys = self._keys("`enclave.seal`")
-        refuse_opaque(leaf, "enclave.seal")
-        try:
-            aval = jax.typeof(leaf)
-            if isinstance(leaf, Tracer):
-                raise UnsupportedError(
-                    "enclave.seal was called inside jit: the value is already the host's. Seal it "
-                    "before, outside jit."
-                )
-            plain = np.asarray(types.to_physical(jnp.asarray(leaf)))
-        except TypeError as error:
-            raise UnsupportedError(
-                f"enclave.seal: a leaf of type {type(leaf).__name__} is not an array or a number. "
-                "Keep such objects out of the pytree, for example as static fields."
-            ) from error
-        encrypted = seal_array(keys.to_enclave, plain, self.session, seal)
-        return SealedArray(
-            (jnp.asarray(encrypted), no_handle()),
-            ENCRYPTED,
-            aval.shape,
-            aval.dtype,
-            aval.weak_type,
-            self.session,
-        )
+        aval, plain = _plain_leaf(leaf, "enclave.seal")
+        content = seal_array(keys.to_enclave, plain, self.session, seal)
+        return self._held_whole(ENCRYPTED, content, aval)
+
+    def _publish_leaf(self, leaf: Any, seal: Seal) -> SealedArray:
+        keys = self._keys("`enclave.publish`")
+        aval, plain = _plain_leaf(leaf, "enclave.publish")
+        content = publish_array(keys.to_enclave, plain, self.session, seal)
+        return self._held_whole(PUBLISHED, content, aval)
+
+    def _held_whole(self, form: str, content: np.ndarray, aval: Any) -> SealedArray:
+        children = (jnp.asarray(content), no_handle())
+        return SealedArray(children, form, aval.shape, aval.dtype, aval.weak_type, self.session)
 
     def open(self, tree: Any) -> Any:
         """Decrypts every sealed leaf of a pytree for the client.
@@ -351,7 +369,7 @@ class Enclave:
 
         Raises:
           SealedValueError: a leaf was donated, altered, or belongs to another enclave.
-          RoleError: this is the host's side.
+          RoleError: this is the host's side, which opens only what is published.
         """
         self.free_dropped()
         return jax.tree.map(
@@ -361,8 +379,15 @@ class Enclave:
     def _open_leaf(self, sealed: SealedArray) -> jax.Array:
         self.check_owned(sealed)
         array = array_type(sealed)
+        if sealed.form == PUBLISHED and self._connection.keys is None:
+            plain = read_published(np.asarray(sealed.content), array.shape, np.dtype(array.dtype))
+            return _as_opened(plain, sealed)
         keys = self._keys("`enclave.open`")
-        if sealed.form == ENCRYPTED:
+        if sealed.form == PUBLISHED:
+            plain = self._unseal(
+                keys.to_enclave, np.asarray(sealed.content), array, published_array
+            )
+        elif sealed.form == ENCRYPTED:
             plain = self._unseal(keys.to_enclave, np.asarray(sealed.content), array)
         elif isinstance(self._connection, Channel):
             blinded = np.asarray(sealed.content).tobytes() if sealed.form == BLINDED else b""
@@ -380,12 +405,17 @@ class Enclave:
                 size = array.nbytes + encryption.OVERHEAD_BYTES
                 encrypted = arena.view(ArrayType((size,), "uint8"), 0).copy()
             plain = self._decrypt(keys.to_client, encrypted, array)
-        opened = types.from_physical(jnp.asarray(plain), sealed)
-        return types.with_weak_type(opened, sealed.weak_type)
+        return _as_opened(plain, sealed)
 
-    def _unseal(self, key: bytes, sealed: np.ndarray, array: ArrayType) -> np.ndarray:
+    def _unseal(
+        self,
+        key: bytes,
+        sealed: np.ndarray,
+        array: ArrayType,
+        read: Callable[..., tuple[Seal, np.ndarray]] = unseal_array,
+    ) -> np.ndarray:
         with _authentic(array):
-            return unseal_array(key, sealed, self.session, array.shape, np.dtype(array.dtype))[1]
+            return read(key, sealed, self.session, array.shape, np.dtype(array.dtype))[1]
 
     def _decrypt(self, key: bytes, encrypted: np.ndarray, array: ArrayType) -> np.ndarray:
         with _authentic(array):
@@ -575,7 +605,7 @@ class Enclave:
         For values that lie in files: whoever reads them later still finds them, until a call
         donates them or the enclave ends.
         """
-        if sealed.form != ENCRYPTED:
+        if sealed.form not in HELD_WHOLE:
             self.handles.keep(handle_text(sealed.handle))
 
     def donate(self, leaves: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -587,7 +617,7 @@ class Enclave:
         for leaf in leaves:
             if not is_sealed(leaf):
                 continue
-            if leaf.form != ENCRYPTED:
+            if leaf.form not in HELD_WHOLE:
                 self.handles.drop(handle_text(leaf.handle))
             # A leaf that the step passes through may come back as the very same array.
             mine = isinstance(leaf.content, jax.Array) and id(leaf.content) not in kept
@@ -653,6 +683,33 @@ class Enclave:
         """
         key = self._keys("provisioning a program").to_enclave
         return encryption.encrypt_array(key, np.asarray(value), self.session)
+
+
+def _plain_leaf(leaf: Any, where: str) -> tuple[Any, np.ndarray]:
+    """A leaf's type, and its content as NumPy has it.
+
+    Raises:
+      UnsupportedError: it is not an array or a number, or a tracer.
+    """
+    refuse_opaque(leaf, where)
+    try:
+        aval = jax.typeof(leaf)
+        if isinstance(leaf, Tracer):
+            raise UnsupportedError(
+                f"{where} was called inside jit: the value is already the host's. Call it "
+                "before, outside jit."
+            )
+        return aval, np.asarray(types.to_physical(jnp.asarray(leaf)))
+    except TypeError as error:
+        raise UnsupportedError(
+            f"{where}: a leaf of type {type(leaf).__name__} is not an array or a number. "
+            "Keep such objects out of the pytree, for example as static fields."
+        ) from error
+
+
+def _as_opened(plain: np.ndarray, sealed: SealedArray) -> jax.Array:
+    opened = types.from_physical(jnp.asarray(plain), sealed)
+    return types.with_weak_type(opened, sealed.weak_type)
 
 
 @contextlib.contextmanager

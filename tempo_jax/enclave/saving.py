@@ -28,6 +28,7 @@ from tempo_jax.errors import CheckpointError, UnsupportedError
 from tempo_jax.sealing.array import (
     BLINDED,
     ENCRYPTED,
+    PUBLISHED,
     RESIDENT,
     SealedArray,
     handle_array,
@@ -166,9 +167,9 @@ def _write(line: Line, tree: Any) -> bytes:
     leaves, _, _ = leaves_of(tree)
     sealed = jax.tree.leaves(tree, is_leaf=is_sealed)
     for leaf, value in zip(leaves, sealed, strict=True):
-        if not is_sealed(value):
+        if not is_sealed(value) or value.form == PUBLISHED:
             raise CheckpointError(
-                f"enclave.checkpoint: leaf {leaf.name} is a {type(value).__name__} and not sealed. "
+                f"enclave.checkpoint: leaf {leaf.name} is {_described(value)} and not sealed. "
                 "Seal it with `enclave.seal`, or keep what is no secret beside the checkpoint"
             )
     begun = line.connection.request(Kind.CHECKPOINT, {"leaves": [leaf.encode() for leaf in leaves]})
@@ -187,6 +188,10 @@ def _write(line: Line, tree: Any) -> bytes:
             place = ArrayType((sealed_bytes(leaf.array),), "uint8")
             parts.append(arena.view(place, 0).tobytes())
     return b"".join(parts)
+
+
+def _described(value: Any) -> str:
+    return "published" if is_sealed(value) else f"a {type(value).__name__}"
 
 
 def _restore(line: Line, data: bytes, order: Callable[[list[Leaf]], bytes], like: Any) -> Any:

@@ -28,7 +28,7 @@ from tempo_jax.errors import EnclaveError, TempoError
 from tempo_jax.planning.mesh import local_shape, sharded_axis
 from tempo_jax.running import timeline, watchdog
 from tempo_jax.running.observation import HostView
-from tempo_jax.sealing.array import ENCRYPTED, handle_text, is_sealed
+from tempo_jax.sealing.array import HELD_WHOLE, PUBLISHED, handle_text, is_sealed
 from tempo_jax.transport.loopback import Calls, Loopback
 
 ABORT_SECONDS = 0.3  # what an enclave that may be stopped gets to hear of an abort
@@ -144,14 +144,15 @@ class HostRun:
         for i, (port, x) in enumerate(zip(served.program.inputs, inputs, strict=True)):
             offsets.append(offset)
             offset += input_bytes(port.array)
-            if is_sealed(x) and x.form != ENCRYPTED:
+            if is_sealed(x) and x.form not in HELD_WHOLE:
                 self.handles[i] = handle_text(x.handle)
                 given.append({"handle": self.handles[i]})
                 continue
             content = np.asarray(x.content) if is_sealed(x) else np.asarray(x)
             place = ArrayType(content.shape, content.dtype.name)
             np.copyto(arena.view(place, offsets[-1]), content)
-            given.append({"offset": offsets[-1]})
+            published = is_sealed(x) and x.form == PUBLISHED
+            given.append({"published" if published else "offset": offsets[-1]})
         # The host's workers meet here, so that the enclave serves one.
         fields = {"program": served.number, "arena": name, "workers": 1}
         fields |= {"inputs": given, "blind_at": offsets}

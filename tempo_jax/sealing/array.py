@@ -18,6 +18,9 @@ from tempo_jax.jaxprs import opaque
 from tempo_jax.sealing.handles import NO_HANDLE, Handles, Lying
 
 ENCRYPTED, RESIDENT, BLINDED = "encrypted", "resident", "blinded"
+PUBLISHED = "published"
+# Forms that the host holds whole; the others are named by handles.
+HELD_WHOLE = frozenset({ENCRYPTED, PUBLISHED})
 
 
 def handle_text(handle: Any) -> str:
@@ -110,6 +113,7 @@ class SealedArray:
             owner is not None
             and isinstance(handle, jax.Array)
             and not isinstance(handle, Tracer)
+            and form != PUBLISHED
             and (form != ENCRYPTED or owner.handles.any_loose)
         ):
             owner.adopt(handle)
@@ -140,7 +144,8 @@ class SealedArray:
         """Where the value is.
 
         "encrypted" (AES-256-GCM, made by the client), "resident" (inside the enclave, named by a
-        handle), or "blinded" (on the devices, under keys that a handle names).
+        handle), "blinded" (on the devices, under keys that a handle names), or "published" (no
+        secret: the client stands for it, and `Enclave.open` reads it anywhere).
         """
         lying = self._lying()
         if lying is not None:

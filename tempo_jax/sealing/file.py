@@ -38,6 +38,8 @@ from tempo_jax.jaxprs.types import array_type
 from tempo_jax.sealing.array import (
     BLINDED,
     ENCRYPTED,
+    HELD_WHOLE,
+    PUBLISHED,
     RESIDENT,
     SealedArray,
     handle_array,
@@ -86,7 +88,7 @@ def save_sealed(path: str | os.PathLike[str], tree: Any) -> None:
                 "shape": list(leaf.shape),
                 "dtype": str(leaf.dtype),
                 "weak_type": bool(leaf.weak_type),
-                "handle": "" if leaf.form == ENCRYPTED else handle_text(leaf.handle),
+                "handle": "" if leaf.form in HELD_WHOLE else handle_text(leaf.handle),
             }
         )
         if leaf.form != RESIDENT:
@@ -190,15 +192,15 @@ def _read_leaf(file: BinaryIO, session: str, fields: Any, name: str, like: Any) 
     form, handle = fields["form"], fields["handle"]
     named = isinstance(handle, str) and bool(_HANDLE.fullmatch(handle))
     if (
-        form not in (ENCRYPTED, RESIDENT, BLINDED)
+        form not in (ENCRYPTED, PUBLISHED, RESIDENT, BLINDED)
         or type(fields["weak_type"]) is not bool
-        or (handle != "" if form == ENCRYPTED else not named)
+        or (handle != "" if form in HELD_WHOLE else not named)
     ):
         raise SealedValueError(f"load_sealed: the description of `{name}` is malformed")
-    children: tuple[Any, ...] = (no_handle() if form == ENCRYPTED else handle_array(handle),)
+    children: tuple[Any, ...] = (no_handle() if form in HELD_WHOLE else handle_array(handle),)
     if form != RESIDENT:
         array = array_type(aval)
-        if form == ENCRYPTED:
+        if form in HELD_WHOLE:
             array = ArrayType((seal_bytes(array.nbytes),), "uint8")
         content = file.read(array.nbytes)
         if len(content) != array.nbytes:

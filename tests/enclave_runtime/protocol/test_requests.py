@@ -9,7 +9,13 @@ import pytest
 
 from enclave_runtime.protocol import requests
 from enclave_runtime.protocol.checkpoint import CheckpointError
-from enclave_runtime.protocol.requests import HeldInput, RequestError, WrittenInput, decode
+from enclave_runtime.protocol.requests import (
+    HeldInput,
+    PublishedInput,
+    RequestError,
+    WrittenInput,
+    decode,
+)
 from enclave_runtime.protocol.wire import Frame, Kind
 
 LEAF = {"name": "w", "array": {"shape": [2], "dtype": "int8"}, "dtype": "int8", "weak": False}
@@ -24,7 +30,7 @@ COMPLETE: dict[Kind, dict[str, Any]] = {
         "program": 0,
         "arena": "a",
         "workers": 2,
-        "inputs": [{"handle": "h"}, {"offset": 64}],
+        "inputs": [{"handle": "h"}, {"offset": 64}, {"published": 128}],
         "blind_at": [0, 64],
     },
     Kind.SETTLE: {"run": 1, "offsets": {"0": 64, "12": 0}, "blind_at": {}},
@@ -67,7 +73,8 @@ def test_a_complete_request_is_read(kind):
 
 def test_what_is_read():
     begin = read(Kind.BEGIN, COMPLETE[Kind.BEGIN])
-    assert begin.inputs == (HeldInput("h"), WrittenInput(64)) and begin.blind_at == (0, 64)
+    assert begin.inputs == (HeldInput("h"), WrittenInput(64), PublishedInput(128))
+    assert begin.blind_at == (0, 64)
     assert read(Kind.SETTLE, COMPLETE[Kind.SETTLE]).offsets == {0: 64, 12: 0}
     assert read(Kind.RESTORE, {"head": "AAEC"}).head == b"\0\1\2"
     (leaf,) = read(Kind.CHECKPOINT, {"leaves": [LEAF]}).leaves
@@ -107,6 +114,8 @@ def test_a_field_of_another_type(kind, name, value):
         (Kind.BEGIN, "workers", 0),
         (Kind.BEGIN, "workers", requests.MAX_WORKERS + 1),
         (Kind.BEGIN, "inputs", [{"handle": "h", "offset": 0}]),
+        (Kind.BEGIN, "inputs", [{"published": 0, "offset": 0}]),
+        (Kind.BEGIN, "inputs", [{"published": "0"}]),
         (Kind.BEGIN, "inputs", [{}]),
         (Kind.BEGIN, "inputs", [{"handle": 3}]),
         (Kind.SETTLE, "offsets", {"9" * 5000: 0}),

@@ -17,6 +17,9 @@ from enclave_runtime.protocol.tags import (
     Seal,
     TagRecord,
     place_of,
+    publish_array,
+    published_array,
+    read_published,
     seal_array,
     seal_bytes,
     unseal_array,
@@ -63,6 +66,35 @@ def test_what_has_no_tag_gets_none_by_a_head_in_front():
     forged = np.concatenate([np.frombuffer(b"".join(SEALED_AS), np.uint8), other])
     with pytest.raises(DecryptionError):
         unseal_array(KEY, forged, "session", *FORM)
+
+
+def test_published_array_is_readable_and_authentic():
+    published = publish_array(KEY, PLAIN, "session", SEALED_AS)
+    assert published.shape == (seal_bytes(PLAIN.nbytes),)
+    assert published[76:].tobytes() == PLAIN.tobytes()
+    np.testing.assert_array_equal(read_published(published, *FORM), PLAIN)
+    seal, plain = published_array(KEY, published, "session", *FORM)
+    assert seal == SEALED_AS
+    np.testing.assert_array_equal(plain, PLAIN)
+    for position in range(published.size):
+        altered = published.copy()
+        altered[position] ^= 1
+        with pytest.raises(DecryptionError):
+            published_array(KEY, altered, "session", *FORM)
+    wrong: Any
+    for wrong in (("other", *FORM), ("session", (3, 2), FORM[1]), ("session", (6,), FORM[1])):
+        with pytest.raises(DecryptionError):
+            published_array(KEY, published, *wrong)
+
+
+def test_sealed_and_published_are_not_mistaken_for_each_other():
+    empty = np.zeros((0,))
+    form: Any = ((0,), empty.dtype)
+    sealed, published = (make(KEY, empty, "s", SEALED_AS) for make in (seal_array, publish_array))
+    with pytest.raises(DecryptionError):
+        published_array(KEY, sealed, "s", *form)
+    with pytest.raises(DecryptionError):
+        unseal_array(KEY, published, "s", *form)
 
 
 @given(first=st.text(max_size=9), second=st.text(max_size=9))

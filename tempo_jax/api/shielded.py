@@ -29,6 +29,7 @@ from tempo_jax.api.options import Options
 from tempo_jax.api.report import Report
 from tempo_jax.api.report_figures import Figures
 from tempo_jax.api.report_notices import tell_of_signature, warn_of
+from tempo_jax.enclave.enclave import OWN_TRANSFERS
 from tempo_jax.errors import RoleError, SecrecyError, UnsupportedError
 from tempo_jax.jaxprs import trace
 from tempo_jax.jaxprs import types as jaxpr_types
@@ -50,16 +51,6 @@ from tempo_jax.sealing.array import (
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# The settings of JAX that change what a function means, or how it is compiled.
-_MEANING = (
-    "jax_enable_x64",
-    "jax_default_matmul_precision",
-    "jax_numpy_dtype_promotion",
-    "jax_numpy_rank_promotion",
-    "jax_default_prng_impl",
-    "jax_threefry_partitionable",
-)
-
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_shield", default=False)
 
 
@@ -75,8 +66,7 @@ class _Signature:
     @property
     def key(self) -> Any:
         types = tuple((a.shape, a.dtype, a.weak_type) for a in self.avals)
-        settings = tuple(getattr(jax.config, name) for name in _MEANING)
-        return self.structure, types, self.public, settings
+        return self.structure, types, self.public, trace.settings_key()
 
     @property
     def on_devices(self) -> frozenset[int]:
@@ -332,6 +322,7 @@ class Shielded(Generic[P, R]):
 
     # Public
 
+    @OWN_TRANSFERS
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the shielded function; see `shield`."""
         if _inside.get():

@@ -80,6 +80,9 @@ from tempo_jax.transport.host_key import read_host_key
 from tempo_jax.transport.identity import ClientIdentity
 from tempo_jax.transport.loopback import Attachment, Loopback
 
+# Who seals and opens moves arrays on purpose, which a user's `jax.transfer_guard` is not about.
+OWN_TRANSFERS = jax.transfer_guard("allow")
+
 
 class Enclave:
     """A running enclave and a session with it.
@@ -292,6 +295,7 @@ class Enclave:
 
     # The client's side: plaintext in, plaintext out
 
+    @OWN_TRANSFERS
     def seal(self, tree: Any, *, tag: str | None = None) -> Any:
         """Encrypts every array of a pytree to the enclave.
 
@@ -311,6 +315,7 @@ class Enclave:
         """
         return self._tagged(tree, tag, self._seal_leaf)
 
+    @OWN_TRANSFERS
     def publish(self, tree: Any, *, tag: str) -> Any:
         """Stands for every array of a pytree that is no secret, such as a learning rate.
 
@@ -358,6 +363,7 @@ class Enclave:
         children = (jnp.asarray(content), no_handle())
         return SealedArray(children, form, aval.shape, aval.dtype, aval.weak_type, self.session)
 
+    @OWN_TRANSFERS
     def open(self, tree: Any) -> Any:
         """Decrypts every sealed leaf of a pytree for the client.
 
@@ -423,6 +429,7 @@ class Enclave:
                 key, encrypted, self.session, array.shape, np.dtype(array.dtype)
             )
 
+    @OWN_TRANSFERS
     def copy(self, tree: Any) -> Any:
         """Copies sealed values, so that each lives on when the other is donated.
 
@@ -476,6 +483,7 @@ class Enclave:
         """What the client has seen by now; keep it with the newest checkpoint."""
         return self._checkpointing.ledger
 
+    @OWN_TRANSFERS
     def checkpoint(self, tree: Any) -> bytes:
         """Seals a state to the checkpoint key, as bytes that any storage may hold.
 
@@ -526,6 +534,7 @@ class Enclave:
         self._keys("allowing a restore")
         return self._checkpointing.order(self, leaves, allow_rollback_to)
 
+    @OWN_TRANSFERS
     def restore(
         self,
         data: bytes,

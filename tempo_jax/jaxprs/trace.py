@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
+from jax._src import api_util as jax_api_util  # JAX 0.10-0.12: what `debug_nans` raises.
 from jax._src import config as jax_config  # JAX 0.10-0.12: flags for one thread.
 from jax.extend import core as jex_core
 
@@ -59,6 +60,19 @@ def local_settings() -> Callable[[], contextlib.AbstractContextManager[None]]:
             yield
 
     return held
+
+
+def without_internals(error: BaseException) -> BaseException:
+    """An error as `jit` would raise it.
+
+    Under `jax.debug_nans` a compiled program raises an internal error, which `jit` itself catches.
+    """
+    if not isinstance(error, jax_api_util.InternalFloatingPointError):
+        return error
+    return FloatingPointError(
+        f"invalid value ({error.ty}) in what the host sees of a shielded function: what it "
+        "reveals, or what lies blinded on the devices"
+    )
 
 
 def under_trace() -> bool:

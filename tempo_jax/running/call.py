@@ -29,7 +29,7 @@ from tempo_jax.errors import EnclaveError, remember
 from tempo_jax.jaxprs import opaque
 from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.jaxprs.callbacks import call as call_python
-from tempo_jax.jaxprs.trace import local_settings
+from tempo_jax.jaxprs.trace import local_settings, without_internals
 from tempo_jax.planning.plan import Plan, offloaded
 from tempo_jax.running.host_program import HostResult, build_host_program
 from tempo_jax.running.host_run import HostRun, Served, Traffic
@@ -179,7 +179,7 @@ class Runtime:
                     result = jax.block_until_ready(program(np.uint32(run.number), leaves))
                 future.set_result(result)
             except BaseException as error:
-                future.set_exception(error)
+                future.set_exception(without_internals(error))
             finally:
                 self._runs.pop(run.number, None)
 

@@ -113,8 +113,7 @@ class SealedArray:
             owner is not None
             and isinstance(handle, jax.Array)
             and not isinstance(handle, Tracer)
-            and form != PUBLISHED
-            and (form != ENCRYPTED or owner.handles.any_loose)
+            and (form not in HELD_WHOLE or owner.handles.any_loose)
         ):
             owner.adopt(handle)
 
@@ -150,7 +149,7 @@ class SealedArray:
         lying = self._lying()
         if lying is not None:
             return lying.form
-        if self._form == ENCRYPTED and self._name() not in (None, NO_HANDLE.hex()):
+        if self._form in HELD_WHOLE and self._name() not in (None, NO_HANDLE.hex()):
             return RESIDENT
         return self._form
 

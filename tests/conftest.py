@@ -41,6 +41,9 @@ enclave_module.machine_costs = lambda kind, measure: CostModel()
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
+# Searched for doctests, a second module of this name would be taken for the first.
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]
+
 COMPILED = pytest.StashKey[str]()
 
 
@@ -83,5 +86,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def enclave() -> Iterator[tempo.Enclave]:
     """One enclave process for the whole session: starting one takes seconds."""
+    with tempo.Enclave.launch() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def other_enclave() -> Iterator[tempo.Enclave]:
+    """An enclave of another session."""
     with tempo.Enclave.launch() as running:
         yield running

@@ -18,7 +18,7 @@ from tempo_jax.cli import inspect
 from tempo_jax.cli.main import main
 from tempo_jax.cli.serve import Served, served
 from tempo_jax.transport import launch
-from tests.enclave.test_enclave import is_running, wait_until
+from tests.support.processes import is_running, wait_until
 from tests.transport.test_launch import stand_in, write_manifest
 
 INSECURE = tempo.AttestationPolicy(insecure_accept_no_sgx=True)

@@ -26,12 +26,6 @@ NOTHING_REFUSED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def roles(tmp_path_factory) -> Iterator[Roles]:
-    with serving(tmp_path_factory.mktemp("roles")) as both:
-        yield both
-
-
 def batch_of(labels: Any) -> dict[str, jax.Array]:
     return {"x": uniform(len(labels), len(labels), PIXELS), "labels": jnp.asarray(labels)}
 

@@ -1,6 +1,5 @@
 """Public arguments: what the client stands for, what the host chooses, and what that tells it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,17 +19,11 @@ from tempo_jax.errors import (
     SecrecyError,
     UnsupportedError,
 )
-from tests.support.serving import Roles, sealed_for, serving
+from tests.support.serving import sealed_for
 from tests.support.steps import assert_close, uniform
 
 ROWS = 6
 X, Y = uniform(1, ROWS, 4), uniform(2, ROWS)
-
-
-@pytest.fixture(scope="module")
-def roles(tmp_path_factory) -> Iterator[Roles]:
-    with serving(tmp_path_factory.mktemp("roles")) as both:
-        yield both
 
 
 def weighted(batch: Any, weights: Any) -> Any:

@@ -3,7 +3,6 @@
 import signal
 import threading
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,31 +13,10 @@ import tempo_jax as tempo
 from tempo_jax.errors import EnclaveTimeoutError
 from tempo_jax.transport import loopback
 from tests.support.faults import at_visit, fail, interrupt, promptly
-from tests.support.steps import assert_close, shield_all, uniform
-from tests.support.steps import momentum_state as initial_state
-from tests.support.steps import momentum_step as train_step
+from tests.support.steps import MOMENTUM_BATCH, assert_close, uniform
+from tests.support.steps import momentum_after as plain_state
 
-X, Y = uniform(1, 6, 5), uniform(2, 6, 3)
-
-
-def plain_state(steps: int) -> Any:
-    state, step = initial_state(), jax.jit(train_step)
-    for _ in range(steps):
-        state, _ = step(state, X, Y)
-    return state
-
-
-@pytest.fixture(scope="module")
-def train(enclave) -> Any:
-    """The shielded step."""
-    return shield_all(train_step, enclave=enclave)
-
-
-@pytest.fixture
-def state(enclave, train) -> Any:
-    """The state after one step."""
-    state, _ = train(enclave.seal(initial_state()), X, Y)
-    return state
+X, Y = MOMENTUM_BATCH
 
 
 @pytest.mark.parametrize("visit", [0, 2])

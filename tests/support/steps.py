@@ -74,6 +74,17 @@ def momentum_state() -> Any:
     return params, _MOMENTUM.init(params)
 
 
+MOMENTUM_BATCH = uniform(1, 6, 5), uniform(2, 6, 3)
+
+
+def momentum_after(steps: int) -> Any:
+    """The state after so many plain steps over `MOMENTUM_BATCH`."""
+    state, step = momentum_state(), jax.jit(momentum_step)
+    for _ in range(steps):
+        state, _ = step(state, *MOMENTUM_BATCH)
+    return state
+
+
 def uniform_like(tree: Any, seed: int = 0) -> Any:
     """A tree of the same structure, its matrices drawn anew and scaled by their fan-in.
 

@@ -11,7 +11,7 @@ import tempo_jax as tempo
 from tempo_jax.errors import EnclaveError, EnclaveTimeoutError
 from tempo_jax.transport import child
 from tempo_jax.transport.launch import Command
-from tests.enclave.test_enclave import ROOT, is_running, wait_until
+from tests.support.processes import ROOT, is_running, wait_until
 
 
 def test_a_launched_enclave_has_a_process_group_of_its_own(enclave):

@@ -21,8 +21,8 @@ from enclave_runtime.protocol.wire import Kind
 from tempo_jax.errors import ForkedError
 from tempo_jax.transport.channel import Channel
 from tempo_jax.transport.ownership import Owned
-from tests.enclave.test_enclave import is_running, wait_until
 from tests.support.fresh import run_fresh
+from tests.support.processes import is_running, wait_until
 
 SENTENCE = r"belongs to process \d+, and this is process \d+, forked from it"
 

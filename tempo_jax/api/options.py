@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from enclave_runtime.protocol.limits import MAX_WORKERS
 from tempo_jax.enclave.enclave import Enclave
 from tempo_jax.errors import UnsupportedError
+from tempo_jax.jaxprs.flatten import MAX_UNROLL
 from tempo_jax.schemes import Mixing, Scheme
 
 
@@ -30,6 +31,7 @@ class OptionFields(TypedDict, total=False):
     mesh: Mesh | None
     donate: bool
     verify: bool
+    unroll_while: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class Options:
     mesh: Mesh | None = None
     donate: bool = True
     verify: bool = False
+    unroll_while: int = 0
 
     def __post_init__(self) -> None:
         """Checks every option that needs no function."""
@@ -66,6 +69,11 @@ class Options:
             )
         _check("placement", self.placement, ("auto", "enclave"))
         _check("offload", self.offload, ("auto", "all"))
+        if type(self.unroll_while) is not int or not 0 <= self.unroll_while <= MAX_UNROLL:
+            raise UnsupportedError(
+                f"shield: unroll_while is {self.unroll_while!r}, expected an integer from 0 to "
+                f"{MAX_UNROLL}, the iterations of each `while_loop` that are computed in any case"
+            )
         if self.mesh is not None and len(self.mesh.axis_names) != 1:
             raise UnsupportedError(
                 f"shield: mesh has the axes {self.mesh.axis_names}, expected exactly one"

@@ -70,6 +70,11 @@ def shield(  # noqa: D417 (the options are documented one by one)
         momentum, weight decay), so that a secret checksum in the enclave can follow it; others
         are updated in the enclave. `explain` says what is checked, how small an error is noticed,
         and why a leaf is not on the devices.
+      unroll_while: of each `while_loop` whose body holds products worth sending out, how many
+        iterations are computed in any case, their products outside; those after them run inside
+        whole. How often a loop runs stays secret, and results do not depend on this number: it
+        costs the enclave the blinding of iterations that were not needed. A loop that runs a
+        fixed number of times is a `scan`, and needs no option.
 
     Returns:
       A `Shielded` function with the parameters and the result of `function`. It warns

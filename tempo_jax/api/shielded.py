@@ -235,6 +235,7 @@ class Shielded(Generic[P, R]):
             offload=options.offloads,
             workers=options.workers,
             verify=options.verify,
+            unroll_while=options.unroll_while,
         )
         signed = Signed(
             self._name,

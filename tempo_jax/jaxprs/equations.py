@@ -34,6 +34,19 @@ def equations(jaxpr: Any) -> Iterator[JaxprEqn]:
             yield from equations(inner)
 
 
+def repeated(jaxpr: Any, times: int = 1) -> Iterator[tuple[JaxprEqn, int]]:
+    """The equations of a jaxpr that hold no others, at any depth, with how often a scan runs them.
+
+    The iterations of a `while` are not known, and count once.
+    """
+    for eqn in jaxpr.eqns:
+        bodies = list(subjaxprs(eqn))
+        if not bodies:
+            yield eqn, times
+        for body in bodies:
+            yield from repeated(body, times * eqn.params.get("length", 1))
+
+
 def debugging(jaxpr: Any) -> list[JaxprEqn]:
     """The debugging callbacks of a jaxpr at any depth; `flatten` leaves them out."""
     return [eqn for eqn in equations(jaxpr) if is_debugging(eqn)]

@@ -28,7 +28,23 @@ from tempo_jax.jaxprs.equations import (
     source,
     subjaxprs,
 )
-from tempo_jax.jaxprs.primitives import cheap_p, is_check, is_debugging, is_written_in_jax
+from tempo_jax.jaxprs.primitives import (
+    cheap_p,
+    is_check,
+    is_debugging,
+    is_written_in_jax,
+    reveal_p,
+)
+from tempo_jax.jaxprs.products import is_product
+from tempo_jax.jaxprs.selection import (
+    Branch,
+    Selections,
+    as_array,
+    blank,
+    finite_or,
+    predicate,
+    select_where,
+)
 from tempo_jax.jaxprs.trace import trace
 from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, avals_of
 
@@ -64,10 +80,15 @@ class Flattening:
     Attributes:
       worth: whether an equation is worth offloading; a scan that holds one is unrolled.
       notes: collects what a reader of `explain` should know.
+      too_dear: why not all branches of a `cond` are computed though one holds such an equation,
+        or None if they are.
+      unroll_while: of a `while` that holds one, how many iterations are computed, needed or not.
     """
 
     worth: Callable[[JaxprEqn], bool]
     notes: list[str]
+    too_dear: Callable[[JaxprEqn], str | None] = lambda _: None
+    unroll_while: int = 0
 
 
 def _closed(jaxpr: Any) -> ClosedJaxpr:
@@ -82,6 +103,21 @@ def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return constants, carried
 
 
+def _may_never_end(eqn: JaxprEqn) -> bool:
+    inside = (e for body in subjaxprs(eqn) for e in equations(body))
+    return any(e.primitive is prims.while_p for e in (eqn, *inside))
+
+
+def _carry_of(eqn: JaxprEqn) -> slice:
+    """Which operands of a loop its first results begin as; none of anything else."""
+    if eqn.primitive is prims.while_p:
+        return slice(eqn.params["cond_nconsts"] + eqn.params["body_nconsts"], None)
+    if eqn.primitive is prims.scan_p:
+        constants, carried = _scan_counts(eqn.params)
+        return slice(constants, constants + carried)
+    return slice(0)
+
+
 class _Flattener:
     """Evaluates a jaxpr on tracers, dissolving calls, so that a flat trace comes out.
 
@@ -92,6 +128,9 @@ class _Flattener:
 
     def __init__(self, options: Flattening):
         self._options = options
+        self._branches: tuple[Branch, ...] = ()  # that lead to what is evaluated now
+        self._selections = Selections()
+        self._stacked: dict[int, tuple[Any, list[Any]]] = {}  # what unrolled scans stacked up
 
     def evaluate(
         self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], cheap: Sequence[bool]
@@ -126,46 +165,174 @@ class _Flattener:
             return self.evaluate(body.jaxpr, body.consts, arguments, cheap)
         if primitive in _PLACEMENT_HINTS:
             return list(zip(arguments, cheap, strict=True))
-        if primitive is prims.cond_p and (any(cheap[1:]) or self._marks(eqn)):
+        if primitive is prims.cond_p and self._selects(eqn, arguments[0], cheap[1:]):
             return self._select(eqn, arguments, cheap)
-        if primitive is prims.scan_p:
-            worth = any(self._options.worth(e) for e in equations(eqn.params["jaxpr"].jaxpr))
-            if worth or any(cheap) or self._marks(eqn):
-                if eqn.params["length"] <= MAX_UNROLL:
-                    return self._unroll(eqn, arguments, cheap)
-                self._options.notes.append(
-                    f"a scan of length {eqn.params['length']} at {source(eqn)} runs in the enclave "
-                    f"whole: scans of up to {MAX_UNROLL} steps are unrolled"
-                )
+        if primitive is prims.scan_p and self._unrolls(eqn, cheap):
+            return self._unroll(eqn, arguments, cheap)
+        if primitive is prims.while_p and self._options.unroll_while and self._holds_worth(eqn):
+            arguments, cheap = self._first_iterations(eqn, arguments, cheap)
+        self._note_whole(eqn)
         tainted = primitive is cheap_p or any(cheap)
+        return [(x, tainted) for x in self._bind(eqn, arguments)]
+
+    def _bind(self, eqn: JaxprEqn, arguments: list[Any]) -> list[Any]:
+        """Evaluates an equation as it is, but nothing that may never end in a branch not taken."""
         params = {k: _without_callbacks(v) for k, v in eqn.params.items()}
-        return [(x, tainted) for x in bind(eqn, arguments, **params)]
+        if not (self._branches and _may_never_end(eqn)):
+            return bind(eqn, arguments, **params)
+        # What a loop starts from looks to the host like what comes of it, and zeros would not.
+        carried = arguments[_carry_of(eqn)]
+        rest = [blank(v.aval) for v in eqn.outvars[len(carried) :]]
+        started = [as_array(x, v.aval) for x, v in zip(carried, eqn.outvars, strict=False)]
+        with at_source_of(eqn):
+            return lax.cond(
+                predicate(self._branches),
+                lambda: bind(eqn, arguments, **params),
+                lambda: [*started, *rest],
+            )
+
+    # Whether
 
     @staticmethod
     def _marks(eqn: JaxprEqn) -> bool:
         return any(e.primitive is cheap_p for j in subjaxprs(eqn) for e in equations(j))
+
+    def _holds_worth(self, eqn: JaxprEqn) -> bool:
+        return any(self._options.worth(e) for j in subjaxprs(eqn) for e in equations(j))
+
+    def _selects(self, eqn: JaxprEqn, index: Any, cheap: Sequence[bool]) -> bool:
+        """Whether every branch of a `cond` is computed."""
+        if any(cheap) or self._marks(eqn) or not isinstance(index, Tracer):
+            return True
+        if self._branches and _may_never_end(eqn):
+            return True  # the loops in it are to be skipped one by one
+        return self._holds_worth(eqn) and self._options.too_dear(eqn) is None
+
+    def _unrolls(self, eqn: JaxprEqn, cheap: Sequence[bool]) -> bool:
+        if eqn.params["length"] > MAX_UNROLL:
+            return False
+        if self._branches and _may_never_end(eqn):
+            return True
+        return self._holds_worth(eqn) or any(cheap) or self._marks(eqn)
+
+    def _note_whole(self, eqn: JaxprEqn) -> None:
+        """Notes what control flow that runs in the enclave whole takes with it, and why."""
+        inside = [e for body in subjaxprs(eqn) for e in equations(body)]
+        where = f"`{eqn.primitive.name}` at {source(eqn)}"
+        self._note_reveals(eqn)
+        products = sum(map(is_product, inside))
+        if not products:
+            return
+        text = f"{where} runs in the enclave whole, with {products} products in its body"
+        if self._holds_worth(eqn) or self._marks(eqn):
+            why = self._why_whole(eqn)
+            text += "" if why is None else f": {why}"
+        self._note(text)
+
+    def _note_reveals(self, eqn: JaxprEqn) -> None:
+        if any(e.primitive is reveal_p for body in subjaxprs(eqn) for e in equations(body)):
+            where = f"`{eqn.primitive.name}` at {source(eqn)}"
+            self._note(f"`reveal` inside {where} has no effect: reveal the result outside")
+
+    def _note(self, text: str) -> None:
+        if text not in self._options.notes:  # an unrolled body says everything again
+            self._options.notes.append(text)
+
+    def _why_whole(self, eqn: JaxprEqn) -> str | None:
+        """Why control flow that holds work worth offloading is not dissolved."""
+        if eqn.primitive is prims.cond_p:
+            return self._options.too_dear(eqn)
+        if eqn.primitive is prims.scan_p:
+            return f"it has {eqn.params['length']} steps, and up to {MAX_UNROLL} are unrolled"
+        if eqn.primitive is not prims.while_p:
+            return None
+        count = self._options.unroll_while
+        if count:
+            return f"these are the iterations after the first {count} (`unroll_while={count}`)"
+        return (
+            "how often it runs is secret, while a run visits the enclave a fixed number of times. "
+            "`shield(..., unroll_while=n)` sends out what the first n iterations offload, whether "
+            "they are needed or not, and keeps only those after them inside"
+        )
+
+    # How
 
     def _select(
         self, eqn: JaxprEqn, arguments: list[Any], cheap: list[bool]
     ) -> list[tuple[Any, bool]]:
         """Evaluates every branch of a `cond` and selects: branches are pure."""
         index, *operands = arguments
-        branches = [
-            self.evaluate(b.jaxpr, b.consts, operands, cheap[1:]) for b in eqn.params["branches"]
-        ]
-        if len(branches) == 1:
-            return branches[0]
+        branches = eqn.params["branches"]
+        if len(branches) == 1 or not isinstance(index, Tracer):
+            body = branches[int(index) if branches[1:] else 0]
+            with at_source_of(eqn):
+                return self.evaluate(body.jaxpr, body.consts, operands, cheap[1:])
+        self._note_reveals(eqn)
+        found = []
+        before = self._branches
+        for case, body in enumerate(branches):
+            self._branches = (*before, Branch(index, case))
+            known = [self._selections.within(x, index, case) for x in operands]
+            with at_source_of(eqn):
+                found.append(self.evaluate(body.jaxpr, body.consts, known, cheap[1:]))
+        self._branches = before
         if len(branches) == 2:
             which = index.astype(bool)
         else:
             which = lax.clamp(jnp.int32(0), index, jnp.int32(len(branches) - 1))
         results = []
-        for cases in zip(*branches, strict=True):
+        for v, cases in zip(eqn.outvars, zip(*found, strict=True), strict=True):
             values = [x for x, _ in cases]
-            same = all(x is values[0] for x in values)
-            chosen = values[0] if same else lax.select_n(which, *values)
+            chosen = values[0]
+            if any(x is not chosen for x in values):
+                values = [as_array(x, v.aval) for x in values]
+                chosen = lax.select_n(which, *values)
+                self._selections.record(chosen, index, values)
             results.append((chosen, any(c for _, c in cases)))
         return results
+
+    def _first_iterations(
+        self, eqn: JaxprEqn, arguments: list[Any], cheap: list[bool]
+    ) -> tuple[list[Any], list[bool]]:
+        """Evaluates the first iterations of a `while`, needed or not; returns what it goes on from.
+
+        Past the end the iterations go on from each other and not from the result, so that they do
+        not repeat for the host to see; only what is not finite is replaced.
+        """
+        params = eqn.params
+        split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        pairs = list(zip(arguments, cheap, strict=True))
+        asking, fixed, carry = pairs[: split[0]], pairs[split[0] : split[1]], pairs[split[1] :]
+        ahead = carry
+        going: Any = None
+        before = self._branches
+        for _ in range(self._options.unroll_while):
+            with at_source_of(eqn):
+                ((more, _),) = self._evaluate(params["cond_jaxpr"], [*asking, *ahead])
+            more = jnp.asarray(more)
+            going = more if going is None else lax.bitwise_and(going, more)
+            self._branches = (*before, Branch(going))
+            with at_source_of(eqn):
+                new = self._evaluate(params["body_jaxpr"], [*fixed, *ahead])
+            new = [(as_array(x, v.aval), c) for v, (x, c) in zip(eqn.outvars, new, strict=True)]
+            self._branches = before
+            carry = [
+                (select_where(going, x, old), c or d)
+                for (x, c), (old, d) in zip(new, carry, strict=True)
+            ]
+            ahead = [
+                (select_where(going, x, finite_or(x, old)), c or d)
+                for (x, c), (old, d) in zip(new, ahead, strict=True)
+            ]
+        pairs = [*asking, *fixed, *carry]
+        return [x for x, _ in pairs], [c for _, c in pairs]
+
+    def _evaluate(
+        self, body: ClosedJaxpr, inputs: Sequence[tuple[Any, bool]]
+    ) -> list[tuple[Any, bool]]:
+        return self.evaluate(
+            body.jaxpr, body.consts, [x for x, _ in inputs], [c for _, c in inputs]
+        )
 
     def _unroll(
         self, eqn: JaxprEqn, arguments: list[Any], cheap: list[bool]
@@ -179,12 +346,9 @@ class _Flattener:
         stacked: list[list[tuple[Any, bool]]] = []
         steps = range(length)
         for step in reversed(steps) if params["reverse"] else steps:
-            slices = [(lax.index_in_dim(x, step, keepdims=False), c) for x, c in scanned]
-            inputs = [*fixed, *carry, *slices]
+            slices = [(self._slice(x, step), c) for x, c in scanned]
             with at_source_of(eqn):
-                results = self.evaluate(
-                    body.jaxpr, body.consts, [x for x, _ in inputs], [c for _, c in inputs]
-                )
+                results = self._evaluate(body, [*fixed, *carry, *slices])
             carry, out = results[:carried], results[carried:]
             stacked.append(out)
         if params["reverse"]:
@@ -196,8 +360,17 @@ class _Flattener:
                 continue
             parts = [out[index] for out in stacked]
             joined = lax.concatenate([lax.expand_dims(x, [0]) for x, _ in parts], 0)
+            self._stacked[id(joined)] = (joined, [x for x, _ in parts])
             outputs.append((joined, any(c for _, c in parts)))
         return outputs
+
+    def _slice(self, x: Any, step: int) -> Any:
+        """An element of a stack: the very value that was stacked up, where that is known."""
+        if id(x) in self._stacked:
+            part = self._stacked[id(x)][1][step]
+            if isinstance(part, Tracer):
+                return part
+        return lax.index_in_dim(x, step, keepdims=False)
 
 
 def flatten(closed: ClosedJaxpr, options: Flattening) -> ClosedJaxpr:

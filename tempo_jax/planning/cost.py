@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from enclave_runtime.protocol.descriptions import VECTORS, block_width, unit_roundoff
+from tempo_jax.jaxprs.equations import repeated, subjaxprs
 from tempo_jax.jaxprs.primitives import dot_general_p
-from tempo_jax.jaxprs.products import description, work
-from tempo_jax.jaxprs.types import JaxprEqn
+from tempo_jax.jaxprs.products import description, is_product, work
+from tempo_jax.jaxprs.types import JaxprEqn, nbytes
 from tempo_jax.schemes import Scheme, SchemeCost
 
 
@@ -93,6 +94,34 @@ class CostModel:
         work = 2 * terms * result / max(columns, 1) * blocks * (VECTORS + 1)
         # A product with so few columns is far from the speed of a wide one.
         return 2 * work / self.dot_flops + elements * self.checking * 1e-9
+
+    def branches_too_dear(self, cond: JaxprEqn, scheme: Scheme) -> str | None:
+        """Why the branches of a `cond` should not all be computed, their products outside.
+
+        A branch inside counts as the mean of all: which is taken is not known.
+        """
+        inside, outside = [], 0.0
+        for body in subjaxprs(cond):
+            seconds = 0.0
+            for eqn, times in repeated(body):
+                if is_product(eqn):
+                    alone = self.inside(eqn)
+                    sent = self.latency + self.check_of(eqn)
+                    sent += sum(self.crossing(v.aval, scheme) for v in (*eqn.invars, *eqn.outvars))
+                    outside += times * (sent if self.worthwhile(alone, sent) else alone)
+                else:
+                    moved = sum(nbytes(v) for v in eqn.outvars)
+                    alone = moved * self.nanoseconds_per_byte * 1e-9
+                    outside += times * alone
+                seconds += times * alone
+            inside.append(seconds)
+        mean = sum(inside) / len(inside)
+        if self.worthwhile(mean, outside):
+            return None
+        return (
+            f"one of its branches takes about {mean * 1e3:.2g} ms inside, what is left there of "
+            f"all of them {outside * 1e3:.2g} ms"
+        )
 
     def worthwhile(self, inside: float, outside: float) -> bool:
         """Whether sending a product out saves the enclave enough."""

@@ -104,6 +104,7 @@ class Flat:
 
 def flatten_calls(request: Request) -> Flat:
     """Inlines calls, and dissolves control flow that holds work worth offloading."""
+    costs = request.costs
     _refuse_callbacks(request.closed.jaxpr)
     notes = [
         f"the debugging callback `{eqn.primitive.name}` at {equations.source(eqn)} is left out: "
@@ -116,10 +117,13 @@ def flatten_calls(request: Request) -> Flat:
     def worth(eqn: JaxprEqn) -> bool:
         if not (request.offload and is_product(eqn)):
             return False
-        costs = request.costs
         return costs is None or costs.inside(eqn) > costs.latency
 
-    closed = flatten.flatten(request.closed, Flattening(worth, notes))
+    def too_dear(eqn: JaxprEqn) -> str | None:
+        return None if costs is None else costs.branches_too_dear(eqn, request.scheme)
+
+    options = Flattening(worth, notes, too_dear, request.unroll_while)
+    closed = flatten.flatten(request.closed, options)
     return Flat(request, closed, tuple(notes))
 
 
@@ -184,24 +188,7 @@ def rewrite(flat: Flat) -> Rewritten:
         for eqn, count in zip(products.values(), counts, strict=bool(counts))
         if count
     }
-    notes = (*flat.notes, *_notes(closed.jaxpr))
-    return Rewritten(request, closed, costs, stays, decoys, notes)
-
-
-def _notes(jaxpr: Jaxpr) -> list[str]:
-    """What control flow that runs in the enclave whole takes with it."""
-    notes = []
-    for eqn in jaxpr.eqns:
-        inside = [e for body in equations.subjaxprs(eqn) for e in equations.equations(body)]
-        if not inside:
-            continue
-        where = f"`{eqn.primitive.name}` at {equations.source(eqn)}"
-        products = sum(map(is_product, inside))
-        if products:
-            notes.append(f"{where} runs in the enclave whole, with {products} products in its body")
-        if any(e.primitive is primitives.reveal_p for e in inside):
-            notes.append(f"`reveal` inside {where} has no effect: reveal the result outside")
-    return notes
+    return Rewritten(request, closed, costs, stays, decoys, flat.notes)
 
 
 # Place

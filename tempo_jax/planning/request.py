@@ -27,6 +27,7 @@ class Request:
       offload: whether anything is offloaded.
       workers: devices of the mesh, 1 without one.
       verify: whether the enclave checks every product that comes back.
+      unroll_while: iterations of a `while` whose products go out whether they are needed or not.
     """
 
     closed: ClosedJaxpr
@@ -38,3 +39,4 @@ class Request:
     offload: bool
     workers: int
     verify: bool = False
+    unroll_while: int = 0

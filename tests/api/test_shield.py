@@ -78,6 +78,8 @@ def test_method(enclave):
         ({"public": ("z",)}, "public names 'z', but the arguments are x, y"),
         ({"public": (2,)}, "public names 2, but the arguments are x, y"),
         ({"public": -1}, "public names -1"),
+        ({"unroll_while": 65}, "unroll_while is 65, expected an integer from 0 to 64"),
+        ({"unroll_while": True}, "unroll_while is True"),
         (
             {"mesh": jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))},
             r"mesh has the axes \('a', 'b'\), expected exactly one",

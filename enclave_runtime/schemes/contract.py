@@ -99,6 +99,11 @@ class Scheme(abc.ABC):
         return dataclasses.asdict(self)
 
     @property
+    def rounding(self) -> str:
+        """What `explain` says of the results' rounding, where it is not plain JAX's."""
+        return ""
+
+    @property
     def covers_activations(self) -> bool:
         """Whether products of two activations may go out, under keys per product."""
         return True

@@ -10,7 +10,9 @@ Unblinding takes the keys off and then what the masks added, ``M_x W̃ + X M_w``
 the others, by fast transforms. Each key is ``P S H P S H P S D H P S`` in fast form
 (`enclave_runtime.schemes.kernels.hadamard`) with D log-uniform of condition 4. With a single
 transform outside D, the Gram matrix of a blinded tensor would show which rows share a block; with
-two, every row meets every other. The scalars t hide norms.
+two, every row meets every other. The scalars t hide norms. Before all this, rows and columns get
+one range of sizes, and what is not finite is left out and computed inside
+(`enclave_runtime.schemes.equilibration`); X, W and G above are what is left to blind.
 
 Without masks (``mask_energy=0``) the scheme is what it was before it had them: decoy rows R and Q
 lie below X and G in the same places, ``X̂ = t_x A [X; R] Bᵀ``; unblinding cuts them off Ŷ and dX̂,
@@ -33,8 +35,9 @@ import numpy as np
 from enclave_runtime.crypto.encryption import refuse_pickling
 from enclave_runtime.crypto.keys import KeyStream
 from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout
-from enclave_runtime.schemes import masks
+from enclave_runtime.schemes import equilibration, masks
 from enclave_runtime.schemes.contract import Group, Scheme, SchemeCost, keyed_axes, register
+from enclave_runtime.schemes.equilibration import AxisScales, Equilibrated
 from enclave_runtime.schemes.kernels import hadamard
 from enclave_runtime.schemes.kernels.hadamard import AxisMap
 from enclave_runtime.schemes.masks import Mask, energies, plus_product, product_of
@@ -44,15 +47,17 @@ DECOY_ENERGY = 4.0  # of all decoy rows, over the signal's
 _SAMPLED_ROWS = 512  # at most so many rows of the signal give decoys its spectrum
 _BLOCK = 64  # rows and decoys together are a multiple of it
 _ROUNDS = 3  # Hadamard transforms of a key: one inside D, two outside
+_ROUNDING = 1.2e-6  # of Y in float32 without masks, at 1024³ as XLA multiplies on a CPU
 _FAINT = 2.0**-6  # of a decoy's length, in directions that the signal may not have
 _TINY = 2.0**-90  # a scalar this far from 1 would leave float32's range
 
 
 class MixingKey(NamedTuple):
-    """One axis's group element and the number of decoys along the axis."""
+    """One axis's group element, the number of decoys along the axis, and its scales."""
 
     element: AxisMap
     decoys: int
+    scales: AxisScales
 
     def __repr__(self) -> str:
         return "MixingKey(<secret>)"
@@ -64,7 +69,7 @@ class Masked(NamedTuple):
     """A tensor with a mask of full rank, for as long as products with it come back.
 
     Attributes:
-      plain: the tensor.
+      plain: the tensor, as it was masked.
       masked: the tensor with its mask.
       mask: the mask.
       rows: the key class of the axis before the last.
@@ -86,19 +91,19 @@ class TensorSecret(NamedTuple):
 
     Attributes:
       scalars: the tensor's, (1,) or one for each leading index.
-      energy: sums of squares, (…, 1, 1), which may be 0 or not finite.
+      rows: the key class of the axis before the last.
+      tensor: the tensor itself and with its scales; None when it has been let go.
       decoys: its decoy rows, if any.
       masked: the tensor and its mask of full rank, if it has one.
-      plain: the tensor itself, if it has decoys; needed where the other operand has a mask.
       trade: by the key class of its axis, each of the two factors of the mask that trades
         directions.
     """
 
     scalars: np.ndarray
-    energy: np.ndarray
+    rows: int | None = None
+    tensor: Equilibrated | None = None
     decoys: np.ndarray | None = None
     masked: Masked | None = None
-    plain: np.ndarray | None = None
     trade: Mapping[int, np.ndarray] | None = None
 
     def __repr__(self) -> str:
@@ -127,7 +132,9 @@ class Mixing(Scheme):
     1.3e-5 in float32, 0.5 % in float16 and 4 % in bfloat16, and twice the enclave's work. Without
     them (``Mixing(decoy_rows=32, mask_energy=0)``, the default of earlier versions) errors are 5,
     2.8 and 2.8 times plain JAX's, ranks are exact, and a host that has the weights names the
-    sequence or batch it saw (S11 to S13 of the suite).
+    sequence or batch it saw (S11 to S13 of the suite). Rows and columns of any scale keep their
+    digits: powers of two even them out before the blinding, and rows and columns that are far out
+    after that, or not finite, are computed inside, which the host may tell from the time.
 
     Attributes:
       condition: bound on each key's condition number, at least 1.
@@ -175,6 +182,14 @@ class Mixing(Scheme):
         return 0
 
     @property
+    def rounding(self) -> str:
+        """About how far a product is off in float32, for spread scales as for even ones."""
+        return (
+            f"a float32 product is off by about {_ROUNDING * (1 + self.mask_energy):.1e} of the "
+            "size of its rows and columns, whatever their scales"
+        )
+
+    @property
     def covers_activations(self) -> bool:
         """With masks of full rank alone: a sequence's spectrum names it."""
         return self.mask_energy > 0
@@ -211,7 +226,7 @@ class Mixing(Scheme):
             copies=key_class.copies,
             rounds=_ROUNDS,
         )
-        return MixingKey(element, key_class.decoys)
+        return MixingKey(element, key_class.decoys, AxisScales(key_class.copies))
 
     def blind(
         self,
@@ -222,30 +237,34 @@ class Mixing(Scheme):
         stream: Callable[[], KeyStream],
     ) -> TensorSecret:
         """Blinds a float matrix or batch of matrices; decoys lie along the axis before the last."""
-        x = plain = to_mixable(plain)
+        tensor = equilibration.equilibrate(to_mixable(plain), *_scales(layout, keys))
+        x = tensor.scaled
         draws = stream()
         maps, count = {}, 0
         for axis, number, parity in keyed_axes(layout):
-            element, decoys = keys[number]
+            element = keys[number].element
             maps[axis] = element if parity else element.inverse_transpose()
-            count = max(count, decoys)
+            count = max(count, keys[number].decoys)
         energy = energies(x)
-        finite = bool(np.isfinite(energy).all())
-        # Nothing, and what is not finite, is no basis for a scale; it is hidden all the same.
-        size = np.where(np.isfinite(energy) & (energy > 0), energy, 1.0)
+        # Nothing is no basis for a scale; it is hidden all the same.
+        size = np.where(energy > 0, energy, 1.0)
         decoys, trade, covered = None, None, None
-        if self.mask_energy and finite:
+        rows = layout.classes[-2]
+        assert rows is not None, "operands of products have keys on both axes"
+        if self.mask_energy:
             x, mask = masks.cover(x, self.mask_energy, self.traded, draws)
-            rows = layout.classes[-2]
-            assert rows is not None, "operands of products have keys on both axes"
-            covered = Masked(plain, x, mask, rows)
+            covered = Masked(tensor.scaled, x, mask, rows)
         if count:
-            decoys = _decoy_rows(plain, count, float(size.sum()), draws)
-        elif self.decoy_rows and not self.mask_energy and finite:
+            decoys = _decoy_rows(tensor.scaled, count, float(size.sum()), draws)
+        elif self.decoy_rows and not self.mask_energy:
             trade = self._trade(x, layout, size, draws)
             if trade is not None:
                 first, second = trade.values()
                 x = plus_product(x, first, second.swapaxes(-1, -2))
+        if covered is None and decoys is None and trade is None and not energy.all():
+            # It would arrive as nothing; its products are set to zeros or computed inside.
+            noise = draws.normal(x.size, x.dtype).reshape(x.shape)
+            x = np.where(energy > 0, x, noise)
         last = x.ndim - 1
         total = (energies(x) if covered is not None else size) + size * DECOY_ENERGY * bool(count)
         if maps[last].copies == 1:
@@ -255,8 +274,7 @@ class Mixing(Scheme):
         scalars = 4 ** (draws.uniform(total.size) - 0.5) / mean
         maps[last] = maps[last].scaled(scalars)
         mix_into(out, x, maps, decoys)
-        kept = plain if count and covered is None else None
-        return TensorSecret(scalars, energy, decoys, covered, kept, trade)
+        return TensorSecret(scalars, rows, tensor, decoys, covered, trade)
 
     def _trade(
         self, w: np.ndarray, layout: Layout, energy: np.ndarray, stream: KeyStream
@@ -305,10 +323,11 @@ class Mixing(Scheme):
         left, right = operands
         maps, keep = {}, None
         for axis, number, parity in keyed_axes(layout):
-            element, decoys = keys[number]
+            element, decoys = keys[number].element, keys[number].decoys
             maps[axis] = element.inverse() if parity else element.transpose()
             if decoys:
                 keep = blinded.shape[axis] - decoys
+        assert left.tensor is not None and right.tensor is not None, "let go before the last use"
         last = blinded.ndim - 1
         maps[last] = maps[last].scaled(1 / (left.scalars * right.scalars))
         plain = hadamard.unmix(to_mixable(blinded), maps, keep=keep)
@@ -317,24 +336,36 @@ class Mixing(Scheme):
         if left.masked is not None and right.masked is not None:
             plain = _uncover(plain, left.masked, right.masked, layout)
         elif right.trade is not None:
-            assert left.plain is not None, "an operand was let go before its last use"
             # W's axes are the result's columns and what was summed over.
             outer = next(f for c, f in right.trade.items() if c == layout.classes[last])
             inner = next(f for c, f in right.trade.items() if c != layout.classes[last])
-            plain = plus_product(plain, -product_of(left.plain, inner), outer.swapaxes(-1, -2))
-        zero = (left.energy * right.energy == 0) & np.isfinite(left.energy + right.energy)
-        if zero.any():
-            # Rounding would leave noise of the masks' size, which optimizers scale up.
-            plain = np.where(zero, np.zeros((), plain.dtype), plain)
+            plain = plus_product(
+                plain, -product_of(left.tensor.scaled, inner), outer.swapaxes(-1, -2)
+            )
+        plain = equilibration.unscale(plain, *_scales(layout, keys))
+        first, second = left.tensor, right.tensor
+        if left.rows != layout.classes[-2]:
+            first = first.transposed
+        if right.rows == layout.classes[-1]:
+            second = second.transposed
+        plain = equilibration.complete(plain, first, second)
         return jnp.asarray(rounded(plain, blinded.dtype))
 
     def let_go(self, secret: TensorSecret) -> TensorSecret:
         """Without its arrays: the products with it have all come back."""
-        return TensorSecret(secret.scalars, secret.energy)
+        return TensorSecret(secret.scalars)
 
     def warm_up(self, array: ArrayType, layout: Layout, classes: tuple[KeyClass, ...]) -> None:
         """Compiles the kernels; they do not depend on shapes."""
         hadamard.warm_up()
+
+
+def _scales(
+    layout: Layout, keys: Mapping[int, MixingKey]
+) -> tuple[tuple[AxisScales, AxisScales], tuple[int, int]]:
+    """The scales of a layout's last two axes, and the axes' parities."""
+    (_, first, parity), (_, second, other) = list(keyed_axes(layout))[-2:]
+    return (keys[first].scales, keys[second].scales), (parity, other)
 
 
 def _uncover(product: np.ndarray, left: Masked, right: Masked, layout: Layout) -> np.ndarray:

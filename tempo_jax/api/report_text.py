@@ -30,6 +30,8 @@ def as_text(figures: Figures) -> str:
     lines.append(f"{figures.name} under {request.scheme.name}")
     if request.offload:
         lines.append(f"  the host learns {request.scheme.host_learns}")
+        if request.scheme.rounding:
+            lines.append(f"  {request.scheme.rounding}")
     lines += [
         *_products(figures),
         *_verification(figures),

@@ -320,7 +320,7 @@ ARRAY = ArrayType((5,), "float64")
         SIGNED,
         Tempo().draw(KeyClass(5), KeyStream(KEY)),
         Mixing().draw(KeyClass(128), KeyStream(KEY)),
-        TensorSecret(np.ones(1), np.ones((1, 1))),
+        TensorSecret(np.ones(1)),
         Resident(ARRAY, jnp.arange(5.0), TAG),
         Blinded(
             *(ARRAY, TAG, SignedPermutation(), Layout((0,), (1,))),

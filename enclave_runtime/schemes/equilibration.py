@@ -25,9 +25,11 @@ from typing import NamedTuple
 import numpy as np
 
 from enclave_runtime.crypto.encryption import refuse_pickling
+from enclave_runtime.schemes.kernels import hadamard
 
 LEAST_SCALE = 2  # binary orders of magnitude; sizes closer to the usual one are left alone
 LARGEST_SCALE = 60  # those of two axes together stay within float32's range
+SAFE_SCALE = 20  # orders by which usual numbers may go up and down again in float32
 REMOVED = 5  # binary orders of magnitude above the usual size, and more
 SWEEPS = 4  # over rows and columns; after one, a row has the size of what may have been one element
 FAINT = 3  # binary orders of magnitude below the root mean square, and more
@@ -99,6 +101,7 @@ class Equilibrated(NamedTuple):
         return Equilibrated(plain, scaled, self.columns, self.rows)
 
 
+@np.errstate(all="ignore")
 def equilibrate(
     x: np.ndarray, scales: tuple[AxisScales, AxisScales], parities: tuple[int, int]
 ) -> Equilibrated:
@@ -109,19 +112,20 @@ def equilibrate(
       scales: of its last two axes; chosen here where they are not yet.
       parities: 1 where the axis is under the key, 0 where it is under its inverse transpose.
     """
-    plain = x
-    sizes = _sizes(x)
+    plain, sizes = x, _sizes(x)
     removed, zero = ~np.isfinite(sizes), sizes == 0
     if removed.any():
         x = np.where(removed[..., None], x.dtype.type(0), x)
-    sizes = np.where(removed, 0, sizes)
-    x, across = _scaled(x, sizes, scales, parities)
-    sizes = sizes if x is plain else _sizes(x)
+        sizes = np.where(removed, 0, sizes)
+    across = _choose(x, sizes, scales, parities)
+    scaled = _times(x, scales, parities)
+    if scaled is not x:
+        x, sizes, across = scaled, _sizes(scaled), None
     far = _far(sizes)
     if far.any():
         removed |= far
-        x = np.where(far[..., None], x.dtype.type(0), x)
-    if far.any() or across is None:
+        x, across = np.where(far[..., None], x.dtype.type(0), x), None
+    if across is None:
         across = _sizes(x.swapaxes(-1, -2))
     far_across = _far(across)
     if far_across.any():
@@ -129,25 +133,26 @@ def equilibrate(
     faint = _faint(np.where(far, 0, sizes))
     faint_across = _faint(np.where(far_across, 0, across))
     # What a scale took below the smallest number is faint, and not nothing.
+    faint |= (sizes == 0) & ~zero
     zero_across = across == 0
     if zero_across.any() and x is not plain:
-        zero_across &= ~(plain.astype(bool) & ~removed[..., None]).any(-2)
-        faint_across |= (across == 0) & ~zero_across
-    faint |= (sizes == 0) & ~zero
+        something = (plain.astype(bool) & ~removed[..., None]).any(-2)
+        faint_across |= zero_across & something
+        zero_across &= ~something
     return Equilibrated(
         plain, x, Lines(removed, faint, zero), Lines(far_across, faint_across, zero_across)
     )
 
 
+@np.errstate(all="ignore")
 def unscale(
     product: np.ndarray, scales: tuple[AxisScales, AxisScales], parities: tuple[int, int]
 ) -> np.ndarray:
     """Takes the scales off a product (…, m, p); inverse to what they are to an operand."""
-    for axis in (0, 1):
-        product = _along(product, axis, _factors(scales[axis], 1 - parities[axis]))
-    return product
+    return _times(product, scales, (1 - parities[0], 1 - parities[1]))
 
 
+@np.errstate(all="ignore")
 def complete(product: np.ndarray, left: Equilibrated, right: Equilibrated) -> np.ndarray:
     """Makes a product whole: adds what was removed, computes what was faint, and sets zeros.
 
@@ -159,38 +164,48 @@ def complete(product: np.ndarray, left: Equilibrated, right: Equilibrated) -> np
     rows = left.rows.removed | left.rows.faint
     columns = right.columns.removed | right.columns.faint
     between = left.columns.removed | right.rows.removed
-    zeros = left.rows.zero[..., :, None] | right.columns.zero[..., None, :]
-    if zeros.any():
+    if left.rows.zero.any() or right.columns.zero.any():
         # Rounding would leave noise of the masks' size, which optimizers scale up.
+        zeros = left.rows.zero[..., :, None] | right.columns.zero[..., None, :]
         product = np.where(zeros, product.dtype.type(0), product)
-    inside = [(lines.mean(-1)).max(initial=0) for lines in (rows, columns, between)]
-    if not any(inside):
+    if not (rows.any() or columns.any() or between.any()):
         return product
-    a, b = left.plain, right.plain
-    with np.errstate(all="ignore"):
-        if sum(inside) >= 1:
-            return np.matmul(a, b)
-        product = product.copy()
-        for index in np.ndindex(*product.shape[:-2]):
-            r, c, n = rows[index], columns[index], between[index]
-            if n.any():
-                product[index] += a[index][:, n] @ b[index][n]
-            if r.any():
-                product[index][r] = a[index][r] @ b[index]
-            if c.any():
-                product[index][:, c] = a[index] @ b[index][:, c]
+    product = product.copy()
+    for index in np.ndindex(*product.shape[:-2]):
+        a, b, out = left.plain[index], right.plain[index], product[index]
+        r, c, n = rows[index], columns[index], between[index]
+        if r.mean() + c.mean() + n.mean() >= 1:
+            out[:] = _product(a, b)
+            continue
+        if n.any():
+            out += _product(a[:, n], b[n])
+        if r.any():
+            out[r] = _product(a[r], b)
+        if c.any():
+            out[:, c] = _product(a, b[:, c])
     return product
+
+
+def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """``left @ right`` of matrices, with no word on values: the host reads the enclave's log."""
+    out = np.empty((len(left), right.shape[1]), left.dtype)
+
+    def run(start: int, stop: int) -> None:
+        with np.errstate(all="ignore"):
+            np.matmul(left[start:stop], right, out=out[start:stop])
+
+    hadamard.in_parallel(run, len(left), left.size + right.size)
+    return out
 
 
 def _sizes(x: np.ndarray) -> np.ndarray:
     """The lengths of rows, float64 (…, m); not finite where a row's elements are not."""
-    with np.errstate(all="ignore"):
-        sums = np.einsum("...ij,...ij->...i", x, x).astype(np.float64)
-        # Squares of float32 may have overflowed, or lost digits.
-        unsure = ~((sums > 1e-25) & (sums < np.inf))
-        if unsure.any():
-            few = x[unsure].astype(np.float64)
-            sums[unsure] = np.einsum("ij,ij->i", few, few)
+    sums = np.einsum("...ij,...ij->...i", x, x).astype(np.float64)
+    # Squares of float32 may have overflowed, or lost digits.
+    unsure = ~((sums > 1e-25) & (sums < np.inf))
+    if unsure.any():
+        few = x[unsure].astype(np.float64)
+        sums[unsure] = np.einsum("ij,ij->i", few, few)
     return np.sqrt(sums)
 
 
@@ -202,44 +217,43 @@ def _usual(sizes: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(median), median, 0)
 
 
-def _scaled(
+def _choose(
     x: np.ndarray,
     sizes: np.ndarray,
     scales: tuple[AxisScales, AxisScales],
     parities: tuple[int, int],
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """A tensor of these lengths of rows with its scales, and its columns' lengths if known."""
-    plain, free = x, [at.exponents is None for at in scales]
-    for axis in (0, 1):
-        if not free[axis]:
-            x = _along(x, axis, _factors(scales[axis], parities[axis]))
-    orders = [
-        np.zeros((at.copies, n), np.int64) for at, n in zip(scales, x.shape[-2:], strict=True)
-    ]
-    lengths: list[np.ndarray | None] = [sizes if all(free) else None, None]
+) -> np.ndarray | None:
+    """Chooses the scales that are not yet, from x and the lengths of its rows.
+
+    Returns:
+      The lengths of x's columns, if they came out on the way.
+    """
+    free = [axis for axis in (0, 1) if scales[axis].exponents is None]
+    if not free:
+        return None
+    plain = x
+    if len(free) == 1:
+        x = _along(x, 1 - free[0], _factors(scales[1 - free[0]], parities[1 - free[0]]))
+    orders = {axis: np.zeros((scales[axis].copies, x.shape[axis - 2]), np.int64) for axis in free}
+    lengths: list[np.ndarray | None] = [sizes if x is plain else None, None]
     for _ in range(SWEEPS):
-        before = x
-        for axis in (0, 1):
-            if free[axis]:
-                found = lengths[axis]
-                if found is None:
-                    found = _sizes(x.swapaxes(-1, -2) if axis else x)
-                more = _orders(found, scales[axis].copies)
-                total = np.clip(orders[axis] + more, -LARGEST_SCALE, LARGEST_SCALE)
-                more, orders[axis] = total - orders[axis], total
-                x, lengths = _along(x, axis, np.ldexp(1.0, -more)), [None, None]
-                lengths[axis] = None if more.any() else found
-        if x is before:
+        changed = False
+        for axis in free:
+            found = lengths[axis]
+            if found is None:
+                found = lengths[axis] = _sizes(x.swapaxes(-1, -2) if axis else x)
+            more = _orders(found, scales[axis].copies)
+            total = np.clip(orders[axis] + more, -LARGEST_SCALE, LARGEST_SCALE)
+            more, orders[axis] = total - orders[axis], total
+            if more.any():
+                changed, lengths[0], lengths[1] = True, None, None
+                out = None if x is plain else x
+                x = _along(x, axis, np.ldexp(1.0, -more), out)
+        if not changed:
             break
-    for axis in (0, 1):
-        if free[axis]:
-            scales[axis].exponents = -orders[axis] if parities[axis] else orders[axis]
-    if any(free) and x is not plain:
-        # In the order of a repeat, whose bits must be the same where numbers end.
-        x = plain
-        for axis in (0, 1):
-            x = _along(x, axis, _factors(scales[axis], parities[axis]))
-    return x, lengths[1]
+    for axis in free:
+        scales[axis].exponents = -orders[axis] if parities[axis] else orders[axis]
+    return lengths[1] if x is plain else None
 
 
 def _orders(sizes: np.ndarray, copies: int) -> np.ndarray:
@@ -260,13 +274,32 @@ def _factors(scales: AxisScales, parity: int) -> np.ndarray:
     return np.ldexp(1.0, scales.exponents if parity else -scales.exponents)
 
 
-def _along(x: np.ndarray, axis: int, factors: np.ndarray) -> np.ndarray:
+def _times(
+    x: np.ndarray, scales: tuple[AxisScales, AxisScales], parities: tuple[int, int]
+) -> np.ndarray:
+    """A tensor with the scales of both axes, in an array of its own; itself if all are 1."""
+    rows, columns = (_factors(scales[axis], parities[axis]) for axis in (0, 1))
+    # What goes up by one axis may come down by the other, and must not leave the range meanwhile.
+    wide = x if min(map(_spread, (rows, columns))) <= SAFE_SCALE else x.astype(np.float64)
+    by_rows = _along(wide, 0, rows)
+    by_both = _along(by_rows, 1, columns, None if by_rows is x else by_rows)
+    return by_both.astype(x.dtype, copy=False)
+
+
+def _spread(factors: np.ndarray) -> float:
+    """The largest binary order of magnitude, up or down."""
+    return float(np.abs(np.log2(factors)).max(initial=0))
+
+
+def _along(
+    x: np.ndarray, axis: int, factors: np.ndarray, out: np.ndarray | None = None
+) -> np.ndarray:
     """Times factors (copies, size) of the rows of x, axis 0, or columns; x itself if all are 1."""
     if (factors == 1).all():
         return x
     factors = factors if x.ndim > 2 else factors[0]
-    with np.errstate(all="ignore"):
-        return x * np.expand_dims(factors, -2 if axis else -1).astype(x.dtype)
+    factors = np.expand_dims(factors, -2 if axis else -1).astype(x.dtype)
+    return np.multiply(x, factors, out=out)
 
 
 def _far(sizes: np.ndarray) -> np.ndarray:

@@ -161,8 +161,9 @@ class Mixing(Scheme):
     least_side: ClassVar[int] = 64
     first_layer_share: ClassVar[float] = 0.05
     host_learns: ClassVar[str] = (
-        "shapes; weights, inputs and labels are protected heuristically, as far as the published "
-        "attack suite tells, and less where the masks of full rank are turned off"
+        "shapes, and from the time that so much of a product was computed inside, because it was "
+        "not finite or far out; weights, inputs and labels are protected heuristically, as far as "
+        "the published attack suite tells, and less where the masks of full rank are turned off"
     )
 
     def __post_init__(self) -> None:
@@ -183,10 +184,11 @@ class Mixing(Scheme):
 
     @property
     def rounding(self) -> str:
-        """About how far a product is off in float32, for spread scales as for even ones."""
+        """About how far a product is off in float32, for even scales and for spread ones."""
+        off = _ROUNDING * (1 + self.mask_energy)
         return (
-            f"a float32 product is off by about {_ROUNDING * (1 + self.mask_energy):.1e} of the "
-            "size of its rows and columns, whatever their scales"
+            f"each row and column of a float32 product is off by about {off:.1e} of its own size "
+            f"where scales are even, and by at most {10 * off:.1e} whatever they are"
         )
 
     @property

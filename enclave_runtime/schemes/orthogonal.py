@@ -62,6 +62,14 @@ class Orthogonal(Scheme):
             raise ValueError("Orthogonal: budget is the number of steps, an int of at least 1")
 
     @property
+    def rounding(self) -> str:
+        """What mixing without scales does to rows and columns of different sizes."""
+        return (
+            "each row and column is off by about 1e-6 of the largest in float32, whatever its own "
+            "size, and one that is not finite spoils the others: even out scales, or use Mixing"
+        )
+
+    @property
     def key_budget(self) -> int | None:
         """The budget."""
         return self.budget

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tempo_jax as tempo
@@ -106,24 +106,39 @@ def scales(rng: np.random.Generator, size: int, kind: str) -> np.ndarray:
     return 10.0 ** rng.uniform(-8, 8, size)
 
 
-KINDS = st.sampled_from(["even", "one", "all"])
+KINDS = st.tuples(*[st.sampled_from(["even", "one", "all"])] * 6)
+FITTING = st.sampled_from(["all", "inner", "none"])
 
 
 @SCHEMES
-@given(seed=st.integers(0, 2**32 - 1), rows=KINDS, inner=KINDS, columns=KINDS, others=st.booleans())
-def test_scales_cost_no_digits(scheme, seed, rows, inner, columns, others):
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**32 - 1), kinds=KINDS, fitting=FITTING)
+def test_scales_cost_no_digits(scheme, seed, kinds, fitting):
     """Errors of all three products stay within 10 times those at even scales, line by line."""
     x, w, g = operands(seed)
     even = all_off(family(scheme, x, w, g)[0], x, w, g)
     rng = np.random.default_rng(seed)
-    a, b, c = (scales(rng, n, k) for n, k in ((ROWS, rows), (INNER, inner), (COLUMNS, columns)))
-    d = scales(rng, ROWS, rows) if others else 1 / a
+    sizes = (ROWS, INNER, INNER, COLUMNS, ROWS, COLUMNS)
+    a, b, c, d, e, f = (scales(rng, n, kind) for n, kind in zip(sizes, kinds, strict=True))
+    if fitting != "none":
+        c = 1 / b
+    if fitting == "all":
+        e, f = 1 / a, 1 / d
     x = (x * a[:, None] * b).astype(np.float32)
-    w = (w / b[:, None] * c).astype(np.float32)
-    g = (g * d[:, None] / c).astype(np.float32)
+    w = (w * c[:, None] * d).astype(np.float32)
+    g = (g * e[:, None] * f).astype(np.float32)
     spread = all_off(family(scheme, x, w, g)[0], x, w, g)
     for name, error in spread.items():
         assert error < 10 * even[name], name
+
+
+@pytest.mark.parametrize(("scheme", "times"), [(MASKS, 45), (DECOYS, 25), (BARE, 5)])
+def test_even_scales_round_as_stated(scheme, times):
+    """What the test above compares with, over plain's; dW is the largest with decoys."""
+    x, w, g = operands(0)
+    plain = all_off(products(x, w, g, wide=False), x, w, g)
+    for name, error in all_off(family(scheme, x, w, g)[0], x, w, g).items():
+        assert error < times * plain[name], name
 
 
 @SCHEMES
@@ -146,22 +161,6 @@ def test_without_scales_one_large_row_costs_digits(monkeypatch):
     even = off(family(BARE, x, w, g)[0]["y"], x, w)
     x[5] *= 1e6
     assert off(family(BARE, x, w, g)[0]["y"], x, w) > 100 * even
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_scales_of_nothing_in_particular(seed):
-    """Neither operand's scales fit the other's."""
-    rng = np.random.default_rng(seed)
-    wild = [
-        (v * 10 ** rng.uniform(-4, 4, (len(v), 1)) * 10 ** rng.uniform(-4, 4, v.shape[1])).astype(
-            np.float32
-        )
-        for v in operands(seed)
-    ]
-    x, w, g = operands(seed)
-    even = all_off(family(MASKS, x, w, g)[0], x, w, g)
-    for name, error in all_off(family(MASKS, *wild)[0], *wild).items():
-        assert error < 10 * even[name], name
 
 
 def test_float64_keeps_its_digits():
@@ -255,7 +254,7 @@ def test_even_tensors_are_not_copied():
     assert equilibrate(x, (AxisScales(1), AxisScales(1)), (1, 1)).scaled is x
 
 
-def users_program() -> None:
+def outliers_features_and_masks() -> None:
     """The issue's programs: an outlier, unscaled features, and a mask over what is not finite."""
     enclave = tempo.Enclave.launch()
     x, w, _ = operands(8)
@@ -280,16 +279,46 @@ def users_program() -> None:
         found = float(enclave.open(shielded(w, masked, mask)))
     assert abs(found - float(loss(w, masked, mask))) < 1e-4
     assert view.products and all(np.isfinite(np.asarray(seen)).all() for seen in view.arrays())
-    step = tempo.shield(
-        jax.value_and_grad(lambda w, x: jnp.tanh(x @ w).sum()),
-        enclave=enclave,
-        offload="all",
-        donate=False,
-    )
-    value, gradient = enclave.open(step(w, masked))
-    assert np.isnan(value) and np.isnan(gradient).all()
-    assert "whatever their scales" in str(step.explain(w, x))
+    said = str(multiply.explain(x, w))
+    assert "whatever they are" in said and "computed inside, because it was not finite" in said
+
+
+def forward_and_backward() -> None:
+    """NaN and infinity are where plain JAX has them, in results and in gradients."""
+    enclave = tempo.Enclave.launch()
+
+    def loss(params: Any, x: Any, mask: Any) -> Any:
+        hidden = jnp.where(mask[:, None], jnp.tanh(x @ params["first"]), 0)
+        out = hidden @ params["second"]
+        return jnp.where(jnp.isfinite(out), out, 0).sum(), out
+
+    step = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    shielded = tempo.shield(step, enclave=enclave, offload="all", donate=False)
+    rng = np.random.default_rng(9)
+    plain_x = rng.normal(size=(512, 128)).astype(np.float32)
+    plain = {
+        name: (rng.normal(size=size) / 12).astype(np.float32)
+        for name, size in (("first", (128, 256)), ("second", (256, 96)))
+    }
+    for broken in ("input", "first", "second", "all"):
+        x, params = plain_x.copy(), {name: w.copy() for name, w in plain.items()}
+        mask = np.ones(len(x), bool)
+        if broken in ("input", "all"):
+            x[100:130], x[140, 7] = np.nan, np.inf
+            mask[100:130] = False
+        if broken in ("first", "second"):
+            params[broken][5, 9], params[broken][6, 11] = np.nan, -np.inf
+        if broken == "all":
+            params["second"][:] = np.nan
+        found = enclave.open(shielded(params, x, mask))
+        for a, b in zip(
+            jax.tree.leaves(found), jax.tree.leaves(step(params, x, mask)), strict=True
+        ):
+            a, b = np.asarray(a), np.asarray(b)
+            finite = np.isfinite(b)
+            np.testing.assert_array_equal(a[~finite], b[~finite])
+            np.testing.assert_allclose(a[finite], b[finite], rtol=1e-3, atol=3e-3)
 
 
 def test_users_programs():
-    run_fresh(users_program)
+    run_fresh(outliers_features_and_masks, forward_and_backward)

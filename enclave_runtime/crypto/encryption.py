@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 SECRET_BYTES = 32
 NONCE_BYTES = 12
 OVERHEAD_BYTES = NONCE_BYTES + 16  # nonce in front, tag behind
+PART_BYTES = 1 << 30  # AES-GCM takes 2**31 - 1 bytes a call
 
 
 class DecryptionError(Exception):
@@ -65,13 +66,13 @@ def session_keys(secret: bytes) -> SessionKeys:
     )
 
 
-def encrypt_bytes(key: bytes, plain: bytes | memoryview, context: bytes) -> bytes:
+def encrypt_bytes(key: bytes, plain: bytes | memoryview, context: bytes | memoryview) -> bytes:
     """Nonce ‖ AES-256-GCM ciphertext ‖ tag, bound to `context`."""
     nonce = os.urandom(NONCE_BYTES)
     return nonce + AESGCM(key).encrypt(nonce, plain, context)
 
 
-def decrypt_bytes(key: bytes, encrypted: bytes | memoryview, context: bytes) -> bytes:
+def decrypt_bytes(key: bytes, encrypted: bytes | memoryview, context: bytes | memoryview) -> bytes:
     """Inverse of `encrypt_bytes`.
 
     Raises:
@@ -128,3 +129,31 @@ def decrypt_array(
     context = array_context(session, shape, dtype, bound_to)
     plain = decrypt_bytes(key, np.ascontiguousarray(encrypted).data, context)
     return np.frombuffer(plain, dtype).reshape(shape)
+
+
+def authenticate(key: bytes, content: np.ndarray, part_bytes: int = PART_BYTES) -> list[bytes]:
+    """Tags by which an array's bytes are known again: AES-GCM of nothing, with them as context.
+
+    That is GMAC (NIST SP 800-38D), four times as fast as a hash; one tag for each `part_bytes`.
+    """
+    return [encrypt_bytes(key, b"", part) for part in _parts(content, part_bytes)]
+
+
+def check_authentic(
+    key: bytes, content: np.ndarray, tags: list[bytes], part_bytes: int = PART_BYTES
+) -> None:
+    """Checks that an array has the very bytes that `authenticate` saw.
+
+    Raises:
+      DecryptionError: it has others.
+    """
+    parts = _parts(content, part_bytes)
+    if len(parts) != len(tags):
+        raise DecryptionError("another number of parts than was authenticated")
+    for part, tag in zip(parts, tags, strict=True):
+        decrypt_bytes(key, tag, part)
+
+
+def _parts(content: np.ndarray, part_bytes: int) -> list[memoryview]:
+    flat = np.ascontiguousarray(content).reshape(-1).view(np.uint8).data
+    return [flat[at : at + part_bytes] for at in range(0, max(len(flat), 1), part_bytes)]

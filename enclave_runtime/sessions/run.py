@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from enclave_runtime.crypto.encryption import DecryptionError, authenticate, check_authentic
 from enclave_runtime.crypto.keys import KeySchedule, KeyStream
 from enclave_runtime.execution.executor import Executables
 from enclave_runtime.protocol.memory import Arena
@@ -147,7 +148,9 @@ class Run:
         self._next = 0
         self._executing = False
         self._arrived: set[int] = set()
-        self._last_uploads: list[jax.Array] = []
+        # Tags of what the last segment was brought.
+        self._brought: list[list[bytes]] = []
+        self._repeat_key = schedule.stream("repeat", number).words(4).tobytes()
         self._doomed: list[int] = []
         self._failure: BaseException | None = None
         self._condition = threading.Condition()
@@ -208,10 +211,15 @@ class Run:
             self._follower.keep(crossing, own)
         self.blindings += 1
 
-    def _receive(self, crossing: Crossing) -> jax.Array:
-        """Reads a value from the arena into private memory."""
+    def _private(self, crossing: Crossing) -> np.ndarray:
+        """What lies in the arena for a crossing."""
         # The host may change shared memory while it is being used, and afterwards.
-        own = private_copy(self.arena.view(crossing.blinded, crossing.offset))
+        return private_copy(self.arena.view(crossing.blinded, crossing.offset))
+
+    def _receive(self, crossing: Crossing) -> jax.Array:
+        """Takes in a value that the host brings."""
+        own = self._private(crossing)
+        self._brought.append(authenticate(self._repeat_key, own))
         if not crossing.layout.keyed:
             return jnp.asarray(own)
         operands = None
@@ -326,9 +334,6 @@ class Run:
         if self._failure is not None:
             raise RunError("the run has failed or was aborted") from self._failure
 
-    def _uploads(self, index: int) -> list[jax.Array]:
-        return [self._receive(c) for c in self.program.segments[index].uploads]
-
     def _execute(self, index: int, timed: bool) -> tuple[float, float, float]:
         start = time.perf_counter()
         segment = self.program.segments[index]
@@ -342,13 +347,12 @@ class Run:
         for value, last in self._last_uses.items():
             if last == index - 1 and value in self._tensors:  # what was sent, not a leaf
                 self._tensors[value] = self._scheme.let_go(self._tensors[value])
-        self._last_uploads = self._uploads(index)
-        self._values.update(
-            zip((c.value for c in segment.uploads), self._last_uploads, strict=True)
-        )
+        self._brought = []
+        uploads = [self._receive(crossing) for crossing in segment.uploads]
+        self._values.update(zip((c.value for c in segment.uploads), uploads, strict=True))
         self._raise_failure()  # an abort is heard between the steps
         if timed:
-            jax.block_until_ready(self._last_uploads)
+            jax.block_until_ready(uploads)
         unblinded = time.perf_counter()
         inputs = [self._values[v] for v in segment.inputs]
         outputs = self._executables.run(segment.executable, inputs)
@@ -361,17 +365,22 @@ class Run:
             self._send(crossing)
         if self._follower is not None and index == len(self.program.segments) - 1:
             self._follower.advance()
-        jax.block_until_ready(self._last_uploads)  # unblinding is this segment's work
+        jax.block_until_ready(uploads)  # unblinding is this segment's work
         self._doomed = [v for v in segment.dead if v in self._values]
         end = time.perf_counter()
         self.busy_seconds += end - start
         return unblinded - start, computed - unblinded, end - computed
 
     def _repeat(self, index: int) -> None:
-        for old, new in zip(self._last_uploads, self._uploads(index), strict=True):
-            if np.asarray(old).tobytes() != np.asarray(new).tobytes():
-                raise RunError(f"segment {index} was asked for again with other bytes")
-        for crossing in self.program.segments[index].downloads:
+        segment = self.program.segments[index]
+        for crossing, tags in zip(segment.uploads, self._brought, strict=True):
+            # As they came: values would not tell bytes apart where a product is set to zeros or
+            # computed inside, whatever was brought.
+            try:
+                check_authentic(self._repeat_key, self._private(crossing), tags)
+            except DecryptionError as error:
+                raise RunError(f"segment {index} was asked for again with other bytes") from error
+        for crossing in segment.downloads:
             self._send(crossing)
 
     def commit(self, store: Store) -> list[str]:

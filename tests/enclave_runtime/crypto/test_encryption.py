@@ -144,6 +144,30 @@ def test_array_in_foreign_byte_order_is_not_opened_as_native():
     np.testing.assert_array_equal(opened, PLAIN)
 
 
+# Bytes that are known again
+
+
+@pytest.mark.parametrize("part_bytes", [1, 7, 24, encryption.PART_BYTES])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_same_bytes_are_authentic_and_others_are_not(shape, part_bytes):
+    content = random_array(2, shape, np.dtype("float32"))
+    tags = encryption.authenticate(KEY, content, part_bytes)
+    encryption.check_authentic(KEY, content.copy(), tags, part_bytes)
+    for position in range(content.nbytes):
+        altered = content.copy().reshape(-1)
+        altered.view(np.uint8)[position] ^= 1 << position % 8
+        with pytest.raises(DecryptionError):
+            encryption.check_authentic(KEY, altered.reshape(shape), tags, part_bytes)
+
+
+def test_authentic_bytes_are_so_in_their_order_and_number():
+    content = np.arange(64, dtype=np.uint8)
+    tags = encryption.authenticate(KEY, content, 32)
+    for other in (np.roll(content, 32), content[:32], np.append(content, content)):
+        with pytest.raises(DecryptionError):
+            encryption.check_authentic(KEY, other, tags, 32)
+
+
 # Nonces and keys
 
 

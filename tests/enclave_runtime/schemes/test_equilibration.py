@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from typing import Any
 
 import jax
@@ -284,8 +286,14 @@ def outliers_features_and_masks() -> None:
 
 
 def forward_and_backward() -> None:
-    """NaN and infinity are where plain JAX has them, in results and in gradients."""
+    """NaN and infinity are where plain JAX has them, in results and in gradients.
+
+    Nothing of that shows in what the host sees, nor in the enclave's log, its standard error.
+    """
+    log, own = tempfile.TemporaryFile(), os.dup(2)
+    os.dup2(log.fileno(), 2)
     enclave = tempo.Enclave.launch()
+    os.dup2(own, 2)
 
     def loss(params: Any, x: Any, mask: Any) -> Any:
         hidden = jnp.where(mask[:, None], jnp.tanh(x @ params["first"]), 0)
@@ -318,6 +326,9 @@ def forward_and_backward() -> None:
             finite = np.isfinite(b)
             np.testing.assert_array_equal(a[~finite], b[~finite])
             np.testing.assert_allclose(a[finite], b[finite], rtol=1e-3, atol=3e-3)
+    enclave.close()
+    log.seek(0)
+    assert log.read() == b""
 
 
 def test_users_programs():

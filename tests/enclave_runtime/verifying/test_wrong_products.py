@@ -10,11 +10,10 @@ import threading
 import types
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from enclave_runtime.crypto.encryption import session_keys
+from enclave_runtime.crypto.encryption import authenticate, session_keys
 from enclave_runtime.execution.executor import Executables
 from enclave_runtime.protocol.program import ArrayType
 from enclave_runtime.protocol.requests import RequestError
@@ -135,19 +134,20 @@ def test_an_abort_does_not_hide_a_lie(session, monkeypatch):
     assert session._attempts.wrong == 1 and not session._runs
 
 
-def test_a_wrong_repeat_counts_and_ends_the_run(session, monkeypatch):
-    def wrong(*_: Any) -> np.ndarray:
-        raise IntegrityError("wrong")
+def test_other_bytes_at_a_repeat_are_not_compared_and_end_the_run(session, monkeypatch):
+    # A comparison would be one more try, of bytes that can do no good.
+    def compared(*_: Any) -> np.ndarray:
+        raise IntegrityError("compared")
 
     number, run = opened(session)
-    run._next, run._last_uploads = 2, [jnp.zeros((18, 20))]
-    monkeypatch.setattr(Verifier, "checked", wrong)
-    with pytest.raises(IntegrityError, match="wrong"):
+    run._next, run._brought = 2, [authenticate(run._repeat_key, np.ones((18, 20)))]
+    monkeypatch.setattr(Verifier, "checked", compared)
+    with pytest.raises(RunError, match="asked for again with other bytes"):
         run.segment(1, 0)
-    with pytest.raises(IntegrityError, match="wrong"):
+    with pytest.raises(RunError, match="failed or was aborted"):
         run.segment(1, 0)  # the run itself refuses, before the session forgets it
     abort(session, number)
-    assert session._attempts.wrong == 1 and not session._runs
+    assert session._attempts.wrong == 0 and not session._runs
 
 
 def leaf_with_a_checksum() -> Any:

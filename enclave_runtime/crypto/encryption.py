@@ -8,6 +8,7 @@ binds a ciphertext to its session, direction, shape and dtype.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,6 +23,7 @@ SECRET_BYTES = 32
 NONCE_BYTES = 12
 OVERHEAD_BYTES = NONCE_BYTES + 16  # nonce in front, tag behind
 PART_BYTES = 1 << 30  # AES-GCM takes 2**31 - 1 bytes a call
+NOT_AUTHENTIC = "a ciphertext failed its authentication"
 
 
 class DecryptionError(Exception):
@@ -81,7 +83,7 @@ def decrypt_bytes(key: bytes, encrypted: bytes | memoryview, context: bytes | me
     try:
         return AESGCM(key).decrypt(encrypted[:NONCE_BYTES], encrypted[NONCE_BYTES:], context)
     except (InvalidTag, ValueError) as error:
-        raise DecryptionError("a ciphertext failed its authentication") from error
+        raise DecryptionError(NOT_AUTHENTIC) from error
 
 
 def array_context(
@@ -91,25 +93,46 @@ def array_context(
     return f"array|{session}|{tuple(shape)}|{np.dtype(dtype).name}|".encode() + bound_to
 
 
+def encrypted_bytes(nbytes: int, part_bytes: int = PART_BYTES) -> int:
+    """How long the ciphertext of an array of `nbytes` bytes is."""
+    return nbytes + OVERHEAD_BYTES * max(1, -(-nbytes // part_bytes))
+
+
 def encrypt_array(
-    key: bytes, plain: np.ndarray, session: str, *, bound_to: bytes = b""
+    key: bytes,
+    plain: np.ndarray,
+    session: str,
+    *,
+    bound_to: bytes = b"",
+    part_bytes: int = PART_BYTES,
 ) -> np.ndarray:
-    """Encrypts an array of any shape and dtype.
+    """Encrypts an array of any shape, dtype and size.
+
+    One of more than `part_bytes` comes as so many ciphertexts one after the other, each bound to
+    its number, the count, and the first one's nonce, so that none can be left out, moved, or
+    taken from another array.
 
     Args:
       key: of one direction of the session.
       plain: the array.
       session: its public name.
       bound_to: what else the ciphertext is bound to.
+      part_bytes: at most so many bytes of the array go in one ciphertext.
 
     Returns:
-      uint8[nbytes + 28].
+      uint8[encrypted_bytes(nbytes, part_bytes)].
     """
     # The context names the dtype without its byte order, so there is only the native one.
     plain = plain.astype(plain.dtype.newbyteorder("="), copy=False)
     context = array_context(session, plain.shape, plain.dtype, bound_to)
-    content = np.ascontiguousarray(plain).reshape(-1).view(np.uint8)
-    return np.frombuffer(encrypt_bytes(key, content.data, context), np.uint8)
+    parts = _parts(plain, part_bytes)
+    if len(parts) == 1:
+        return np.frombuffer(encrypt_bytes(key, parts[0], context), np.uint8)
+    encrypted = np.empty(encrypted_bytes(plain.nbytes, part_bytes), np.uint8)
+    places = _parts(encrypted, part_bytes + OVERHEAD_BYTES)
+    for number, (part, place) in enumerate(zip(parts, places, strict=True)):
+        place[:] = encrypt_bytes(key, part, _part_context(context, number, encrypted, len(parts)))
+    return encrypted
 
 
 def decrypt_array(
@@ -120,15 +143,34 @@ def decrypt_array(
     dtype: np.dtype,
     *,
     bound_to: bytes = b"",
+    part_bytes: int = PART_BYTES,
 ) -> np.ndarray:
     """Inverse of `encrypt_array`; read-only.
 
     Raises:
-      DecryptionError: altered, or made for another session, shape, dtype or bound otherwise.
+      DecryptionError: altered, or made for another session, shape, dtype or size of parts, or
+        bound otherwise.
     """
     context = array_context(session, shape, dtype, bound_to)
-    plain = decrypt_bytes(key, np.ascontiguousarray(encrypted).data, context)
-    return np.frombuffer(plain, dtype).reshape(shape)
+    encrypted = np.ascontiguousarray(encrypted)
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if nbytes <= part_bytes:
+        plain = decrypt_bytes(key, encrypted.data, context)
+        return np.frombuffer(plain, dtype).reshape(shape)
+    if encrypted.nbytes != encrypted_bytes(nbytes, part_bytes):
+        raise DecryptionError(NOT_AUTHENTIC)
+    opened = np.empty(nbytes, np.uint8)
+    parts = _parts(encrypted, part_bytes + OVERHEAD_BYTES)
+    for number, (part, place) in enumerate(zip(parts, _parts(opened, part_bytes), strict=True)):
+        place[:] = decrypt_bytes(key, part, _part_context(context, number, encrypted, len(parts)))
+    opened.flags.writeable = False
+    return opened.view(dtype).reshape(shape)
+
+
+def _part_context(context: bytes, number: int, encrypted: np.ndarray, count: int) -> bytes:
+    """What a part of an array is bound to; `encrypted` begins with the first part's nonce."""
+    first = encrypted[:NONCE_BYTES].tobytes().hex() if number else ""
+    return f"part {number} of {count} {first}|".encode() + context
 
 
 def authenticate(key: bytes, content: np.ndarray, part_bytes: int = PART_BYTES) -> list[bytes]:

@@ -47,13 +47,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from enclave_runtime.crypto.encryption import (
-    OVERHEAD_BYTES,
     DecryptionError,
     array_context,
     decrypt_array,
     decrypt_bytes,
     encrypt_array,
     encrypt_bytes,
+    encrypted_bytes,
 )
 from enclave_runtime.protocol.fields import items, natural, require
 
@@ -108,7 +108,7 @@ class TagRecord(NamedTuple):
 
 def seal_bytes(nbytes: int) -> int:
     """How long a sealed or published array of `nbytes` bytes is."""
-    return SEAL.size + nbytes + OVERHEAD_BYTES
+    return SEAL.size + encrypted_bytes(nbytes)
 
 
 def seal_array(key: bytes, plain: np.ndarray, session: str, seal: Seal) -> np.ndarray:

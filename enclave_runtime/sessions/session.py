@@ -173,7 +173,7 @@ class Session:
         constants = {}
         if size is not None:
             for port in program.constants:
-                own, inline = _split(inline, port.array.nbytes + encryption.OVERHEAD_BYTES)
+                own, inline = _split(inline, encryption.encrypted_bytes(port.array.nbytes))
                 constants[port.value] = self._decrypted_copy(
                     np.frombuffer(own, np.uint8), port.array
                 )
@@ -218,7 +218,7 @@ class Session:
         return seal, jnp.array(plain)
 
     def _decrypted(self, arena: Arena, array: ArrayType, offset: int) -> jax.Array:
-        size = array.nbytes + encryption.OVERHEAD_BYTES
+        size = encryption.encrypted_bytes(array.nbytes)
         # A private copy first: the host may change shared memory while it is being decrypted.
         own = private_copy(arena.view(ArrayType((size,), "uint8"), offset))
         return self._decrypted_copy(own, array)

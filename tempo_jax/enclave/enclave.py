@@ -408,7 +408,7 @@ class Enclave:
                 self._connection.request(
                     Kind.OPEN, {"handle": handle_text(sealed.handle), "arena": name, "offset": 0}
                 )
-                size = array.nbytes + encryption.OVERHEAD_BYTES
+                size = encryption.encrypted_bytes(array.nbytes)
                 encrypted = arena.view(ArrayType((size,), "uint8"), 0).copy()
             plain = self._decrypt(keys.to_client, encrypted, array)
         return _as_opened(plain, sealed)

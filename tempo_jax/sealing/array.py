@@ -161,7 +161,7 @@ class SealedArray:
 
     @property
     def content(self) -> Any:
-        """The ciphertext with its tag, uint8[nbytes + 76], or the blinded array."""
+        """The ciphertext with its tag, uint8[nbytes + 76] up to 1 GiB, or the blinded array."""
         lying = self._lying()
         kept = None if lying is None else lying.content
         return self._children[0] if kept is None else kept

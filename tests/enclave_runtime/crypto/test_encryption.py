@@ -2,8 +2,10 @@
 
 import hashlib
 import hmac
+import itertools
 import math
 import os
+from typing import Any
 
 import hypothesis.strategies as st
 import jax.numpy as jnp
@@ -142,6 +144,109 @@ def test_array_in_foreign_byte_order_is_not_opened_as_native():
     encrypted = encryption.encrypt_array(KEY, plain, "session")
     opened = encryption.decrypt_array(KEY, encrypted, "session", (2, 3), np.dtype("float32"))
     np.testing.assert_array_equal(opened, PLAIN)
+
+
+# Arrays in parts
+
+BYTES = np.arange(100, dtype=np.uint8)
+PART = 32 + encryption.OVERHEAD_BYTES
+
+
+def in_parts(plain: np.ndarray = BYTES) -> np.ndarray:
+    return encryption.encrypt_array(KEY, plain, "session", part_bytes=32)
+
+
+def open_parts(encrypted: np.ndarray, shape: tuple[int, ...] = (100,), part_bytes: int = 32) -> Any:
+    dtype = np.dtype("uint8")
+    return encryption.decrypt_array(KEY, encrypted, "session", shape, dtype, part_bytes=part_bytes)
+
+
+@pytest.mark.parametrize("part_bytes", [1, 5, 24, 95, 96, 97, 1000])
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 6)], ids=str)
+def test_parts_are_put_together(shape, part_bytes):
+    plain = random_array(3, shape, np.dtype("float32"))
+    encrypted = encryption.encrypt_array(KEY, plain, "session", part_bytes=part_bytes)
+    assert encrypted.shape == (encryption.encrypted_bytes(plain.nbytes, part_bytes),)
+    opened = encryption.decrypt_array(
+        KEY, encrypted, "session", shape, plain.dtype, part_bytes=part_bytes
+    )
+    assert_same_bits(opened, plain)
+    assert not opened.flags.writeable
+
+
+def test_each_part_is_bound_to_its_number_the_count_and_the_first():
+    encrypted = in_parts()
+    context = encryption.array_context("session", (100,), np.dtype("uint8"))
+    first = encrypted[:12].tobytes().hex()
+    for number in range(4):
+        part = encrypted[number * PART : (number + 1) * PART].tobytes()
+        bound_to = f"part {number} of 4 {first if number else ''}|".encode() + context
+        assert AESGCM(KEY).decrypt(part[:12], part[12:], bound_to) == bytes(
+            BYTES[number * 32 : (number + 1) * 32]
+        )
+
+
+def test_parts_are_not_dropped_moved_repeated_or_truncated():
+    encrypted = in_parts()
+    parts = [encrypted[at : at + PART] for at in range(0, encrypted.size, PART)]
+    assert len(parts) == 4
+    for order in itertools.product(range(4), repeat=4):
+        together = np.concatenate([parts[i] for i in order])
+        if order == (0, 1, 2, 3):
+            open_parts(together)
+        else:
+            with pytest.raises(DecryptionError):
+                open_parts(together)
+    for count in range(4):
+        for size in (32 * count, 100):
+            with pytest.raises(DecryptionError):
+                open_parts(np.concatenate([*parts[:count], parts[0][:0]]), (size,))
+    for size in range(0, encrypted.size, 7):
+        with pytest.raises(DecryptionError):
+            open_parts(encrypted[:size])
+    with pytest.raises(DecryptionError):
+        open_parts(np.append(encrypted, np.uint8(0)))
+
+
+def test_parts_of_two_arrays_are_not_mixed():
+    one, other = in_parts(), in_parts()
+    for number in range(4):
+        mixed = one.copy()
+        mixed[number * PART : (number + 1) * PART] = other[number * PART : (number + 1) * PART]
+        with pytest.raises(DecryptionError):
+            open_parts(mixed)
+
+
+def test_each_flipped_bit_of_a_part_is_refused():
+    encrypted = in_parts()
+    for position in range(encrypted.size):
+        altered = encrypted.copy()
+        altered[position] ^= 1 << position % 8
+        with pytest.raises(DecryptionError):
+            open_parts(altered)
+
+
+def test_parts_of_another_size_are_not_opened():
+    for part_bytes in (16, 33, 50, 100, encryption.PART_BYTES):
+        with pytest.raises(DecryptionError):
+            open_parts(in_parts(), part_bytes=part_bytes)
+    whole = encryption.encrypt_array(KEY, BYTES, "session")
+    with pytest.raises(DecryptionError):
+        open_parts(whole)
+
+
+@pytest.mark.slow
+def test_an_array_that_is_too_large_for_one_call():
+    size = (1 << 31) + 12345  # 5.4 GB at most, all in all
+    plain = np.zeros(size, np.uint8)
+    plain[[0, encryption.PART_BYTES, -1]] = 1, 2, 3
+    with pytest.raises(OverflowError):
+        encryption.encrypt_bytes(KEY, plain.data, b"")
+    encrypted = encryption.encrypt_array(KEY, plain, "session")
+    assert encrypted.size == size + 3 * encryption.OVERHEAD_BYTES
+    opened = encryption.decrypt_array(KEY, encrypted, "session", plain.shape, plain.dtype)
+    np.testing.assert_array_equal(np.flatnonzero(opened), [0, encryption.PART_BYTES, size - 1])
+    assert opened[[0, encryption.PART_BYTES, -1]].tolist() == [1, 2, 3]
 
 
 # Bytes that are known again

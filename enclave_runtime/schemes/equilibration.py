@@ -11,8 +11,8 @@ is far from the usual size of its tensor after that, or not finite, is computed 
 
 - rows and columns that would drown the others, or are not finite, are *removed*: zeros are blinded
   in their place, and all they add to a product is added inside;
-- rows and columns that the others drown are *faint*: their own rows of a product are computed
-  inside.
+- rows and columns that the others drown are *faint*: where they are rows or columns of a product,
+  these are computed inside.
 
 What the host gets is a blinded tensor like any other; that work was done inside shows in the time
 it takes, and in nothing else.
@@ -30,9 +30,9 @@ from enclave_runtime.schemes.kernels import hadamard
 LEAST_SCALE = 2  # binary orders of magnitude; sizes closer to the usual one are left alone
 LARGEST_SCALE = 60  # those of two axes together stay within float32's range
 SAFE_SCALE = 20  # orders by which usual numbers may go up and down again in float32
-REMOVED = 5  # binary orders of magnitude above the usual size, and more
+REMOVED = 3  # binary orders of magnitude above the usual size, and more
 SWEEPS = 4  # over rows and columns; after one, a row has the size of what may have been one element
-FAINT = 3  # binary orders of magnitude below the root mean square, and more
+DROWNED = 4.0  # times the rounding of a product whose rows and columns are all of one size
 
 
 class AxisScales:
@@ -60,13 +60,13 @@ class Lines(NamedTuple):
 
     Attributes:
       removed: blinded as zeros.
-      faint: too small beside the others.
       zero: exactly.
+      share: lengths of what is blinded over their root mean square, float64.
     """
 
     removed: np.ndarray
-    faint: np.ndarray
     zero: np.ndarray
+    share: np.ndarray
 
     def __repr__(self) -> str:
         return "Lines(<secret>)"
@@ -130,17 +130,13 @@ def equilibrate(
     far_across = _far(across)
     if far_across.any():
         x = np.where(far_across[..., None, :], x.dtype.type(0), x)
-    faint = _faint(np.where(far, 0, sizes))
-    faint_across = _faint(np.where(far_across, 0, across))
-    # What a scale took below the smallest number is faint, and not nothing.
-    faint |= (sizes == 0) & ~zero
     zero_across = across == 0
     if zero_across.any() and x is not plain:
-        something = (plain.astype(bool) & ~removed[..., None]).any(-2)
-        faint_across |= zero_across & something
-        zero_across &= ~something
+        # What a scale took below the smallest number is not nothing.
+        zero_across &= ~(plain.astype(bool) & ~removed[..., None]).any(-2)
+    rows = Lines(removed, zero, _shares(np.where(far, 0, sizes)))
     return Equilibrated(
-        plain, x, Lines(removed, faint, zero), Lines(far_across, faint_across, zero_across)
+        plain, x, rows, Lines(far_across, zero_across, _shares(np.where(far_across, 0, across)))
     )
 
 
@@ -161,8 +157,9 @@ def complete(product: np.ndarray, left: Equilibrated, right: Equilibrated) -> np
       left: (…, m, n).
       right: (…, n, p).
     """
-    rows = left.rows.removed | left.rows.faint
-    columns = right.columns.removed | right.columns.faint
+    faint, faint_across = _faint(left.rows, right.columns)
+    rows = left.rows.removed | faint
+    columns = right.columns.removed | faint_across
     between = left.columns.removed | right.rows.removed
     if left.rows.zero.any() or right.columns.zero.any():
         # Rounding would leave noise of the masks' size, which optimizers scale up.
@@ -308,7 +305,25 @@ def _far(sizes: np.ndarray) -> np.ndarray:
     return ~np.isfinite(sizes) | ((sizes > usual * 2.0**REMOVED) & (usual > 0))
 
 
-def _faint(sizes: np.ndarray) -> np.ndarray:
-    """Which are far below what mixing makes of all, and not 0."""
+def _shares(sizes: np.ndarray) -> np.ndarray:
+    """Sizes over their root mean square; 0 where all are."""
     mean = np.sqrt(np.square(sizes).mean(-1, keepdims=True))
-    return (sizes > 0) & (sizes < mean * 2.0**-FAINT)
+    return sizes / np.where(mean > 0, mean, 1)
+
+
+def _faint(rows: Lines, columns: Lines) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows and columns of a product rounding drowns, together with what they meet.
+
+    An element's rounding is that of an even product, times what its row and its column lack.
+    """
+    lacks = [np.where(at.removed | at.zero, 0, 1 / at.share) for at in (rows, columns)]
+    kept = [(lack > 0) & (lack <= DROWNED) for lack in lacks]
+    means = [
+        np.sqrt(np.square(np.where(keep, lack, 0)).sum(-1) / np.maximum(keep.sum(-1), 1))
+        for lack, keep in zip(lacks, kept, strict=True)
+    ]
+    first, second = (
+        lack * np.maximum(other, 1)[..., None] > DROWNED
+        for lack, other in zip(lacks, reversed(means), strict=True)
+    )
+    return first, second

@@ -74,6 +74,13 @@ class Options:
                 f"shield: unroll_while is {self.unroll_while!r}, expected an integer from 0 to "
                 f"{MAX_UNROLL}, the iterations of each `while_loop` that are computed in any case"
             )
+        _check("donate", self.donate, (True, False))
+        _check("verify", self.verify, (True, False))
+        if self.mesh is not None and not isinstance(self.mesh, Mesh):
+            raise UnsupportedError(
+                f"shield: mesh is a {type(self.mesh).__name__}, expected a mesh of devices with "
+                'one axis, such as `jax.make_mesh((2,), ("devices",))`'
+            )
         if self.mesh is not None and len(self.mesh.axis_names) != 1:
             raise UnsupportedError(
                 f"shield: mesh has the axes {self.mesh.axis_names}, expected exactly one"
@@ -135,6 +142,7 @@ class Options:
         return frozenset(both)
 
 
-def _check(name: str, value: Any, known: Sequence[str]) -> None:
+def _check(name: str, value: Any, known: Sequence[Any]) -> None:
     if value not in known:
-        raise UnsupportedError(f"shield: {name} is {value!r}, expected one of {', '.join(known)}")
+        expected = ", ".join(map(str, known))
+        raise UnsupportedError(f"shield: {name} is {value!r}, expected one of {expected}")

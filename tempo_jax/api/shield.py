@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar, Unpack, overload
 
 from tempo_jax.api.options import OptionFields, Options
 from tempo_jax.api.shielded import Shielded
+from tempo_jax.errors import UnsupportedError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,7 +83,7 @@ def shield(  # noqa: D417 (the options are documented one by one)
       says what would change that, and where `mesh` or `cheap_update` has no effect.
 
     Raises:
-      UnsupportedError: an option has an unknown value.
+      UnsupportedError: an option is unknown or has an unknown value, or `enclave` is missing.
 
     Example:
       >>> import tempo_jax as tempo
@@ -94,6 +95,17 @@ def shield(  # noqa: D417 (the options are documented one by one)
     References:
       Tempo, arXiv 2401.11531.
     """
+    known = OptionFields.__annotations__
+    if not options.keys() <= known.keys():
+        unknown = ", ".join(sorted(options.keys() - known.keys()))
+        raise UnsupportedError(
+            f"shield: there is no {unknown}, expected some of {', '.join(known)}"
+        )
+    if "enclave" not in options:
+        raise UnsupportedError(
+            "shield: `enclave=` is missing, expected what `Enclave.launch()`, `.connect(...)` or "
+            "`.attach(...)` returns"
+        )
     checked = Options(**options)
 
     def decorate(function: Callable[P, R]) -> Shielded[P, R]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,10 @@ def test_method(enclave):
         ({"offload": "none"}, "offload is 'none', expected one of auto, all"),
         ({"scheme": "signed_permutation"}, "scheme is a str, expected an object"),
         ({"enclave": None}, "enclave is a NoneType, expected what `Enclave.launch"),
+        ({"mesh": 2}, r"mesh is a int, expected a mesh of devices with one axis, such as"),
+        ({"verify": "yes"}, "verify is 'yes', expected one of True, False"),
+        ({"donate": None}, "donate is None, expected one of True, False"),
+        ({"axis": 1}, "there is no axis, expected some of enclave, scheme"),
         ({"public": ("z",)}, "public names 'z', but the arguments are x, y"),
         ({"public": (2,)}, "public names 2, but the arguments are x, y"),
         ({"public": -1}, "public names -1"),
@@ -90,6 +95,12 @@ def test_method(enclave):
 def test_unknown_option_is_refused(enclave, options, text):
     with pytest.raises(UnsupportedError, match=text):
         tempo.shield(lambda x, y: x, **{"enclave": enclave, **options})
+
+
+def test_missing_enclave_is_refused():
+    missing: Any = {}
+    with pytest.raises(UnsupportedError, match=r"`enclave=` is missing, expected what `Enclave.la"):
+        tempo.shield(lambda x: x, **missing)
 
 
 def test_mesh_that_the_enclave_cannot_serve_is_refused(enclave, monkeypatch):

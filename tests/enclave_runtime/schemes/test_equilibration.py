@@ -158,7 +158,7 @@ def test_without_scales_one_large_row_costs_digits(monkeypatch):
     """The control of the test above."""
     monkeypatch.setattr(equilibration, "LEAST_SCALE", 100)
     monkeypatch.setattr(equilibration, "REMOVED", 100)
-    monkeypatch.setattr(equilibration, "FAINT", 100)
+    monkeypatch.setattr(equilibration, "DROWNED", np.inf)
     x, w, g = operands(1)
     even = off(family(BARE, x, w, g)[0]["y"], x, w)
     x[5] *= 1e6

@@ -4,6 +4,9 @@
 100 KB, reading one waits for a thread of XLA's pool, while that pool's threads may all be inside
 such functions (jax-ml/jax issues 24255 and 25861). What is called here gets views of XLA's own
 buffers and waits for nothing. Untrusted. Serves JAX 0.10 to 0.12.
+
+What a function returns is brought to the dtypes that the settings of XLA's own thread allow, which
+knows of no `with jax.enable_x64(True)`: there results of 64 bits come as words of 32.
 """
 
 from __future__ import annotations
@@ -12,8 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax._src import callback as jax_callback  # JAX 0.10-0.12: the lowering of callbacks.
+from jax._src import config as jax_config  # JAX 0.10-0.12: what holds in threads that set nothing.
 from jax.core import ShapedArray
 from jax.extend import core as jex_core
 from jax.interpreters import mlir
@@ -38,8 +44,44 @@ def call(
       results: shapes and dtypes of what it returns.
       *arguments: JAX arrays; under `jax.shard_map` each device's own part.
     """
-    types = tuple(ShapedArray(r.shape, r.dtype) for r in results)
-    return call_p.bind(*arguments, function=function, results=types)
+    wide = [not jax_config.enable_x64.get_global() and _is_wide(r.dtype) for r in results]
+
+    def function_in_words(*given: np.ndarray) -> list[np.ndarray]:
+        returned = zip(function(*given), wide, strict=True)
+        return [_words(value) if split else value for value, split in returned]
+
+    types = tuple(
+        ShapedArray((*r.shape, np.dtype(r.dtype).itemsize // 4), np.uint32)
+        if split
+        else ShapedArray(r.shape, r.dtype)
+        for r, split in zip(results, wide, strict=True)
+    )
+    out = call_p.bind(
+        *arguments, function=function_in_words if any(wide) else function, results=types
+    )
+    return [
+        _from_words(value, r.dtype) if split else value
+        for value, r, split in zip(out, results, wide, strict=True)
+    ]
+
+
+def _is_wide(dtype: Any) -> bool:
+    dtype = np.dtype(dtype)
+    return dtype.itemsize >= 8 and dtype.kind in "iufc" and dtype != np.complex64
+
+
+def _words(value: np.ndarray) -> np.ndarray:
+    """The words of 32 bits of each element, along a new last axis."""
+    flat = np.ascontiguousarray(value).reshape(-1)  # which gives a scalar an axis
+    return flat.view(np.uint32).reshape(*np.shape(value), flat.itemsize // 4)
+
+
+def _from_words(words: jax.Array, dtype: Any) -> jax.Array:
+    if np.dtype(dtype) == np.complex128:
+        parts = words.reshape(*words.shape[:-1], 2, 2)
+        real, imaginary = jnp.moveaxis(lax.bitcast_convert_type(parts, np.float64), -1, 0)
+        return lax.complex(real, imaginary)
+    return lax.bitcast_convert_type(words, dtype)
 
 
 @call_p.def_abstract_eval

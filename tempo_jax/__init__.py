@@ -19,7 +19,7 @@ from tempo_jax.sealing.file import load_sealed, save_sealed
 from tempo_jax.sealing.ledger import CheckpointKey, CheckpointLedger
 from tempo_jax.transport.identity import ClientIdentity
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttestationPolicy",

@@ -19,7 +19,8 @@ def reveal(tree: Any) -> Any:
     """Makes values public: the host, and whoever watches it, will see them.
 
     Apply it to an output of a shielded function, after all computation on it: every output
-    that is not itself the result of `reveal` stays sealed. It has no effect inside a
+    that is not itself the result of `reveal`, at most transposed or broadcast as by `vmap`, stays
+    sealed. It has no effect inside a
     `while_loop` or `cond`, nor in a `scan` that runs in the enclave.
 
     Args:

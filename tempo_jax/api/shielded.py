@@ -31,13 +31,19 @@ from tempo_jax.api.report_figures import Figures
 from tempo_jax.api.report_notices import tell_of_signature, warn_of
 from tempo_jax.enclave.enclave import OWN_TRANSFERS
 from tempo_jax.errors import RoleError, SecrecyError, UnsupportedError
-from tempo_jax.jaxprs import trace
+from tempo_jax.jaxprs import trace, transforms
 from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.plan import Plan, make_plan
 from tempo_jax.planning.request import Request
 from tempo_jax.running.call import Runtime, Traffic
 from tempo_jax.running.observation import active_views
+from tempo_jax.running.transformed import (
+    batched,
+    refuse_differentiation,
+    refuse_sealed,
+    unknown_outputs,
+)
 from tempo_jax.schemes import SCHEMES, Scheme
 from tempo_jax.sealing.array import (
     BLINDED,
@@ -121,6 +127,7 @@ class Shielded(Generic[P, R]):
         self._host_chosen = options.host_chosen_names(function)
         self._programs: dict[Any, list[_PlannedSignature]] = {}
         self._told: set[str] = set()  # of which warnings
+        self._batched: dict[Any, Shielded[..., Any]] = {}
         self._lock = threading.RLock()
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -336,10 +343,22 @@ class Shielded(Generic[P, R]):
                 "enclave's machine with `enclave=Enclave.attach(...)`."
             )
         signature = self._signature(args, kwargs)
+        vmapped = transforms.innermost_vmap(signature.leaves)
+        if vmapped is not None:
+            return self._under_vmap(vmapped, signature.structure)
+        refuse_differentiation(self._name, signature.leaves)
         tracing = trace.under_trace() or any(
             isinstance(x, Tracer) for x in jax.tree.leaves(signature.leaves)
         )
-        inputs = self._inputs(signature, tracing)
+        try:
+            inputs = self._inputs(signature, tracing)
+        except SecrecyError as error:
+            if not transforms.under_eval_shape():
+                raise
+            program = self._program(signature)
+            session = self._enclave.session
+            outputs = unknown_outputs(program.plan, program.types, session, error)
+            return jax.tree.unflatten(program.out_structure, outputs)
         program = self._program(signature)
         runtime = self._runtime(program)
         donated = self._donated(program.plan)
@@ -356,6 +375,20 @@ class Shielded(Generic[P, R]):
             if aval.dtype == jax.dtypes.float0:
                 outputs[i] = np.zeros(aval.shape, jax.dtypes.float0)
         return jax.tree.unflatten(program.out_structure, outputs)
+
+    def _under_vmap(self, vmapped: transforms.Vmapped, structure: Any) -> Any:
+        """Runs the batched plan, that of ``shield(jax.vmap(f))``."""
+        with self._lock:
+            key = structure, vmapped.key
+            if key not in self._batched:
+                function = batched(self._function, vmapped, structure)
+                self._batched[key] = Shielded(function, self._options)
+            mapped = self._batched[key]
+        args, kwargs = jax.tree.unflatten(structure, vmapped.values)
+        with vmapped.outside():
+            refuse_sealed(self._name, mapped._program(mapped._signature(args, kwargs)).plan.sealed)
+            result = mapped(*args, **kwargs)
+        return jax.tree.map(vmapped.inside, result)
 
     def provision(
         self,

@@ -12,7 +12,7 @@ knows of no `with jax.enable_x64(True)`: there results of 64 bits come as words 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,9 @@ from jax._src import callback as jax_callback  # JAX 0.10-0.12: the lowering of 
 from jax._src import config as jax_config  # JAX 0.10-0.12: what holds in threads that set nothing.
 from jax.core import ShapedArray
 from jax.extend import core as jex_core
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
+
+from tempo_jax.errors import UnsupportedError
 
 Function = Callable[..., Sequence[np.ndarray]]
 
@@ -104,6 +106,18 @@ def _lower(ctx: Any, *operands: Any, function: Function, results: tuple[ShapedAr
         ),
     )
     return out
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise UnsupportedError(
+        "vmap or grad reached a shielded function through a surrounding jit or loop, where only "
+        "its visits to the enclave are left. Put the transformation inside: "
+        "`tempo.shield(jax.vmap(f))`, `tempo.shield(jax.grad(f))`."
+    )
+
+
+ad.primitive_jvps[call_p] = _refuse
+batching.primitive_batchers[call_p] = _refuse
 
 
 # As for `pure_callback`, equal calls are lowered each on its own.

@@ -16,7 +16,7 @@ from jax.extend import core as jex_core
 from jax.extend.core import primitives as prims
 from jax.interpreters import ad, batching, mlir
 
-from tempo_jax.jaxprs.types import JaxprEqn
+from tempo_jax.jaxprs.types import JaxprEqn, Literal
 
 dot_general_p = prims.dot_general_p
 
@@ -116,10 +116,16 @@ def is_written_in_jax(primitive: jex_core.Primitive) -> bool:
     return module.split(".")[0] in ("equinox", "lineax")
 
 
+# What `vmap` leaves of a result that it has to bring into another order, or to repeat.
+_REARRANGING = {_random_unwrap_p, prims.transpose_p, prims.broadcast_in_dim_p}
+
+
 def is_revealed(v: Any, made_by: Mapping[Any, JaxprEqn]) -> bool:
-    """Whether a value is the result of `reveal` itself (for typed keys, its data)."""
+    """Whether a value is the result of `reveal` (for typed keys, its data), maybe rearranged."""
     eqn = made_by.get(v)
-    if eqn is not None and eqn.primitive is _random_unwrap_p:
+    while (
+        eqn is not None and eqn.primitive in _REARRANGING and not isinstance(eqn.invars[0], Literal)
+    ):
         eqn = made_by.get(eqn.invars[0])
     return eqn is not None and eqn.primitive is reveal_p
 

@@ -107,8 +107,13 @@ class TagRecord(NamedTuple):
 
 
 def seal_bytes(nbytes: int) -> int:
-    """How long a sealed or published array of `nbytes` bytes is."""
+    """How long a sealed array of `nbytes` bytes is."""
     return SEAL.size + encrypted_bytes(nbytes)
+
+
+def published_bytes(nbytes: int) -> int:
+    """How long a published array of `nbytes` bytes is; never longer than a sealed one."""
+    return seal_bytes(0) + nbytes
 
 
 def seal_array(key: bytes, plain: np.ndarray, session: str, seal: Seal) -> np.ndarray:
@@ -148,7 +153,7 @@ def publish_array(key: bytes, plain: np.ndarray, session: str, seal: Seal) -> np
     """Authenticates an array with its tag; both travel in the clear and cannot be changed.
 
     Returns:
-      uint8[seal_bytes(nbytes)].
+      uint8[published_bytes(nbytes)].
     """
     head, plain = SEAL.pack(*seal), plain.astype(plain.dtype.newbyteorder("="), copy=False)
     content = np.ascontiguousarray(plain).reshape(-1).view(np.uint8)

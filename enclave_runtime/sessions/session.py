@@ -53,6 +53,7 @@ from enclave_runtime.protocol.tags import (
     Seal,
     TagRecord,
     published_array,
+    published_bytes,
     seal_bytes,
     unseal_array,
 )
@@ -210,7 +211,8 @@ class Session:
         self, arena: Arena, array: ArrayType, offset: int, read: Callable[..., Any] = unseal_array
     ) -> tuple[Seal, jax.Array]:
         """What the owner sealed or published, and what it said of it."""
-        size = seal_bytes(array.nbytes)
+        length = published_bytes if read is published_array else seal_bytes
+        size = length(array.nbytes)
         own = private_copy(arena.view(ArrayType((size,), "uint8"), offset))
         seal, plain = read(
             self._keys.to_enclave, own, self._identity, array.shape, np.dtype(array.dtype)

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from enclave_runtime.protocol.program import ArrayType
-from enclave_runtime.protocol.tags import seal_bytes
+from enclave_runtime.protocol.tags import published_bytes, seal_bytes
 from tempo_jax.errors import SealedValueError
 from tempo_jax.jaxprs.types import array_type
 from tempo_jax.sealing.array import (
@@ -201,7 +201,8 @@ def _read_leaf(file: BinaryIO, session: str, fields: Any, name: str, like: Any) 
     if form != RESIDENT:
         array = array_type(aval)
         if form in HELD_WHOLE:
-            array = ArrayType((seal_bytes(array.nbytes),), "uint8")
+            length = published_bytes if form == PUBLISHED else seal_bytes
+            array = ArrayType((length(array.nbytes),), "uint8")
         content = file.read(array.nbytes)
         if len(content) != array.nbytes:
             raise SealedValueError(f"load_sealed: the file ends within `{name}`")

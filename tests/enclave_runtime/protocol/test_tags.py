@@ -19,6 +19,7 @@ from enclave_runtime.protocol.tags import (
     place_of,
     publish_array,
     published_array,
+    published_bytes,
     read_published,
     seal_array,
     seal_bytes,
@@ -70,7 +71,7 @@ def test_what_has_no_tag_gets_none_by_a_head_in_front():
 
 def test_published_array_is_readable_and_authentic():
     published = publish_array(KEY, PLAIN, "session", SEALED_AS)
-    assert published.shape == (seal_bytes(PLAIN.nbytes),)
+    assert published.shape == (published_bytes(PLAIN.nbytes),)
     assert published[76:].tobytes() == PLAIN.tobytes()
     np.testing.assert_array_equal(read_published(published, *FORM), PLAIN)
     seal, plain = published_array(KEY, published, "session", *FORM)
@@ -158,3 +159,11 @@ def test_rules_that_contradict_themselves_are_refused(text):
     changed = None if "all" in WRONG[text] else {**encoded, **WRONG[text]}
     with pytest.raises(ProgramError, match=text):
         Rules.decode(changed, 3, 2)
+
+
+def test_a_sealed_array_is_longer_by_each_part_and_a_published_one_is_not():
+    gibibyte = 1 << 30
+    assert [seal_bytes(n) - n for n in (0, gibibyte, gibibyte + 1, 2 * gibibyte + 1)] == [
+        *(76, 76, 104, 132)
+    ]
+    assert [published_bytes(n) - n for n in (0, gibibyte, 3 * gibibyte)] == [76, 76, 76]

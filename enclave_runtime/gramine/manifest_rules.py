@@ -1,7 +1,7 @@
 """The rules that a production manifest has to keep; each breach is a sentence.
 
-Pure: a parsed manifest and the staged files in, sentences out. Used by ``... build``, which refuses
-to leave a manifest that breaks one, by ``... check``, and by whoever audits a build.
+Pure: a parsed manifest and the staged files in, sentences out. Whoever audits a build can
+apply them as well.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What both ends of the client's TLS channel agree on; holds no secret.
 
 The client's nonce travels to the enclave as the TLS server name, so that the certificate
-itself can carry evidence made for this very handshake, in an extension of its own. Used by
-`enclave_runtime.serving.tls` and by the client's `tempo_jax.transport.channel`.
+itself can carry evidence made for this very handshake, in an extension of its own.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ Values that a client and a host hand each other travel as files (`sealing.file`)
 blinded on the host's devices comes to the client with its content in the file, and the client
 sends it along when it asks the enclave to open it.
 
-Untrusted on the host; the methods that encrypt and decrypt run where the keys are. Called by
-users and by `api.shielded`.
+Untrusted on the host; the methods that encrypt and decrypt run where the keys are.
 """
 
 from __future__ import annotations

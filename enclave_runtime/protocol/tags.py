@@ -40,6 +40,7 @@ and the content as it is. It has a tag like a sealed one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import struct
 from typing import Any, NamedTuple
@@ -66,6 +67,7 @@ MAX_TEXTS = 64  # that one input takes
 MAX_RUNS = 1 << 40
 
 
+@functools.lru_cache(maxsize=1 << 14)  # every run asks for the places of all its leaves
 def place_of(text: str) -> bytes:
     """The place that a text names: its SHA-256 under a prefix, 32 bytes."""
     return hashlib.sha256(b"tempo_jax/place|" + text.encode()).digest()

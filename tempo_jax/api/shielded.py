@@ -418,7 +418,8 @@ class Shielded(Generic[P, R]):
         (``enclave.seal(state, tag="state")``), whole and in place; one that carries state also
         takes what this function returned in its stead, all of it from one run, and each generation
         once; a `public` one takes what the client published under its name (`Enclave.publish`).
-        Anything else is refused with an `AdmissionError`. Provisioning again replaces the rules. A
+        Anything else is refused with an `AdmissionError`. Provisioning again replaces the rules
+        for arguments of the same shapes and forms; what was allowed for others stays allowed. A
         launched enclave refuses nothing, since its client is its host, and on the host the options
         say nothing. A parameter of the function that has an option's name is passed by position.
 

@@ -86,6 +86,13 @@ def add_training_options(
         "--learning-rate", type=float, default=learning_rate, help="peak of the schedule"
     )
     parser.add_argument(
+        "--judge",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="say leaf by leaf whether three steps differ from plain JAX by more than rounding; "
+        "takes them operation by operation as well",
+    )
+    parser.add_argument(
         "--plot", type=pathlib.Path, default=pathlib.Path(plot), help="picture of the loss curves"
     )
 
@@ -338,6 +345,9 @@ def compare(
 ) -> None:
     """Trains under shield and without it, prints both results and saves both loss curves.
 
+    Between them the table of `tempo.testing.compare` says whether they differ by more than
+    rounding.
+
     Args:
       train_step: the plain step; inside, `tempo.reveal` marks what the host may see.
       state: the plain state from which both runs start.
@@ -360,6 +370,9 @@ def compare(
             shielded_step, sealed, batches(), steps=options.steps, title="shielded"
         )
         shielded_held_out = evaluate_state(enclave.open(sealed))
+        if options.judge:
+            # Long runs drift apart by rounding alone; three steps tell it from a fault.
+            tempo.testing.compare(shielded_step, state, next(iter(batches())))
 
     trained, plain = train(
         jax.jit(train_step), state, batches(), steps=options.steps, title="plain"

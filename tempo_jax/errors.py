@@ -70,6 +70,10 @@ class UnsupportedError(TempoError):
     """A program or argument that cannot be shielded, with the reason and what to do."""
 
 
+class StaticArgumentError(UnsupportedError, ValueError):
+    """A static argument that `jax.jit` refuses as well, with a `ValueError`."""
+
+
 class RoleError(TempoError):
     """A request that the client's or the host's side cannot make; the other side can."""
 

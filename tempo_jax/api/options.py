@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypedDict
 
 from jax.sharding import Mesh
@@ -32,6 +32,8 @@ class OptionFields(TypedDict, total=False):
     donate: bool
     verify: bool
     unroll_while: int
+    static_argnums: int | Sequence[int] | None
+    static_argnames: str | Iterable[str] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class Options:
     donate: bool = True
     verify: bool = False
     unroll_while: int = 0
+    static_argnums: int | Sequence[int] | None = None
+    static_argnames: str | Iterable[str] | None = None
 
     def __post_init__(self) -> None:
         """Checks every option that needs no function."""

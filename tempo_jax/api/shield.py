@@ -76,6 +76,11 @@ def shield(  # noqa: D417 (the options are documented one by one)
         whole. How often a loop runs stays secret, and results do not depend on this number: it
         costs the enclave the blinding of iterations that were not needed. A loop that runs a
         fixed number of times is a `scan`, and needs no option.
+      static_argnums: positions of arguments whose values belong to the program, as for `jax.jit`.
+        Such a value is hashable and known to the host, and each new one is a program of its own.
+        What a `jax.jit` around `function` has as static is static here as well, and everything
+        but arrays is for `equinox.filter_jit`.
+      static_argnames: their names; of positions and names one follows from the other.
 
     Returns:
       A `Shielded` function with the parameters and the result of `function`. It warns
@@ -84,6 +89,7 @@ def shield(  # noqa: D417 (the options are documented one by one)
 
     Raises:
       UnsupportedError: an option is unknown or has an unknown value, or `enclave` is missing.
+      StaticArgumentError: `function` has no such static argument.
 
     Example:
       >>> import tempo_jax as tempo

@@ -29,6 +29,7 @@ from tempo_jax.api.options import Options
 from tempo_jax.api.report import Report
 from tempo_jax.api.report_figures import Figures
 from tempo_jax.api.report_notices import tell_of_signature, warn_of
+from tempo_jax.api.statics import Statics
 from tempo_jax.enclave.enclave import OWN_TRANSFERS
 from tempo_jax.errors import RoleError, SecrecyError, UnsupportedError
 from tempo_jax.jaxprs import trace, transforms
@@ -51,7 +52,7 @@ from tempo_jax.sealing.array import (
     RESIDENT,
     SealedArray,
     is_sealed,
-    refuse_opaque,
+    leaf_type,
 )
 
 P = ParamSpec("P")
@@ -61,13 +62,29 @@ _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_shield", 
 
 
 class _Signature:
-    """A call's arguments, flat, as far as planning needs them."""
+    """A call's arguments, flat, as far as planning needs them.
 
-    def __init__(self, leaves: list[Any], structure: Any, public: frozenset[int]):
+    `names` gives a name for each in two parts, see `_argument_leaves`.
+    """
+
+    def __init__(
+        self,
+        leaves: list[Any],
+        structure: Any,
+        public: frozenset[int],
+        names: Callable[[], Sequence[tuple[str, str]]],
+    ):
         self.leaves = leaves
         self.structure = structure
         self.public = public
-        self.avals = [_aval(x) for x in leaves]
+        self.names = names
+        self.avals = [
+            leaf_type(x, "shield", functools.partial(self.named, i)) for i, x in enumerate(leaves)
+        ]
+
+    def named(self, number: int) -> str:
+        """What to call an argument in an error."""
+        return f"argument `{''.join(self.names()[number])}`"
 
     @property
     def key(self) -> Any:
@@ -79,20 +96,6 @@ class _Signature:
         """Positions of leaves that lie blinded on the devices."""
         forms = enumerate(self.leaves)
         return frozenset(i for i, x in forms if is_sealed(x) and x.form == BLINDED)
-
-
-def _aval(x: Any) -> Any:
-    if is_sealed(x) or isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
-    refuse_opaque(x, "shield")
-    try:
-        aval = jax.typeof(x)
-    except TypeError as error:
-        raise UnsupportedError(
-            f"shield: an argument of type {type(x).__name__} is neither an array nor a number. "
-            "Keep such objects out of the arguments, for example as static fields or in a closure."
-        ) from error
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 class _PlannedSignature:
@@ -125,6 +128,9 @@ class Shielded(Generic[P, R]):
         self._enclave = options.enclave
         self._public = options.public_names(function)
         self._host_chosen = options.host_chosen_names(function)
+        self._statics = Statics.of(
+            function, self._name, options.static_argnums, options.static_argnames
+        )
         self._programs: dict[Any, list[_PlannedSignature]] = {}
         self._told: set[str] = set()  # of which warnings
         self._batched: dict[Any, Shielded[..., Any]] = {}
@@ -136,6 +142,7 @@ class Shielded(Generic[P, R]):
     # Arguments
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Signature:
+        args, kwargs = self._statics.hold(args, kwargs)
         leaves: list[Any] = []
         public: set[int] = set()
         for name, argument in (*enumerate(args), *sorted(kwargs.items())):
@@ -144,7 +151,8 @@ class Shielded(Generic[P, R]):
                 public |= {i + len(leaves) for i, x in enumerate(flat) if not _is_secret(x)}
             leaves += flat
         structure = jax.tree.structure((args, kwargs), is_leaf=is_sealed)
-        return _Signature(leaves, structure, frozenset(public))
+        names = functools.partial(_argument_leaves, self._function, args, kwargs)
+        return _Signature(leaves, structure, frozenset(public), names)
 
     def _inputs(self, signature: _Signature, tracing: bool) -> list[Any]:
         """The flat arguments as the runtime takes them: sealed, or arrays where public."""
@@ -152,7 +160,7 @@ class Shielded(Generic[P, R]):
         for i, x in enumerate(signature.leaves):
             if is_sealed(x) and not _is_secret(x) and i not in signature.public:
                 raise SecrecyError(
-                    f"shield: argument {i} of `{self._name}` is published, and expected to be a "
+                    f"shield: {self._called(signature, i)} is published, and expected to be a "
                     "secret. Name it in `public=`, or have the client seal it."
                 )
             elif is_sealed(x):
@@ -161,26 +169,29 @@ class Shielded(Generic[P, R]):
                 inputs.append(jaxpr_types.to_physical(jnp.asarray(x)))
             elif isinstance(x, Tracer):
                 raise SecrecyError(
-                    f"shield: argument {i} of `{self._name}` is a plain {x.aval.str_short()} "
+                    f"shield: {self._called(signature, i)} is a plain {x.aval.str_short()} "
                     "inside jit, scan or another transformation, where a secret is expected: its "
                     "value is already the host's. Seal it with `enclave.seal` outside and pass the "
                     "sealed value in, or name the argument in `public=`."
                 )
             elif tracing:
                 raise SecrecyError(
-                    f"shield: argument {i} of `{self._name}` is a plain array that a surrounding "
+                    f"shield: {self._called(signature, i)} is a plain array that a surrounding "
                     "jit or scan would keep in its program. Seal it with `enclave.seal` outside "
                     "and pass the sealed value in, or name the argument in `public=`."
                 )
             elif not self._enclave.is_client:
                 raise RoleError(
-                    f"shield: argument {i} of `{self._name}` is plain, and the host has no key to "
+                    f"shield: {self._called(signature, i)} is plain, and the host has no key to "
                     "seal it with. Pass what the client sealed (`tempo.load_sealed`), or name the "
                     "argument in `public=` on both sides."
                 )
             else:
                 inputs.append(self._enclave.seal(x))
         return inputs
+
+    def _called(self, signature: _Signature, number: int) -> str:
+        return f"{signature.named(number)} of `{self._name}`"
 
     @property
     def _name(self) -> str:
@@ -217,9 +228,9 @@ class Shielded(Generic[P, R]):
                 jaxpr_types.from_physical(x, a)
                 for x, a in zip(jax.tree.leaves((args, kwargs)), signature.avals, strict=True)
             ]
-            args, kwargs = jax.tree.unflatten(signature.structure, leaves)
-            with _tracing_inside():
-                result = self._function(*args, **kwargs)
+            args, kwargs = self._statics.release(jax.tree.unflatten(signature.structure, leaves))
+            with tracing_inside():
+                result = self._statics.hold_leaves(self._function(*args, **kwargs))
             out, structure = jax.tree.flatten(result)
             parts = result if type(result) is tuple else ()
             structures.append((structure, (structure, *map(jax.tree.structure, parts))))
@@ -374,7 +385,7 @@ class Shielded(Generic[P, R]):
         for i, aval in enumerate(program.types):
             if aval.dtype == jax.dtypes.float0:
                 outputs[i] = np.zeros(aval.shape, jax.dtypes.float0)
-        return jax.tree.unflatten(program.out_structure, outputs)
+        return self._statics.release(jax.tree.unflatten(program.out_structure, outputs))
 
     def _under_vmap(self, vmapped: transforms.Vmapped, structure: Any) -> Any:
         """Runs the batched plan, that of ``shield(jax.vmap(f))``."""
@@ -487,7 +498,7 @@ class Shielded(Generic[P, R]):
                     aval.weak_type,
                     self._enclave.session,
                 )
-        return _Signature(leaves, signature.structure, signature.public)
+        return _Signature(leaves, signature.structure, signature.public, signature.names)
 
     def explain(self, *args: Any, **kwargs: Any) -> Report:
         """What runs where, under which keys, and what crosses, without running anything.
@@ -499,9 +510,10 @@ class Shielded(Generic[P, R]):
         Returns:
           A report: print it, look at it in a notebook, or `save` it as a page.
         """
-        program = self._program(self._signature(args, kwargs))
-        names = ["".join(leaf) for leaf in _argument_leaves(self._function, args, kwargs)]
-        return Report(self._name, program.plan, names, self._enclave.costs)
+        signature = self._signature(args, kwargs)
+        plan = self._program(signature).plan
+        names = ["".join(leaf) for leaf in signature.names()]
+        return Report(self._name, plan, names, self._enclave.costs)
 
     def estimate(self, *args: Any, machine: Machine | str = "here", **kwargs: Any) -> Estimate:
         """What a step would take on a machine, from shapes alone; nothing is run.
@@ -524,13 +536,14 @@ class Shielded(Generic[P, R]):
         inside = dataclasses.replace(self._options, placement="enclave")
         first = self._make(signature, inside).plan
         state = first.request.carried
+        args, _ = self._statics.hold(args, kwargs)
         if not state and args:
             last = len(jax.tree.leaves(args[-1], is_leaf=is_sealed))
             before = len(jax.tree.leaves(args, is_leaf=is_sealed)) - last
             state = [i for i in range(len(signature.avals)) if not 0 <= i - before < last]
 
         def plan(scheme: Scheme | None, costs: CostModel, avals: Sequence[Any]) -> Plan:
-            scaled = _Signature(list(avals), signature.structure, signature.public)
+            scaled = _Signature(list(avals), signature.structure, signature.public, signature.names)
             options = inside
             if scheme is not None:
                 auto = {"placement": "auto", "offload": "auto", "scheme": scheme}
@@ -569,7 +582,7 @@ def _physical_output(x: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _tracing_inside() -> Iterator[None]:
+def tracing_inside() -> Iterator[None]:
     """While a shielded function is traced, shielded functions it calls become part of it."""
     token = _inside.set(True)
     try:

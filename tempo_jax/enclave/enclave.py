@@ -65,9 +65,9 @@ from tempo_jax.sealing.array import (
     SealedArray,
     handle_text,
     is_sealed,
+    leaf_type,
     no_handle,
     owners,
-    refuse_opaque,
 )
 from tempo_jax.sealing.handles import Handles
 from tempo_jax.sealing.leaves import leaves_of
@@ -334,27 +334,27 @@ class Enclave:
         """
         return self._tagged(tree, tag, self._publish_leaf)
 
-    def _tagged(self, tree: Any, tag: str | None, make: Callable[[Any, Seal], Any]) -> Any:
+    def _tagged(self, tree: Any, tag: str | None, make: Callable[[Any, Any, Seal], Any]) -> Any:
         """The leaves of a pytree, made with tags that share an origin."""
         origin = secrets.token_bytes(ORIGIN_BYTES)
 
         def made(path: Any, leaf: Any) -> Any:
             text = None if tag is None else f"{tag}{jax.tree_util.keystr(path)}"
-            return make(leaf, Seal(NOWHERE if text is None else place_of(text), origin))
+            return make(path, leaf, Seal(NOWHERE if text is None else place_of(text), origin))
 
         return jax.tree_util.tree_map_with_path(made, tree, is_leaf=is_sealed)
 
-    def _seal_leaf(self, leaf: Any, seal: Seal) -> SealedArray:
+    def _seal_leaf(self, path: Any, leaf: Any, seal: Seal) -> SealedArray:
         if is_sealed(leaf):
             return self.check_owned(leaf)
         keys = self._keys("`enclave.seal`")
-        aval, plain = _plain_leaf(leaf, "enclave.seal")
+        aval, plain = _plain_leaf(path, leaf, "enclave.seal")
         content = seal_array(keys.to_enclave, plain, self.session, seal)
         return self._held_whole(ENCRYPTED, content, aval)
 
-    def _publish_leaf(self, leaf: Any, seal: Seal) -> SealedArray:
+    def _publish_leaf(self, path: Any, leaf: Any, seal: Seal) -> SealedArray:
         keys = self._keys("`enclave.publish`")
-        aval, plain = _plain_leaf(leaf, "enclave.publish")
+        aval, plain = _plain_leaf(path, leaf, "enclave.publish")
         content = publish_array(keys.to_enclave, plain, self.session, seal)
         return self._held_whole(PUBLISHED, content, aval)
 
@@ -456,7 +456,7 @@ class Enclave:
         """
         seal = Seal(NOWHERE, secrets.token_bytes(ORIGIN_BYTES))
         return jax.tree.map(
-            lambda x: self._seal_leaf(self._open_leaf(x), seal) if is_sealed(x) else x,
+            lambda x: self._seal_leaf((), self._open_leaf(x), seal) if is_sealed(x) else x,
             tree,
             is_leaf=is_sealed,
         )
@@ -693,25 +693,24 @@ class Enclave:
         return encryption.encrypt_array(key, np.asarray(value), self.session)
 
 
-def _plain_leaf(leaf: Any, where: str) -> tuple[Any, np.ndarray]:
+def _plain_leaf(path: Any, leaf: Any, where: str) -> tuple[Any, np.ndarray]:
     """A leaf's type, and its content as NumPy has it.
 
     Raises:
       UnsupportedError: it is not an array or a number, or a tracer.
     """
-    refuse_opaque(leaf, where)
-    try:
-        aval = jax.typeof(leaf)
-        if isinstance(leaf, Tracer):
-            raise UnsupportedError(
-                f"{where} was called inside jit: the value is already the host's. Call it "
-                "before, outside jit."
-            )
-        return aval, np.asarray(types.to_physical(jnp.asarray(leaf)))
-    except TypeError as error:
+    aval = leaf_type(leaf, where, lambda: f"leaf `{jax.tree_util.keystr(path)}`")
+    if isinstance(leaf, Tracer):
         raise UnsupportedError(
-            f"{where}: a leaf of type {type(leaf).__name__} is not an array or a number. "
-            "Keep such objects out of the pytree, for example as static fields."
+            f"{where} was called inside jit: the value is already the host's. Call it "
+            "before, outside jit."
+        )
+    try:
+        return aval, np.asarray(types.to_physical(jnp.asarray(leaf)))
+    except TypeError as error:  # a sealed value, or a description of an array
+        raise UnsupportedError(
+            f"{where}: leaf `{jax.tree_util.keystr(path)}` of type {type(leaf).__name__} has no "
+            "value here. Give the array itself."
         ) from error
 
 

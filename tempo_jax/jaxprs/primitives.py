@@ -16,7 +16,7 @@ from jax.extend import core as jex_core
 from jax.extend.core import primitives as prims
 from jax.interpreters import ad, batching, mlir
 
-from tempo_jax.jaxprs.types import JaxprEqn, Literal
+from tempo_jax.jaxprs.types import JaxprEqn, Literal, physical
 
 dot_general_p = prims.dot_general_p
 
@@ -121,13 +121,23 @@ _REARRANGING = {_random_unwrap_p, prims.transpose_p, prims.broadcast_in_dim_p}
 
 
 def is_revealed(v: Any, made_by: Mapping[Any, JaxprEqn]) -> bool:
-    """Whether a value is the result of `reveal` (for typed keys, its data), maybe rearranged."""
+    """Whether a value is the result of `reveal` or the array that represents it, maybe rearranged."""
     eqn = made_by.get(v)
     while (
-        eqn is not None and eqn.primitive in _REARRANGING and not isinstance(eqn.invars[0], Literal)
+        eqn is not None
+        and (eqn.primitive in _REARRANGING or _is_in_bytes(eqn))
+        and not isinstance(eqn.invars[0], Literal)
     ):
         eqn = made_by.get(eqn.invars[0])
     return eqn is not None and eqn.primitive is reveal_p
+
+
+def _is_in_bytes(eqn: JaxprEqn) -> bool:
+    """Whether this gives narrow elements in bytes, with the same values."""
+    if eqn.primitive is not prims.convert_element_type_p:
+        return False
+    narrow = eqn.invars[0].aval
+    return narrow.dtype != eqn.outvars[0].aval.dtype == physical(narrow).dtype
 
 
 def is_debugging(eqn: JaxprEqn) -> bool:

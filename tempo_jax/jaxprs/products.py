@@ -23,9 +23,13 @@ _PRODUCTS = (dot_general_p, conv_p)
 
 
 def is_product(eqn: JaxprEqn) -> bool:
-    """Whether this is a product that could be offloaded: real floats in and out."""
+    """Whether this is a product that could be offloaded: real floats in and out.
+
+    A float of 8 bits or fewer has no digits to spare for a blinded value's rounding.
+    """
     return eqn.primitive in _PRODUCTS and all(
-        jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (*eqn.invars, *eqn.outvars)
+        jnp.issubdtype(v.aval.dtype, jnp.floating) and v.aval.dtype.itemsize > 1
+        for v in (*eqn.invars, *eqn.outvars)
     )
 
 

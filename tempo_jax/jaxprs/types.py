@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax._src.lax.lax import _convert_element_type  # JAX 0.10-0.12: sets weak types.
 from jax.extend import core as jex_core
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         invars: list[Var]
         outvars: list[Any]
         eqns: list[JaxprEqn]
+        effects: Any
 
         def replace(self, **changes: Any) -> Jaxpr:
             """A changed copy."""
@@ -77,21 +79,42 @@ def is_key_array(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
 
 
+# Elements of less than a byte have no size of their own in NumPy and in shared memory, and JAX
+# 0.10.2 does not give a compiled program its own int4 results back. A byte holds each exactly.
+_IN_BYTES = {
+    np.dtype(narrow): np.dtype(byte)
+    for narrow, byte in (
+        *((ml_dtypes.int2, np.int8), (ml_dtypes.uint2, np.uint8)),
+        *((ml_dtypes.int4, np.int8), (ml_dtypes.uint4, np.uint8)),
+        (ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn),
+    )
+}
+
+
 def physical(aval: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the array that represents a value; differs for typed keys only."""
+    """Shape and dtype of the array that represents a value.
+
+    It differs for typed keys and for elements of less than a byte.
+    """
     struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-    return jax.eval_shape(jax.random.key_data, struct) if is_key_array(aval) else struct
+    if is_key_array(aval):
+        return jax.eval_shape(jax.random.key_data, struct)
+    return jax.ShapeDtypeStruct(aval.shape, _IN_BYTES.get(aval.dtype, aval.dtype))
 
 
 def to_physical(x: Any) -> Any:
-    """Typed `jax.random` keys as their uint32 data; anything else as it is."""
-    return jax.random.key_data(x) if is_key_array(jax.typeof(x)) else x
+    """Typed `jax.random` keys as their uint32 data, narrow elements in bytes, others as is."""
+    aval = jax.typeof(x)
+    if is_key_array(aval):
+        return jax.random.key_data(x)
+    byte = _IN_BYTES.get(aval.dtype)
+    return x if byte is None else x.astype(byte)
 
 
 def from_physical(x: Any, aval: Any) -> Any:
     """Inverse of `to_physical` for a value of this type."""
     if not is_key_array(aval):
-        return x
+        return x.astype(aval.dtype) if aval.dtype in _IN_BYTES else x
     # JAX 0.10-0.12: a key type's implementation has no public name.
     return jax.random.wrap_key_data(x, impl=aval.dtype._impl.name)
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 
-from tempo_jax.errors import SealedValueError
+from tempo_jax.errors import SealedValueError, UnsupportedError
 from tempo_jax.jaxprs import opaque
 from tempo_jax.sealing.handles import NO_HANDLE, Handles, Lying
 
@@ -272,6 +274,53 @@ def refuse_opaque(leaf: Any, where: str) -> None:
             f"{where}: a leaf is the opaque name inside a sealed value. Tree functions take sealed "
             "values apart unless told `is_leaf=tempo.is_sealed`; pass the whole `SealedArray`."
         )
+
+
+def leaf_type(leaf: Any, where: str, named: Callable[[], str]) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and weak type of a leaf that can be sealed, or is.
+
+    Args:
+      leaf: what a pytree holds.
+      where: what the user called, for the error.
+      named: gives the leaf's name and the like, for the error.
+
+    Raises:
+      UnsupportedError: it is no array or number, or has a dtype that JAX does not compute with.
+      SealedValueError: it is the opaque name inside a sealed value.
+    """
+    refuse_opaque(leaf, where)
+    if not (is_sealed(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
+        try:
+            aval = jax.typeof(leaf)
+        except TypeError as error:
+            raise UnsupportedError(f"{where}: {named()} {_refused(leaf)}") from error
+        leaf = jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+    if leaf.dtype in _REFUSED_DTYPES:
+        raise UnsupportedError(
+            f"{where}: {named()} is {leaf.dtype}, which XLA does not compile on processors; cast it"
+        )
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type)
+
+
+# JAX has these dtypes by name alone: XLA's compiler for processors fails on them (0.10 to 0.12).
+_REFUSED_DTYPES = (np.dtype(ml_dtypes.float6_e2m3fn), np.dtype(ml_dtypes.float6_e3m2fn))
+
+
+def _refused(leaf: Any) -> str:
+    """What is wrong with a leaf that JAX takes for no array."""
+    dtype = getattr(leaf, "dtype", None)
+    if not isinstance(dtype, np.dtype):
+        return (
+            f"of type {type(leaf).__name__} is neither an array nor a number. Keep such objects "
+            "out, for example as static fields, in a closure or in `shield(static_argnames=)`"
+        )
+    if not dtype.isnative:
+        native = dtype.newbyteorder("=")
+        return (
+            f"has the foreign byte order of {dtype.str}, which JAX does not take. Convert it with "
+            f"`.astype({native.name!r})`"
+        )
+    return f"has the dtype {dtype}, which JAX does not take. Convert it with `.astype`"
 
 
 def shapes(tree: Any) -> Any:

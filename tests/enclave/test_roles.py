@@ -279,7 +279,9 @@ def test_host_neither_seals_nor_opens_nor_provisions(roles):
             use()
     with pytest.raises(RoleError, match="needs the client's keys"):
         host.encrypt(b"", "compile")
-    with pytest.raises(RoleError, match="argument 0 of `scaled` is plain, and the host has no key"):
+    with pytest.raises(
+        RoleError, match="argument `.*` of `scaled` is plain, and the host has no key"
+    ):
         tempo.shield(scaled, enclave=host)(X, sealed)
     assert host.connection.keys is None and not host.is_client and host.verified is None
 

@@ -5,6 +5,7 @@ Untrusted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
@@ -70,6 +71,14 @@ def _notices(figures: Figures) -> Iterator[tuple[str, str]]:
             f"{percent(here, everything)} of their arithmetic, and computes the rest in the "
             f"enclave. {would_leave(figures)} `{name}.explain(...)` says why each stays.",
         )
+    silent = equations.debugging(plan.request.closed.jaxpr)
+    if silent:
+        lines = ", ".join(dict.fromkeys(equations.line(eqn) for eqn in silent))
+        yield (
+            "debugging",
+            f"`jax.debug` in `{name}` ({lines}) prints and calls nothing: its values are secret. "
+            "Return what the host may see through `tempo.reveal`.",
+        )
     why = _mesh_without_effect(plan)
     if why is not None:
         yield "mesh", f"`mesh=` has no effect on `{name}`: {why}."
@@ -110,6 +119,8 @@ def _cheap_update_without_effect(plan: Plan) -> str | None:
 def _depth() -> int:
     """How far up from `warn_of` the user's own line is, as `warnings.warn` counts."""
     frame, depth = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    # A context manager as a decorator of ours brings a frame of the standard library.
+    ours = (_PACKAGE, contextlib.__file__)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
         frame, depth = frame.f_back, depth + 1
     return depth

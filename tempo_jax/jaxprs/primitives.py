@@ -121,7 +121,7 @@ _REARRANGING = {_random_unwrap_p, prims.transpose_p, prims.broadcast_in_dim_p}
 
 
 def is_revealed(v: Any, made_by: Mapping[Any, JaxprEqn]) -> bool:
-    """Whether a value is the result of `reveal` or the array that represents it, maybe rearranged."""
+    """Whether a value is the result of `reveal`, or its array, maybe rearranged."""
     eqn = made_by.get(v)
     while (
         eqn is not None

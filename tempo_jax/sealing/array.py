@@ -17,6 +17,7 @@ from jax.core import Tracer
 
 from tempo_jax.errors import SealedValueError, UnsupportedError
 from tempo_jax.jaxprs import opaque
+from tempo_jax.sealing import orbax
 from tempo_jax.sealing.handles import NO_HANDLE, Handles, Lying
 
 ENCRYPTED, RESIDENT, BLINDED = "encrypted", "resident", "blinded"
@@ -249,6 +250,7 @@ class SealedArray:
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Children and static part, for `jax.tree_util`."""
+        orbax.guard()
         declared = self._form, self.shape, self.dtype, self._weak_type, self.session
         return self._children, declared
 

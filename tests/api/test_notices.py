@@ -122,3 +122,17 @@ def test_logged_as_well_for_those_who_collect_logs(enclave, caplog):
     assert len(signatures) == 2  # one for each signature, none for a repeated call
     pattern = r"`plain`: planned in [\d.]+ s \(0 of 8 products go out\), exported in [\d.]+ s, "
     assert re.match(pattern + r"compiled in the enclave in [\d.]+ s$", signatures[0])
+
+
+def test_debugging_that_shows_nothing_is_said_once(enclave):
+    def talkative(x):
+        jax.debug.print("x {}", x)
+        jax.lax.cond(jnp.sum(x) > 0, lambda: jax.debug.callback(print, x), lambda: None)
+        return x + 1
+
+    shielded = tempo.shield(talkative, enclave=enclave, donate=False)
+    (warning,) = heard(shielded, jnp.ones(3))
+    lines = [talkative.__code__.co_firstlineno + n for n in (1, 2)]
+    named = ", ".join(f"test_notices.py:{line}" for line in lines)
+    assert f"`jax.debug` in `talkative` ({named}) prints and calls nothing" in str(warning.message)
+    assert not heard(shielded, jnp.ones(3)) and not heard(shielded, jnp.ones(4))

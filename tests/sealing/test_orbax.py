@@ -1,5 +1,7 @@
 """Sealed checkpoints lie in Orbax beside the rest of a training run: an array of bytes each."""
 
+import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 
 import tempo_jax as tempo
-from tempo_jax.errors import CheckpointError
+from tempo_jax.errors import CheckpointError, SealedValueError
+from tests.support.fresh import run_fresh
 from tests.support.steps import assert_close, shield_all, uniform
 
 ocp = pytest.importorskip("orbax.checkpoint", reason="Orbax is not installed")
@@ -81,3 +85,40 @@ def test_nothing_on_disk_is_plaintext(enclave, tmp_path):
     assert len(files) > 1
     for content in (kept["sealed"].tobytes(), *files):
         assert secret[:2].tobytes() not in content and b"weights" not in content
+
+
+def refused_in_a_users_program() -> None:
+    rows = np.ones((256, 64), np.float32)
+    plain = {"mean": jnp.ones(64), "key": jax.random.key(1), "rows": rows}
+    with tempo.Enclave.launch() as enclave, tempfile.TemporaryDirectory() as folder:
+        step = tempo.shield(lambda s: jax.tree.map(lambda x: 2 * x, s), enclave=enclave)
+        states = {"encrypted": enclave.seal({"rows": rows}), "resident": step({"rows": rows})}
+        for form, state in states.items():
+            assert state["rows"].form == form
+            for make in (ocp.StandardCheckpointer, ocp.PyTreeCheckpointer):
+                with make() as checkpointer:
+                    path = Path(folder, f"{form}-{make.__name__}")
+                    with pytest.raises(SealedValueError, match=r"enclave\.checkpoint\(state\)"):
+                        checkpointer.save(path, {"step": np.array(1), "state": state})
+            with pytest.raises(SealedValueError, match="not saved or pickled"):
+                pickle.dumps(state)
+            with pytest.raises(SealedValueError, match="has no value on the host"):
+                np.save(Path(folder, "rows.npy"), state["rows"])
+            with pytest.raises(TypeError, match="can not serialize 'SealedArray'"):
+                serialization.to_bytes(state)
+            # Taken apart, names are no arrays of numbers either.
+            for leaf in jax.tree.leaves(state):
+                if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+                    with pytest.raises(TypeError, match="cannot be converted to a NumPy array"):
+                        np.save(Path(folder, "leaf.npy"), leaf)
+        # What is not sealed is saved as ever, keys and all.
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(Path(folder, "plain"), plain)
+            checkpointer.wait_until_finished()
+            back = checkpointer.restore(Path(folder, "plain"))
+        np.testing.assert_array_equal(back["rows"], rows)
+        assert jax.random.key_data(back["key"]).tolist() == [0, 1]
+
+
+def test_sealed_values_are_refused_at_save():
+    run_fresh(refused_in_a_users_program)

@@ -74,6 +74,10 @@ class StaticArgumentError(UnsupportedError, ValueError):
     """A static argument that `jax.jit` refuses as well, with a `ValueError`."""
 
 
+class NanError(TempoError, FloatingPointError):
+    """A result with a NaN under `shield(..., debug_nans=True)`; it says which equation made it."""
+
+
 class RoleError(TempoError):
     """A request that the client's or the host's side cannot make; the other side can."""
 

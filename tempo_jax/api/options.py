@@ -34,6 +34,7 @@ class OptionFields(TypedDict, total=False):
     unroll_while: int
     static_argnums: int | Sequence[int] | None
     static_argnames: str | Iterable[str] | None
+    debug_nans: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class Options:
     unroll_while: int = 0
     static_argnums: int | Sequence[int] | None = None
     static_argnames: str | Iterable[str] | None = None
+    debug_nans: bool = False
 
     def __post_init__(self) -> None:
         """Checks every option that needs no function."""
@@ -80,6 +82,13 @@ class Options:
             )
         _check("donate", self.donate, (True, False))
         _check("verify", self.verify, (True, False))
+        _check("debug_nans", self.debug_nans, (True, False))
+        if self.debug_nans and not (self.enclave.is_client and self.enclave.is_host):
+            raise UnsupportedError(
+                "shield: debug_nans runs a step again to find where a NaN comes from, which the "
+                "rules of an enclave that serves do not let a host do. Debug with "
+                "`Enclave.launch()`, where client and host are one process"
+            )
         if self.mesh is not None and not isinstance(self.mesh, Mesh):
             raise UnsupportedError(
                 f"shield: mesh is a {type(self.mesh).__name__}, expected a mesh of devices with "

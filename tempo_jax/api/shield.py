@@ -5,13 +5,20 @@ Untrusted.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, Unpack, overload
 
+import jax
+import jax.numpy as jnp
+
+from tempo_jax.api.markers import reveal
 from tempo_jax.api.options import OptionFields, Options
-from tempo_jax.api.shielded import Shielded
-from tempo_jax.errors import UnsupportedError
+from tempo_jax.api.shielded import Shielded, is_inside
+from tempo_jax.errors import NanError, UnsupportedError
+from tempo_jax.jaxprs import nans, trace
+from tempo_jax.sealing.array import is_sealed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,6 +88,9 @@ def shield(  # noqa: D417 (the options are documented one by one)
         What a `jax.jit` around `function` has as static is static here as well, and everything
         but arrays is for `equinox.filter_jit`.
       static_argnames: their names; of positions and names one follows from the other.
+      debug_nans: after each call the host learns one bit: whether the result has a NaN. If it has,
+        the call is made once more, all inside, and fails with a `NanError` that names the equation
+        that made the first NaN, which the host learns as well, but no value. Nothing is donated.
 
     Returns:
       A `Shielded` function with the parameters and the result of `function`. It warns
@@ -115,9 +125,77 @@ def shield(  # noqa: D417 (the options are documented one by one)
     checked = Options(**options)
 
     def decorate(function: Callable[P, R]) -> Shielded[P, R]:
-        return Shielded(function, checked)
+        if not checked.debug_nans:
+            return Shielded(function, checked)
+        return Watched(function, checked)
 
     return decorate if function is None else decorate(function)
+
+
+class Watched(Shielded[P, R]):
+    """A shielded function whose results are looked at for NaNs, by programs beside its own."""
+
+    def __init__(self, function: Callable[P, R], options: Options):
+        """Wraps a function; users call `shield`."""
+        options = dataclasses.replace(options, donate=False)
+        super().__init__(function, options)
+        beside = Options(enclave=options.enclave, placement="enclave", donate=False)
+        self._has_nan = Shielded(_has_nan, beside)
+        self._search = Shielded(self._first_nan, dataclasses.replace(beside, static_argnums=1))
+        self._equations: dict[Any, list[str]] = {}  # by structure and types of the arguments
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs the shielded function; see `shield`.
+
+        Raises:
+          NanError: the result has a NaN.
+          UnsupportedError: it is called inside a user's jit, where nothing can be raised.
+        """
+        if is_inside():
+            return super().__call__(*args, **kwargs)
+        if trace.under_trace():
+            raise UnsupportedError(
+                f"shield: `{self._name}` is called inside jit or scan, where `debug_nans` can "
+                "raise nothing. Call it outside"
+            )
+        result = super().__call__(*args, **kwargs)
+        leaves = [
+            x
+            for x in jax.tree.leaves(result, is_leaf=is_sealed)
+            if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+        ]
+        sealed = [x for x in leaves if is_sealed(x)]
+        plain = any(bool(nans.any_nan(x)) for x in leaves if not is_sealed(x))
+        if plain or (sealed and bool(self._has_nan(sealed))):
+            raise NanError(self._named_nan(args, kwargs))
+        return result
+
+    def _named_nan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        signature = self._signature(args, kwargs)
+        first = int(self._search(signature.leaves, signature.structure))
+        start = f"shield: the result of `{self._name}` has a NaN, which "
+        if first == nans.NONE:
+            return f"{start}an argument has as well"
+        names = self._equations[_key(signature.leaves, signature.structure)]
+        return f"{start}{names[first]} made first. The arguments are as they were"
+
+    def _first_nan(self, leaves: list[Any], structure: Any) -> Any:
+        def flat(*leaves: Any) -> list[Any]:
+            args, kwargs = self._statics.release(jax.tree.unflatten(structure, leaves))
+            return jax.tree.leaves(self._statics.hold_leaves(self._function(*args, **kwargs)))
+
+        first, names = nans.first_nan(trace.trace(flat, leaves), leaves)
+        self._equations[_key(leaves, structure)] = names
+        return reveal(first)
+
+
+def _has_nan(leaves: list[Any]) -> Any:
+    return reveal(jnp.any(jnp.stack([nans.any_nan(x) for x in leaves])))
+
+
+def _key(leaves: list[Any], structure: Any) -> Any:
+    arrays = (x if is_sealed(x) else jax.typeof(x) for x in leaves)
+    return structure, tuple((x.shape, x.dtype) for x in arrays)
 
 
 # For `help` and editors, the options with their defaults.

@@ -581,6 +581,11 @@ def _physical_output(x: Any) -> Any:
     return jaxpr_types.to_physical(jnp.asarray(x))
 
 
+def is_inside() -> bool:
+    """Whether a shielded function is being traced."""
+    return _inside.get()
+
+
 @contextlib.contextmanager
 def tracing_inside() -> Iterator[None]:
     """While a shielded function is traced, shielded functions it calls become part of it."""

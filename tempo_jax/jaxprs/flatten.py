@@ -73,6 +73,12 @@ CHECKS_GIVE_NAN = (
 _PLACEMENT_HINTS = {prims.device_put_p, prims.sharding_constraint_p}
 
 
+def inlined_body(eqn: JaxprEqn) -> ClosedJaxpr | None:
+    """The program of an equation that is a mere call; None of any other."""
+    param = _INLINED.get(eqn.primitive)
+    return None if param is None else _closed(eqn.params[param])
+
+
 @dataclasses.dataclass(frozen=True)
 class Flattening:
     """Which control flow `flatten` dissolves.

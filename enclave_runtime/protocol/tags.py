@@ -23,9 +23,9 @@ it becomes is the next generation, and any other argument of a program that carr
 unless the owner says `runs_per_batch`. A run counts when it is committed or when it first shows
 the host something in the clear, whichever comes first; one that was aborted before counts as begun
 only. One that was aborted after that may be repeated with the very same inputs, which shows what
-was shown already, and with no others. No more runs are begun on an origin than count, plus
-`retries`: each begun run blinds the values anew, and fresh blindings are what guesses are made
-from (SECURITY.md, *Guesses*).
+was shown already but for rounding, and with no others. No more runs are begun on an origin than
+count, plus `retries`: each begun run blinds the values anew, and fresh blindings are what guesses
+are made from (SECURITY.md, *Guesses*).
 
 Places and seals travel with the ciphertext and are authenticated by it; places and generations are
 in checkpoints. Tags of values in the enclave never leave it. Rules come encrypted with the program.

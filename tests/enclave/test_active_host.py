@@ -238,8 +238,8 @@ def test_generation_is_used_once(roles, trained):
 def test_forks_are_the_owners_to_allow(roles, trained):
     _, step, plain, content = trained
     state, batch = provisioned(trained, roles.client, allow_forks=True, runs_per_batch=3)
-    losses = [float(step(state, batch)[1]) for _ in range(3)]
-    assert losses == [losses[0]] * 3
+    losses = [step(state, batch)[1] for _ in range(3)]
+    assert_close(jnp.stack(losses), jnp.full(3, losses[0]))  # keys change how products round
     with pytest.raises(AdmissionError, match="`batch` of `train_step`: 3 of the 3 runs"):
         step(state, batch)
 

@@ -172,11 +172,14 @@ class _Flattener:
         if primitive in _PLACEMENT_HINTS:
             return list(zip(arguments, cheap, strict=True))
         if primitive is prims.cond_p and self._selects(eqn, arguments[0], cheap[1:]):
-            return self._select(eqn, arguments, cheap)
+            with at_source_of(eqn):
+                return self._select(eqn, arguments, cheap)
         if primitive is prims.scan_p and self._unrolls(eqn, cheap):
-            return self._unroll(eqn, arguments, cheap)
+            with at_source_of(eqn):
+                return self._unroll(eqn, arguments, cheap)
         if primitive is prims.while_p and self._options.unroll_while and self._holds_worth(eqn):
-            arguments, cheap = self._first_iterations(eqn, arguments, cheap)
+            with at_source_of(eqn):
+                arguments, cheap = self._first_iterations(eqn, arguments, cheap)
         self._note_whole(eqn)
         tainted = primitive is cheap_p or any(cheap)
         return [(x, tainted) for x in self._bind(eqn, arguments)]
@@ -271,16 +274,14 @@ class _Flattener:
         branches = eqn.params["branches"]
         if len(branches) == 1 or not isinstance(index, Tracer):
             body = branches[int(index) if branches[1:] else 0]
-            with at_source_of(eqn):
-                return self.evaluate(body.jaxpr, body.consts, operands, cheap[1:])
+            return self.evaluate(body.jaxpr, body.consts, operands, cheap[1:])
         self._note_reveals(eqn)
         found = []
         before = self._branches
         for case, body in enumerate(branches):
             self._branches = (*before, Branch(index, case))
             known = [self._selections.within(x, index, case) for x in operands]
-            with at_source_of(eqn):
-                found.append(self.evaluate(body.jaxpr, body.consts, known, cheap[1:]))
+            found.append(self.evaluate(body.jaxpr, body.consts, known, cheap[1:]))
         self._branches = before
         if len(branches) == 2:
             which = index.astype(bool)
@@ -313,13 +314,11 @@ class _Flattener:
         going: Any = None
         before = self._branches
         for _ in range(self._options.unroll_while):
-            with at_source_of(eqn):
-                ((more, _),) = self._evaluate(params["cond_jaxpr"], [*asking, *ahead])
+            ((more, _),) = self._evaluate(params["cond_jaxpr"], [*asking, *ahead])
             more = jnp.asarray(more)
             going = more if going is None else lax.bitwise_and(going, more)
             self._branches = (*before, Branch(going))
-            with at_source_of(eqn):
-                new = self._evaluate(params["body_jaxpr"], [*fixed, *ahead])
+            new = self._evaluate(params["body_jaxpr"], [*fixed, *ahead])
             new = [(as_array(x, v.aval), c) for v, (x, c) in zip(eqn.outvars, new, strict=True)]
             self._branches = before
             carry = [
@@ -353,8 +352,7 @@ class _Flattener:
         steps = range(length)
         for step in reversed(steps) if params["reverse"] else steps:
             slices = [(self._slice(x, step), c) for x, c in scanned]
-            with at_source_of(eqn):
-                results = self._evaluate(body, [*fixed, *carry, *slices])
+            results = self._evaluate(body, [*fixed, *carry, *slices])
             carry, out = results[:carried], results[carried:]
             stacked.append(out)
         if params["reverse"]:

@@ -222,8 +222,8 @@ def _cause(walk: Walk, eqn: JaxprEqn) -> str:
         seen.add(out)
         if out in walk.refused:
             refused[facts.order[out]] = f"{current.primitive.name}: {walk.refused[out]}"
-        cheap = [v for v in variables(current) if v in facts.cheap]
-        pending += [facts.eqns[facts.order[v]] for v in cheap]
+        led = [v for v in variables(current) if v in facts.cheap or v in facts.to_update]
+        pending += [facts.eqns[facts.order[v]] for v in led if v in facts.order]
     return refused[min(refused)] if refused else "its gradient is computed in the enclave"
 
 

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jax.extend.core import primitives as prims
 
 from tempo_jax.equivariance.classes import Axes, Demand, Keying
 from tempo_jax.equivariance.operands import Context, NotEquivariantError, Operand
@@ -301,6 +302,8 @@ class Walk:
         given, out = variables(eqn), eqn.outvars[0]
         update = any(v in self.facts.cheap for v in eqn.outvars) or self._of_leaves_alone(given)
         inside = [v for v in given if v not in self.host and v not in self._anyone]
+        if eqn.primitive is prims.select_n_p and eqn.invars[0] in inside and not update:
+            raise NotEquivariantError("the condition that selects it is inside the enclave")
         if inside and not out.aval.shape:
             raise NotEquivariantError("a scalar is computed inside when any part of it is")
         operands = [self._operand(v, update) for v in eqn.invars]

@@ -4,10 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax import lax
+from jax.extend.core import primitives as prims
 
 import tempo_jax as tempo
+from tempo_jax.jaxprs.equations import source
 from tempo_jax.jaxprs.products import is_product
 from tempo_jax.jaxprs.trace import trace
 from tempo_jax.planning.cost import CostModel
@@ -21,14 +24,13 @@ LARGE, SMALL = 2048, 128
 def planned(function: Any, *avals: Any, costs: CostModel | None = None, **options: Any) -> Plan:
     request = Request(
         closed=trace(lambda *xs: jax.tree.leaves(function(*xs)), avals),
-        carried={},
         public=frozenset(),
         on_devices=frozenset(),
         scheme=SIGNED_PERMUTATION,
         costs=costs,
         offload=True,
         workers=1,
-        **options,
+        **{"carried": {}, **options},
     )
     return make_plan(request)
 
@@ -109,3 +111,25 @@ def test_a_reveal_in_a_branch_is_named():
     plan = planned(f, *arguments(SMALL))
     assert not plan.revealed
     assert any("`reveal` inside `cond`" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("dissolved", [switch_of(2), loop], ids=["switch", "while"])
+def test_what_comes_of_control_flow_stands_where_it_stood(dissolved):
+    plan = planned(dissolved, *arguments(SMALL), unroll_while=2)
+    added = [e for e in plan.jaxpr.eqns if e.primitive is prims.select_n_p]
+    assert added and all(source(e).startswith(__file__) for e in added)
+
+
+def test_a_gradient_that_a_condition_selects_says_so():
+    optimizer = tempo.cheap_update(optax.sgd(0.1))
+
+    def f(w, x, i):
+        def loss(w):
+            return jnp.square(lax.cond(i > 0, lambda: x @ w, lambda: x)).mean()
+
+        return optax.apply_updates(w, optimizer.update(jax.grad(loss)(w), optimizer.init(w))[0])
+
+    plan = planned(f, *arguments(SMALL), carried={0: 0})
+    assert not plan.placement.resident
+    (why,) = plan.placement.reasons.values()
+    assert f"the condition that selects it is inside the enclave, at {__file__}" in why

@@ -166,6 +166,16 @@ def test_host_imports_only_what_both_sides_share():
             assert source in ground or source.startswith(shared), module
 
 
+def test_no_two_classes_have_one_name():
+    places: dict[str, list[str]] = {}
+    for package in RULES:
+        for module, path in modules_of(package).items():
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(module)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 def test_jax_internals_are_used_in_one_folder():
     for module, path in modules_of("tempo_jax").items():
         internal = any(source.startswith("jax._src") for source, _ in imports_of(path))

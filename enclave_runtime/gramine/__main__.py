@@ -10,7 +10,7 @@ from pathlib import Path
 
 import enclave_runtime
 from enclave_runtime.gramine import building, manifest
-from enclave_runtime.gramine.building import BuildError, Options
+from enclave_runtime.gramine.building import BuildError, BuildOptions
 from enclave_runtime.gramine.staging import StagingError
 
 
@@ -94,7 +94,7 @@ def _build(options: argparse.Namespace, given: Sequence[str]) -> int:
             raise BuildError(f"cannot run {options.python}: {error.strerror}") from error
     built = building.build(
         options.out,
-        Options(
+        BuildOptions(
             enclave_size=options.enclave_size,
             cpus=options.cpus,
             product_id=options.product_id,

@@ -81,7 +81,7 @@ def _compiled(name: str, overload: Any) -> tuple[str, Any]:
     function = ir.Function(wrapper, ir.FunctionType(ir.IntType(32), [words]), visible)
     builder = ir.IRBuilder(function.append_basic_block())
     context = overload.target_context
-    reader = _Reader(context, builder, function.args[0])
+    reader = _WordReader(context, builder, function.args[0])
     arguments = [reader.read(kind) for kind in types]
     kernel = context.declare_function(wrapper, overload.fndesc)
     status, _ = context.call_conv.call_function(
@@ -115,7 +115,7 @@ def _parts(kind: Any) -> list[Any]:
     return list(kind)
 
 
-class _Reader:
+class _WordReader:
     """Reads arguments from words, in LLVM's instructions."""
 
     def __init__(self, context: Any, builder: Any, words: Any):

@@ -36,7 +36,7 @@ class BuildError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class BuildOptions:
     """What can be chosen; all of it is measured.
 
     Attributes:
@@ -88,14 +88,14 @@ class Built:
         return "\n".join(lines)
 
 
-def build(directory: Path, options: Options | None = None) -> Built:
+def build(directory: Path, options: BuildOptions | None = None) -> Built:
     """Builds into a folder; what an earlier build left there is replaced.
 
     Raises:
       BuildError: the folder holds something else, a tool failed, or a rule is broken.
       StagingError: something to stage is missing.
     """
-    options = options or Options()
+    options = options or BuildOptions()
     directory = directory.resolve()
     _clear(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,7 @@ ALTERED = (
 )
 
 
-class CheckpointError(Exception):
+class RefusedCheckpointError(Exception):
     """A checkpoint that is refused; the text goes to the peer."""
 
 
@@ -114,19 +114,19 @@ class Leaf(NamedTuple):
         """Inverse of `encode`.
 
         Raises:
-          CheckpointError: a field is missing, of another type or out of bounds.
+          RefusedCheckpointError: a field is missing, of another type or out of bounds.
         """
         if not isinstance(fields, dict):
-            raise CheckpointError("a checkpoint's leaf is not an object")
+            raise RefusedCheckpointError("a checkpoint's leaf is not an object")
         name, dtype, weak = (fields.get(key) for key in ("name", "dtype", "weak"))
         if not (isinstance(name, str) and isinstance(dtype, str) and isinstance(weak, bool)):
-            raise CheckpointError("a checkpoint's leaf has a field of the wrong type")
+            raise RefusedCheckpointError("a checkpoint's leaf has a field of the wrong type")
         if len(name) > MAX_NAME or len(dtype) > MAX_NAME:
-            raise CheckpointError("a checkpoint's leaf has too long a name")
+            raise RefusedCheckpointError("a checkpoint's leaf has too long a name")
         try:
             array = ArrayType.decode(fields.get("array"))
         except ProgramError as error:
-            raise CheckpointError(f"a checkpoint's leaf: {error}") from error
+            raise RefusedCheckpointError(f"a checkpoint's leaf: {error}") from error
         return cls(name, array, dtype, weak)
 
     def __str__(self) -> str:
@@ -151,20 +151,20 @@ class Header(NamedTuple):
         """Reads the start of a checkpoint; nothing in it is authenticated yet.
 
         Raises:
-          CheckpointError: too short, another format or version, or out of bounds.
+          RefusedCheckpointError: too short, another format or version, or out of bounds.
         """
         if len(data) < HEADER.size:
-            raise CheckpointError(
+            raise RefusedCheckpointError(
                 f"a checkpoint begins with {HEADER.size} bytes of header, got {len(data)}"
             )
         magic, version, recipient, length, number, lineage, identifier = HEADER.unpack_from(data)
         if magic != MAGIC:
-            raise CheckpointError("not a checkpoint of tempo_jax (wrong magic)")
+            raise RefusedCheckpointError("not a checkpoint of tempo_jax (wrong magic)")
         if version != VERSION:
-            raise CheckpointError(f"checkpoint version {version}, expected {VERSION}")
+            raise RefusedCheckpointError(f"checkpoint version {version}, expected {VERSION}")
         known = recipient in Recipient._value2member_map_
         if not known or not TAG_BYTES <= length <= MAX_MANIFEST or number > MAX_NUMBER:
-            raise CheckpointError("a checkpoint's header is out of bounds")
+            raise RefusedCheckpointError("a checkpoint's header is out of bounds")
         return cls(Recipient(recipient), length, number, lineage, identifier)
 
 
@@ -189,15 +189,15 @@ class Seen:
         """Inverse of `encode`.
 
         Raises:
-          CheckpointError: malformed.
+          RefusedCheckpointError: malformed.
         """
         try:
             number, identifier = fields["number"], bytes.fromhex(fields["identifier"])
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError("a record of a checkpoint is malformed") from error
+            raise RefusedCheckpointError("a record of a checkpoint is malformed") from error
         fits = type(number) is int and 0 < number < MAX_NUMBER
         if not fits or len(identifier) != IDENTIFIER_BYTES:
-            raise CheckpointError("a record of a checkpoint is out of bounds")
+            raise RefusedCheckpointError("a record of a checkpoint is out of bounds")
         return cls(number, identifier)
 
 
@@ -205,10 +205,10 @@ def decode_leaves(leaves: Any) -> list[Leaf]:
     """Reads a list of `Leaf.encode`'s results.
 
     Raises:
-      CheckpointError: malformed, or too many.
+      RefusedCheckpointError: malformed, or too many.
     """
     if not isinstance(leaves, list) or len(leaves) > MAX_LEAVES:
-        raise CheckpointError("a checkpoint's leaves are not a list, or too many")
+        raise RefusedCheckpointError("a checkpoint's leaves are not a list, or too many")
     return [Leaf.decode(leaf) for leaf in leaves]
 
 
@@ -238,11 +238,11 @@ def head_of(data: bytes | memoryview) -> bytes:
     """A checkpoint's header and sealed manifest.
 
     Raises:
-      CheckpointError: not a checkpoint, or cut.
+      RefusedCheckpointError: not a checkpoint, or cut.
     """
     length = HEADER.size + Header.decode(data).manifest_bytes
     if len(data) < length:
-        raise CheckpointError(ALTERED)
+        raise RefusedCheckpointError(ALTERED)
     return bytes(data[:length])
 
 
@@ -280,7 +280,7 @@ class _Cipher:
         try:
             return self._key.decrypt(nonce, sealed, context)
         except (InvalidTag, ValueError) as error:
-            raise CheckpointError(ALTERED) from error
+            raise RefusedCheckpointError(ALTERED) from error
 
 
 class CheckpointWriter:
@@ -297,12 +297,12 @@ class CheckpointWriter:
         """Seals the manifest.
 
         Raises:
-          CheckpointError: too many leaves, or a manifest that is too long.
+          RefusedCheckpointError: too many leaves, or a manifest that is too long.
         """
         manifest = json.dumps({"leaves": [leaf.encode() for leaf in leaves]}).encode()
         length = len(manifest) + TAG_BYTES
         if len(leaves) > MAX_LEAVES or length > MAX_MANIFEST:
-            raise CheckpointError(
+            raise RefusedCheckpointError(
                 f"a checkpoint of {len(leaves)} leaves with {len(manifest)} bytes of names and "
                 f"shapes, expected at most {MAX_LEAVES} and {MAX_MANIFEST - TAG_BYTES}"
             )
@@ -343,13 +343,13 @@ class CheckpointReader:
         """Opens the manifest.
 
         Raises:
-          CheckpointError: sealed under another secret, altered, or malformed.
+          RefusedCheckpointError: sealed under another secret, altered, or malformed.
         """
         self.header = Header.decode(head)
         if self.header.lineage != lineage_name(secret):
-            raise CheckpointError("the checkpoint was sealed under another key")
+            raise RefusedCheckpointError("the checkpoint was sealed under another key")
         if len(head) != HEADER.size + self.header.manifest_bytes:
-            raise CheckpointError(ALTERED)
+            raise RefusedCheckpointError(ALTERED)
         self._cipher = _Cipher(secret, self.header)
         manifest = self._cipher.open(memoryview(head)[HEADER.size :], _MANIFEST_PLACE, 0)
         self.leaves = _decode_manifest(manifest)
@@ -359,13 +359,13 @@ class CheckpointReader:
         """The next leaf and its tag from uint8[sealed_bytes], to which nobody else may write.
 
         Raises:
-          CheckpointError: altered, of another length, or not the next leaf.
+          RefusedCheckpointError: altered, of another length, or not the next leaf.
         """
         if self.read == len(self.leaves):
-            raise CheckpointError(ALTERED)
+            raise RefusedCheckpointError(ALTERED)
         array = self.leaves[self.read].array
         if sealed.shape != (sealed_bytes(array),) or sealed.dtype != np.uint8:
-            raise CheckpointError(ALTERED)
+            raise RefusedCheckpointError(ALTERED)
         content = np.ascontiguousarray(sealed).data
         tag = TagRecord.decode(self._cipher.open(content[:_TAG_BYTES], self.read, _TAG_PART))
         plain = np.empty(array.nbytes, np.uint8)
@@ -381,9 +381,9 @@ def _decode_manifest(manifest: bytes) -> tuple[Leaf, ...]:
     try:
         fields = json.loads(manifest)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError("a checkpoint's manifest does not parse") from error
+        raise RefusedCheckpointError("a checkpoint's manifest does not parse") from error
     if not isinstance(fields, dict):
-        raise CheckpointError("a checkpoint's manifest is not an object")
+        raise RefusedCheckpointError("a checkpoint's manifest is not an object")
     return tuple(decode_leaves(fields.get("leaves")))
 
 
@@ -391,12 +391,12 @@ def split(data: bytes | memoryview, leaves: Sequence[Leaf]) -> list[np.ndarray]:
     """The sealed leaves of a whole checkpoint with this manifest, as views of it.
 
     Raises:
-      CheckpointError: it is longer or shorter than that.
+      RefusedCheckpointError: it is longer or shorter than that.
     """
     start = HEADER.size + Header.decode(data).manifest_bytes
     sizes = [sealed_bytes(leaf.array) for leaf in leaves]
     if len(data) != start + sum(sizes):
-        raise CheckpointError(ALTERED)
+        raise RefusedCheckpointError(ALTERED)
     views = []
     for size in sizes:
         views.append(np.frombuffer(data, np.uint8, size, start))
@@ -411,7 +411,7 @@ def read_checkpoint(secret: bytes, data: bytes) -> tuple[CheckpointReader, list[
       The reader, with header and manifest, and the value of each leaf.
 
     Raises:
-      CheckpointError: see `CheckpointReader`.
+      RefusedCheckpointError: see `CheckpointReader`.
     """
     reader = CheckpointReader(secret, head_of(data))
     return reader, [reader.open(sealed)[1] for sealed in split(data, reader.leaves)]

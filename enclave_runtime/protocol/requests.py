@@ -339,7 +339,7 @@ def decode(frame: Frame) -> Any:
     Raises:
       RequestError: the kind is no request, or a field is missing, unknown, of another type or out
         of bounds.
-      CheckpointError: the leaves of a checkpoint are malformed.
+      RefusedCheckpointError: the leaves of a checkpoint are malformed.
     """
     request = REQUESTS.get(frame.kind)
     if request is None:

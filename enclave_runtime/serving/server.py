@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 
 from enclave_runtime.crypto.encryption import DecryptionError, derive_key
 from enclave_runtime.protocol import handshake, wire
-from enclave_runtime.protocol.checkpoint import CheckpointError
+from enclave_runtime.protocol.checkpoint import RefusedCheckpointError
 from enclave_runtime.protocol.configuration import (
     ConfigurationError,
     Launched,
@@ -46,12 +46,12 @@ from enclave_runtime.protocol.wire import Frame, Kind, WireError
 from enclave_runtime.serving import log
 from enclave_runtime.serving.peers import CLIENT, HOST, PARENT, Ownership, Role, UnownedError
 from enclave_runtime.serving.tls import ServerIdentity
-from enclave_runtime.sessions.admission import AdmissionError
-from enclave_runtime.sessions.programs import UnprovisionedError
+from enclave_runtime.sessions.admission import RefusedInputError
+from enclave_runtime.sessions.programs import UnknownProgramError
 from enclave_runtime.sessions.run import RunError
 from enclave_runtime.sessions.session import Session
 from enclave_runtime.sessions.store import UnknownHandleError
-from enclave_runtime.verifying.integrity import IntegrityError
+from enclave_runtime.verifying.integrity import WrongProductError
 
 HANDSHAKE_BYTES = 1024  # the largest body before a peer has proved itself
 HANDSHAKE_SECONDS = 10.0  # in all, until a peer has proved itself
@@ -61,17 +61,17 @@ _log = logging.getLogger("enclave_runtime")
 # The codes of errors whose texts are written for the peer; of any other error only that something
 # failed leaves. A class not named here has its base's code.
 _CODES: dict[type[BaseException], ErrorCode] = {
-    AdmissionError: ErrorCode.ADMISSION,
+    RefusedInputError: ErrorCode.ADMISSION,
     ArenaError: ErrorCode.SHARED_MEMORY,
-    CheckpointError: ErrorCode.CHECKPOINT,
+    RefusedCheckpointError: ErrorCode.CHECKPOINT,
     DecryptionError: ErrorCode.DECRYPTION,
-    IntegrityError: ErrorCode.INTEGRITY,
+    WrongProductError: ErrorCode.INTEGRITY,
     ProgramError: ErrorCode.PROGRAM,
     RequestError: ErrorCode.REQUEST,
     RunError: ErrorCode.RUN,
     UnknownHandleError: ErrorCode.UNKNOWN_HANDLE,
     UnownedError: ErrorCode.UNOWNED,
-    UnprovisionedError: ErrorCode.UNPROVISIONED,
+    UnknownProgramError: ErrorCode.UNPROVISIONED,
     WireError: ErrorCode.WIRE,
 }
 # Those whose text the host of a serving enclave gets too: it cannot act on them otherwise, and

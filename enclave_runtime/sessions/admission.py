@@ -27,7 +27,7 @@ MAX_COUNTED_SEALS = 1 << 20  # of one session, a few hundred bytes each
 _CARRIED = ("", "")  # the counts of a carried state are those of all programs together
 
 
-class AdmissionError(Exception):
+class RefusedInputError(Exception):
     """A value that its owner did not allow there, or not so often; the text goes to the peer."""
 
 
@@ -91,11 +91,11 @@ class _Count(NamedTuple):
         """Refuses a run that is one too many.
 
         Raises:
-          AdmissionError: it is.
+          RefusedInputError: it is.
         """
         uses, name = self.uses, self.rule.name
         if beginning and uses.begun >= self.runs + retries:
-            raise AdmissionError(
+            raise RefusedInputError(
                 f"`{name}` of `{function}`: {uses.begun} runs were begun on this value, of which "
                 f"{self.runs} may count and {retries} may fail. Its owner allows more with "
                 "`provision(..., retries=...)`"
@@ -103,17 +103,17 @@ class _Count(NamedTuple):
         if inputs in uses.shown or uses.counted < self.runs:
             return
         if uses.shown:
-            raise AdmissionError(
+            raise RefusedInputError(
                 f"`{name}` of `{function}`: a run on this value showed its results and was not "
                 "committed. It may be repeated with the same inputs, and with no others"
             )
         if self.rule.carried:
-            raise AdmissionError(
+            raise RefusedInputError(
                 f"`{name}` of `{function}`: a run was committed on this value, and what it "
                 "returned takes its place. Its owner allows other successors with "
                 "`provision(..., allow_forks=True)`"
             )
-        raise AdmissionError(
+        raise RefusedInputError(
             f"`{name}` of `{function}`: {self.runs} of the {self.runs} runs that are allowed on "
             "this value took place. Its owner allows more with `provision(..., runs_per_batch=...)`"
         )
@@ -156,7 +156,7 @@ class Claim:
         """Makes the run count, before it shows the host something in the clear.
 
         Raises:
-          AdmissionError: another run counted meanwhile.
+          RefusedInputError: another run counted meanwhile.
         """
         if self._counts:
             with self._lock:
@@ -174,7 +174,7 @@ class Claim:
         """Makes the run count, for good; returns the tags of its outputs.
 
         Raises:
-          AdmissionError: another run counted meanwhile.
+          RefusedInputError: another run counted meanwhile.
         """
         if self._counts:
             with self._lock:
@@ -202,7 +202,7 @@ class Admission:
             ciphertext, or the hash of what came in the clear.
 
         Raises:
-          AdmissionError: the rules refuse a value, or a run too many.
+          RefusedInputError: the rules refuse a value, or a run too many.
         """
         with self._lock:
             tags: list[Tag | None] = []
@@ -248,7 +248,7 @@ class Admission:
         identifier = tag.origin.identifier
         # Forgetting one would let it serve again.
         if identifier not in self._sealed and len(self._sealed) >= MAX_COUNTED_SEALS:
-            raise AdmissionError(
+            raise RefusedInputError(
                 f"an enclave counts the uses of {MAX_COUNTED_SEALS} sealed values: start another"
             )
         return self._sealed.setdefault(identifier, tag.origin)
@@ -261,20 +261,20 @@ def _check_places(function: str, rule: ArgumentRule, tags: Sequence[Tag | None])
     for tag, texts in zip(tags, rule.texts, strict=True):
         places = " or ".join(f"`{text}`" for text in texts)
         if tag is None:
-            raise AdmissionError(
+            raise RefusedInputError(
                 f"`{rule.name}` of `{function}` is public, and takes what its owner published with "
                 f"`enclave.publish(tree, tag=...)`, tagged {places}. What the host may choose is "
                 "named in `shield(..., host_chosen=...)`"
             )
         if tag.place not in map(place_of, texts):
             found = "has no tag" if tag.place == NOWHERE else "is tagged otherwise"
-            raise AdmissionError(
+            raise RefusedInputError(
                 f"`{rule.name}` of `{function}` takes here a value tagged {places}, and this one "
                 f"{found}. Its owner says with `enclave.seal(tree, tag=...)` what a value is, and "
                 "with `provision(..., tags=...)` what an argument takes"
             )
     if len({tag.origin.identifier for tag in tags if tag is not None}) > 1:
-        raise AdmissionError(
+        raise RefusedInputError(
             f"the leaves of `{rule.name}` of `{function}` come from several seals or runs, and "
             "have to come from one"
         )
@@ -292,7 +292,7 @@ def _check_together(rules: Rules, tags: Sequence[Tag | None]) -> None:
     origins = {tag.origin.identifier for tag in carried}
     if len(origins) > 1 and any(tag.generation for tag in carried):
         names = ", ".join(f"`{rule.name}`" for rule in rules.arguments if rule.carried)
-        raise AdmissionError(
+        raise RefusedInputError(
             f"{names} of `{rules.function}` come from several runs: what a run returned is "
             "passed on together"
         )

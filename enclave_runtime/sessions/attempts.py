@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from enclave_runtime.protocol.requests import RequestError
 from enclave_runtime.verifying.checksum import NotComparableError
-from enclave_runtime.verifying.integrity import MAX_WRONG_PRODUCTS, IntegrityError
+from enclave_runtime.verifying.integrity import MAX_WRONG_PRODUCTS, WrongProductError
 
 
 class Attempts:
@@ -33,10 +33,10 @@ class Attempts:
         """Lets nothing begin that verifies once too much was wrong.
 
         Raises:
-          IntegrityError: it was.
+          WrongProductError: it was.
         """
         if self.wrong >= MAX_WRONG_PRODUCTS:
-            raise IntegrityError(
+            raise WrongProductError(
                 f"{self.wrong} wrong products came back in this session: it runs nothing that "
                 "verifies any more. Find out which device lies, and launch a new enclave"
             )
@@ -45,7 +45,7 @@ class Attempts:
         """Admits a run that verifies.
 
         Raises:
-          IntegrityError: the host tried its luck too often.
+          WrongProductError: the host tried its luck too often.
           RequestError: too much that may still fail is going on.
         """
         with self._lock:
@@ -67,7 +67,7 @@ class Attempts:
         """Admits one comparison of a leaf like a run, and counts it if it fails.
 
         Raises:
-          IntegrityError: the host tried its luck too often.
+          WrongProductError: the host tried its luck too often.
           RequestError: too much that may still fail is going on.
         """
         with self._lock:

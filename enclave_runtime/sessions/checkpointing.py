@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from enclave_runtime.protocol.checkpoint import (
-    CheckpointError,
     CheckpointReader,
     CheckpointWriter,
+    RefusedCheckpointError,
     sealed_bytes,
 )
 from enclave_runtime.protocol.memory import Arena
@@ -92,9 +92,11 @@ class Checkpointing:
         with self._lock:
             writer = self._writer
             if writer is None or asked.identifier != writer.header.identifier.hex():
-                raise CheckpointError("no such checkpoint is being written")
+                raise RefusedCheckpointError("no such checkpoint is being written")
             if asked.leaf != writer.written or writer.written == len(writer.leaves):
-                raise CheckpointError("a checkpoint's leaves are written in order, each once")
+                raise RefusedCheckpointError(
+                    "a checkpoint's leaves are written in order, each once"
+                )
             array = writer.leaves[writer.written].array
             arena = self._arena(asked.arena)
             record, value = self._value(arena, asked.offset, asked.handle, array)
@@ -119,16 +121,18 @@ class Checkpointing:
         with self._lock:
             reader = self._reader
             if reader is None or asked.identifier != reader.header.identifier.hex():
-                raise CheckpointError("no such checkpoint is being restored")
+                raise RefusedCheckpointError("no such checkpoint is being restored")
             if asked.leaf != reader.read or reader.read == len(reader.leaves):
-                raise CheckpointError("a checkpoint's leaves are restored in order, each once")
+                raise RefusedCheckpointError(
+                    "a checkpoint's leaves are restored in order, each once"
+                )
             array = reader.leaves[reader.read].array
             place = ArrayType((sealed_bytes(array),), "uint8")
             try:
                 # A private copy: the host may change shared memory while it is being opened.
                 own = self._arena(asked.arena).view(place, asked.offset).copy()
                 record, value = reader.open(own)
-            except CheckpointError:
+            except RefusedCheckpointError:
                 self._reader, self._restored = None, []
                 raise
             # Leaves that belonged together do so again.

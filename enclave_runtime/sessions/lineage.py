@@ -23,11 +23,11 @@ from enclave_runtime.crypto.encryption import SECRET_BYTES, derive_key
 from enclave_runtime.protocol.checkpoint import (
     MAX_RUN,
     ORDER_BYTES,
-    CheckpointError,
     CheckpointReader,
     CheckpointWriter,
     Leaf,
     Recipient,
+    RefusedCheckpointError,
     Seen,
     decode_leaves,
     lineage_name,
@@ -75,12 +75,13 @@ class Lineages:
             `run`'s name, and `newest`.
 
         Raises:
-          CheckpointError: malformed, or this enclave has no identity to derive a secret from.
+          RefusedCheckpointError: malformed, or this enclave has no identity to derive a secret
+            from.
         """
         if not isinstance(order, dict):
-            raise CheckpointError("an order for a checkpoint key is not an object")
+            raise RefusedCheckpointError("an order for a checkpoint key is not an object")
         if order.get("recipient") not in (Recipient.CLIENT, Recipient.ENCLAVE):
-            raise CheckpointError("a checkpoint key is the client's or the enclave's")
+            raise RefusedCheckpointError("a checkpoint key is the client's or the enclave's")
         recipient, secret = Recipient(order["recipient"]), _client_secret(order.get("secret"))
         if recipient is Recipient.ENCLAVE:
             secret = _identity_secret(secret, order.get("run"))
@@ -91,7 +92,7 @@ class Lineages:
 
     def _in_use(self) -> _Lineage:
         if self._current is None:
-            raise CheckpointError(
+            raise RefusedCheckpointError(
                 "the client provisioned no checkpoint key: launch the enclave with "
                 "`checkpoint_key=`, or call `use_checkpoint_key`"
             )
@@ -113,12 +114,12 @@ class Lineages:
             number, or by number and identifier.
 
         Raises:
-          CheckpointError: another key, altered, older than allowed, or another tree; or an order
-            that was used before.
+          RefusedCheckpointError: another key, altered, older than allowed, or another tree; or an
+            order that was used before.
         """
         lineage = self._in_use()
         if not isinstance(order, dict):
-            raise CheckpointError("an order to restore is not an object")
+            raise RefusedCheckpointError("an order to restore is not an object")
         name = self._unspent(order.get("id"))
         lineage.learn(_decode_seen(order.get("newest")))
         reader = CheckpointReader(lineage.secret, head)
@@ -127,7 +128,7 @@ class Lineages:
         else:
             _check_newest(reader, lineage.newest)
         if (text := mismatch(reader.leaves, decode_leaves(order.get("leaves")))) is not None:
-            raise CheckpointError(text)
+            raise RefusedCheckpointError(text)
         self._spent.add(name)
         lineage.last = max(lineage.last, reader.header.number)
         return reader
@@ -136,15 +137,15 @@ class Lineages:
         """The identifier of an order that may still be used."""
         name = _from_hex(identifier)
         if len(name) != ORDER_BYTES:
-            raise CheckpointError(f"an order to restore has an id of {ORDER_BYTES} bytes")
+            raise RefusedCheckpointError(f"an order to restore has an id of {ORDER_BYTES} bytes")
         if name in self._spent:
-            raise CheckpointError(
+            raise RefusedCheckpointError(
                 "this order to restore was used before, and each serves once: the client makes "
                 "another with `enclave.restore_order`"
             )
         # Forgetting one would let it serve again, and only the client can make orders.
         if len(self._spent) >= MAX_SPENT:
-            raise CheckpointError(f"an enclave restores {MAX_SPENT} times: start another")
+            raise RefusedCheckpointError(f"an enclave restores {MAX_SPENT} times: start another")
         return name
 
 
@@ -155,7 +156,9 @@ def _check_named(reader: CheckpointReader, named: Any) -> None:
     else:
         fits = type(named) is int and named == number
     if not fits:
-        raise CheckpointError(f"this is checkpoint {number}, and `allow_rollback_to` names another")
+        raise RefusedCheckpointError(
+            f"this is checkpoint {number}, and `allow_rollback_to` names another"
+        )
 
 
 def _check_newest(reader: CheckpointReader, newest: Seen | None) -> None:
@@ -163,12 +166,12 @@ def _check_newest(reader: CheckpointReader, newest: Seen | None) -> None:
     if newest is None or number > newest.number:
         return
     if number < newest.number:
-        raise CheckpointError(
+        raise RefusedCheckpointError(
             f"checkpoint {number} is older than checkpoint {newest.number}, which the client has "
             f"seen. Restore the newest one, or ask for this one with `allow_rollback_to={number}`"
         )
     if reader.header.identifier != newest.identifier:
-        raise CheckpointError(
+        raise RefusedCheckpointError(
             f"there are several checkpoints {number}, from enclaves that ran side by side, and "
             f"this is not the one that the client has seen; `allow_rollback_to={number}` takes it"
         )
@@ -189,23 +192,23 @@ def _from_hex(text: Any) -> bytes:
 def _client_secret(text: Any) -> bytes:
     secret = _from_hex(text)
     if len(secret) != SECRET_BYTES:
-        raise CheckpointError(f"a checkpoint key has {SECRET_BYTES} bytes")
+        raise RefusedCheckpointError(f"a checkpoint key has {SECRET_BYTES} bytes")
     return secret
 
 
 def _identity_secret(secret: bytes, run: Any) -> bytes:
     """The secret of a run that takes both to know: the client's and this enclave's own."""
     if not isinstance(run, str) or not 0 < len(run) <= MAX_RUN:
-        raise CheckpointError(f"a run's name has 1 to {MAX_RUN} characters")
+        raise RefusedCheckpointError(f"a run's name has 1 to {MAX_RUN} characters")
     try:
         with open(IDENTITY_KEY, "rb") as file:
             key = file.read(IDENTITY_KEY_BYTES + 1)
     except OSError as error:
-        raise CheckpointError(
+        raise RefusedCheckpointError(
             "this enclave has no identity to seal to, which takes SGX under Gramine; seal to a "
             "client's key, `CheckpointKey.generate()`"
         ) from error
     if len(key) != IDENTITY_KEY_BYTES:
-        raise CheckpointError(f"an enclave's identity key has {IDENTITY_KEY_BYTES} bytes")
+        raise RefusedCheckpointError(f"an enclave's identity key has {IDENTITY_KEY_BYTES} bytes")
     # Both have a fixed length, so no two pairs give the same bytes.
     return derive_key(key + secret, f"checkpoint run {run}")

@@ -24,7 +24,7 @@ MAX_PROGRAMS = 256
 _log = logging.getLogger("enclave_runtime")
 
 
-class UnprovisionedError(RequestError):
+class UnknownProgramError(RequestError):
     """The host asks for a program that the client did not provision."""
 
 
@@ -80,11 +80,11 @@ class Programs:
         """The program of a number, which counts as used now.
 
         Raises:
-          UnprovisionedError: there is none, or it was freed.
+          UnknownProgramError: there is none, or it was freed.
         """
         with self._lock:
             if number not in self._kept:
-                raise UnprovisionedError(
+                raise UnknownProgramError(
                     "no such program was provisioned, or it was freed: the enclave keeps the "
                     f"{MAX_PROGRAMS} that were used last"
                 )
@@ -95,12 +95,12 @@ class Programs:
         """The number of the program of a digest; of equal ones the latest.
 
         Raises:
-          UnprovisionedError: there is none.
+          UnknownProgramError: there is none.
         """
         with self._lock:
             equal = [n for n, kept in self._kept.items() if kept.digest == digest]
         if not equal:
-            raise UnprovisionedError("the client provisioned no such program")
+            raise UnknownProgramError("the client provisioned no such program")
         return max(equal)
 
     def release(self, number: int) -> None:

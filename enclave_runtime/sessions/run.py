@@ -28,7 +28,7 @@ from enclave_runtime.sessions.admission import Claim, Tag
 from enclave_runtime.sessions.store import Blinded, KeyUses, Resident, Store
 from enclave_runtime.verifying.checksum import NotComparableError, SpentSignsError
 from enclave_runtime.verifying.follower import Follower
-from enclave_runtime.verifying.integrity import IntegrityError, Verifier, private, private_copy
+from enclave_runtime.verifying.integrity import Verifier, WrongProductError, private, private_copy
 
 
 class RunError(Exception):
@@ -236,7 +236,7 @@ class Run:
                     own = self._verifier.checked(crossing, own, stream)
             except SpentSignsError as error:
                 raise RunError(str(error)) from error
-            except IntegrityError as error:
+            except WrongProductError as error:
                 # At once, so that no other request tries again, and no abort hides it.
                 self.lied, self._failure = not isinstance(error, NotComparableError), error
                 raise
@@ -286,7 +286,7 @@ class Run:
 
         Raises:
           RunError: out of order, an unknown worker, or a repeat with other bytes.
-          IntegrityError: a product is wrong.
+          WrongProductError: a product is wrong.
         """
         with self._condition:
             self._raise_failure()
@@ -329,7 +329,7 @@ class Run:
         return seconds
 
     def _raise_failure(self) -> None:
-        if isinstance(self._failure, IntegrityError):
+        if isinstance(self._failure, WrongProductError):
             raise self._failure  # every worker says what was wrong
         if self._failure is not None:
             raise RunError("the run has failed or was aborted") from self._failure
@@ -388,7 +388,7 @@ class Run:
 
         Raises:
           RunError: not every segment has run.
-          AdmissionError: another run on the same values counted meanwhile.
+          RefusedInputError: another run on the same values counted meanwhile.
         """
         with self._condition:
             self._raise_failure()

@@ -66,7 +66,7 @@ from enclave_runtime.sessions.programs import Programs, Provisioned
 from enclave_runtime.sessions.run import Run, RunError
 from enclave_runtime.sessions.store import Blinded, Resident, Store
 from enclave_runtime.verifying import checksum, follower, integrity
-from enclave_runtime.verifying.integrity import IntegrityError, private_copy
+from enclave_runtime.verifying.integrity import WrongProductError, private_copy
 
 # A reply's fields, with its attachment where it has one.
 Answer = dict[str, Any] | tuple[dict[str, Any], bytes]
@@ -294,7 +294,7 @@ class Session:
 
         Raises:
           RequestError: it is of another type than the program's port.
-          IntegrityError: the program verifies, and nothing checks this value.
+          WrongProductError: the program verifies, and nothing checks this value.
         """
         port, given = arrived
         if port.place == PUBLIC and isinstance(given, HeldInput):
@@ -320,7 +320,7 @@ class Session:
                 f"{port.array.dtype}{list(port.array.shape)}"
             )
         if isinstance(entry, Blinded) and verify and entry.checksum is None:
-            raise IntegrityError(
+            raise WrongProductError(
                 f"input {index} lies blinded on the devices, where nothing checks it, and "
                 "verify=True takes nothing unchecked. Have the function that made it verify as "
                 "well, or accept the value as it is: `enclave.seal(enclave.open(x))`."
@@ -493,7 +493,7 @@ class Session:
           blinded: a private copy: the host may change shared memory after it was checked.
 
         Raises:
-          IntegrityError: it is another one, or too many wrong ones came back before.
+          WrongProductError: it is another one, or too many wrong ones came back before.
           RequestError: too much that may bring a wrong one is going on.
         """
         if entry.checksum is not None:

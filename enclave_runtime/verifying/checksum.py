@@ -70,7 +70,7 @@ from enclave_runtime.protocol.program import ArrayType
 from enclave_runtime.protocol.updates import AxisNumbers, Update
 from enclave_runtime.verifying.integrity import (
     FAINT_ROW,
-    IntegrityError,
+    WrongProductError,
     all_finite,
     convolve,
     scale_of,
@@ -83,7 +83,7 @@ _SUMMATION = 1e-12  # rounding of the sketches themselves, in float64
 _ROOM = 64
 
 
-class NotComparableError(IntegrityError):
+class NotComparableError(WrongProductError):
     """Nothing can be compared, whatever came back; so an honest device may be behind it."""
 
 
@@ -369,7 +369,7 @@ def check_product(
       source: names the product.
 
     Raises:
-      IntegrityError: it is not.
+      WrongProductError: it is not.
       NotComparableError: its operands allow no comparison.
       SpentSignsError: a comparison under these signs failed before, in whatever run.
     """
@@ -392,7 +392,7 @@ def check_product(
             )
         if not right:
             leaf.signs.failures += 1
-            raise IntegrityError(
+            raise WrongProductError(
                 f"the devices returned a wrong product: {source}. The run was stopped, "
                 "and the last committed state stands"
             )
@@ -427,13 +427,13 @@ def check_leaf(checksum: Checksum, x: np.ndarray, source: str) -> None:
       source: names the leaf.
 
     Raises:
-      IntegrityError: it does not.
+      WrongProductError: it does not.
       NotComparableError: the leaf was not finite when the devices last updated it honestly.
     """
     for axes, leaf in checksum.items():
         with leaf.signs.lock:
             if leaf.signs.failures >= MAX_FAILURES:
-                raise IntegrityError(
+                raise WrongProductError(
                     f"{leaf.signs.failures} wrong values came back for a leaf or its products: "
                     f"{source}. It is given up; restore it from a checkpoint"
                 )
@@ -444,7 +444,7 @@ def check_leaf(checksum: Checksum, x: np.ndarray, source: str) -> None:
                 )
             if not leaf_matches(leaf, x, axes):
                 leaf.signs.failures += 1
-                raise IntegrityError(
+                raise WrongProductError(
                     f"the devices returned a wrong leaf: {source}. It was updated wrongly or "
                     "altered since"
                 )

@@ -186,7 +186,7 @@ class Follower:
             del self._copies[value]
 
     def check(self, crossing: Crossing, received: np.ndarray) -> None:
-        """Raises `IntegrityError` unless a product with a leaf is right.
+        """Raises `WrongProductError` unless a product with a leaf is right.
 
         Args:
           crossing: the upload.

@@ -68,7 +68,7 @@ MAX_WRONG_PRODUCTS = 256
 FAINT_ROW = 1e-3
 
 
-class IntegrityError(Exception):
+class WrongProductError(Exception):
     """The devices returned something that is not what was asked for; the text goes to the peer."""
 
 
@@ -384,7 +384,7 @@ class Verifier:
           stream: opens the stream of this product and run.
 
         Raises:
-          IntegrityError: it is wrong.
+          WrongProductError: it is wrong.
         """
         check = self._checks[crossing.value]
         assert crossing.operands is not None
@@ -393,7 +393,7 @@ class Verifier:
         if right is None:
             return np.asarray(_computed_inside(check)(lhs, rhs))
         if not right:
-            raise IntegrityError(
+            raise WrongProductError(
                 f"the devices returned a wrong product: {crossing.source}. The run was stopped, "
                 "and the last committed state stands"
             )

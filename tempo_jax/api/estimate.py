@@ -99,7 +99,7 @@ def machine_named(name: str) -> Machine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class EstimatedWay:
     """One way to run a step.
 
     Attributes:
@@ -141,9 +141,9 @@ class Estimate:
     name: str
     machine: Machine
     batch: int | None
-    plain: Line
-    inside: Line
-    shielded: tuple[Line, ...]
+    plain: EstimatedWay
+    inside: EstimatedWay
+    shielded: tuple[EstimatedWay, ...]
 
     def to_json(self) -> str:
         """The estimate as a JSON object."""
@@ -152,7 +152,7 @@ class Estimate:
         fields = dataclasses.asdict(self)
         return json.dumps(fields | {"plain": plain, "inside": inside, "shielded": shielded})
 
-    def _lines(self) -> tuple[Line, ...]:
+    def _lines(self) -> tuple[EstimatedWay, ...]:
         return (self.plain, self.inside, *self.shielded)
 
     def __str__(self) -> str:
@@ -243,7 +243,7 @@ def estimated(
         step.name,
         machine,
         batch,
-        Line("plain on the device", 1.0, 0.0, arithmetic / _speed(machine, costs), 0.0),
+        EstimatedWay("plain on the device", 1.0, 0.0, arithmetic / _speed(machine, costs), 0.0),
         _line("all in the enclave", inside, costs, machine),
         tuple(lines),
     )
@@ -278,12 +278,12 @@ def _speed(machine: Machine, costs: CostModel) -> float:
     return costs.dot_flops if tflops is None else OF_PEAK * tflops * 1e12
 
 
-def _line(label: str, plan: Plan, costs: CostModel, machine: Machine) -> Line:
+def _line(label: str, plan: Plan, costs: CostModel, machine: Machine) -> EstimatedWay:
     spent = costs_of(plan, costs, [f"argument {i}" for i in range(len(plan.jaxpr.invars))])
     outside, total = offloaded_work(plan)
     crossing = sum(v.bytes_up + v.bytes_down for v in spent.visits)
     link = machine.gigabytes_per_second
-    return Line(
+    return EstimatedWay(
         label,
         outside / total if total else 0.0,
         spent.inside_seconds + spent.blinding_seconds,

@@ -19,7 +19,7 @@ from tempo_jax.transport.host_key import default_path, write_host_key
 from tempo_jax.transport.launch import Command
 
 
-class Served(NamedTuple):
+class ServingProcess(NamedTuple):
     """A serving enclave.
 
     Attributes:
@@ -44,7 +44,7 @@ def served(
     host_port: int = 0,
     host_key: Path | None = None,
     command: Command | None = None,
-) -> Iterator[Served]:
+) -> Iterator[ServingProcess]:
     """Serves an enclave as long as the context lasts.
 
     Args:
@@ -66,7 +66,7 @@ def served(
         path = default_path(int(inside)) if host_key is None else host_key
         write_host_key(path, key)
         try:
-            yield Served(child, f"{shown}:{outside}", f"127.0.0.1:{inside}", path, session)
+            yield ServingProcess(child, f"{shown}:{outside}", f"127.0.0.1:{inside}", path, session)
         finally:
             path.unlink(missing_ok=True)
     finally:

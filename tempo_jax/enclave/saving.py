@@ -213,13 +213,13 @@ def _restore(line: Line, data: bytes, order: Callable[[list[Leaf]], bytes], like
     leaves, structure, avals = leaves_of(like)
     try:
         head = base64.b64encode(checkpoint.head_of(data)).decode()
-    except checkpoint.CheckpointError as error:
+    except checkpoint.RefusedCheckpointError as error:
         raise CheckpointError(f"enclave.restore: {error}") from error
     begun = line.connection.request(Kind.RESTORE, {"head": head}, order(leaves))
     try:
         # After the enclave has found that these are the checkpoint's leaves.
         parts = checkpoint.split(data, leaves)
-    except checkpoint.CheckpointError as error:
+    except checkpoint.RefusedCheckpointError as error:
         raise CheckpointError(f"enclave.restore: {error}") from error
     handles: list[str] = []
     for number, part in enumerate(parts):

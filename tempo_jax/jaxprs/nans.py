@@ -35,14 +35,14 @@ def first_nan(closed: ClosedJaxpr, arguments: Sequence[Any]) -> tuple[Any, list[
     Returns:
       The equation's number, int32[], or `NONE`; and for each number what to call it.
     """
-    search = _Search()
+    search = _NaNSearch()
     pairs = [(x, any_nan(x)) for x in (*closed.consts, *arguments)]
     variables = (*closed.jaxpr.constvars, *closed.jaxpr.invars)
     search.evaluate(closed.jaxpr, dict(zip(variables, pairs, strict=True)), backward=False)
     return search.first, search.names
 
 
-class _Search:
+class _NaNSearch:
     """The first equation so far; values go in pairs with whether they have a NaN."""
 
     def __init__(self) -> None:

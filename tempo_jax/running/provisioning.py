@@ -27,7 +27,7 @@ from tempo_jax.planning.export import export_segments
 from tempo_jax.planning.plan import Plan
 
 
-class Provisioned(NamedTuple):
+class ProvisionedPlan(NamedTuple):
     """A program that the enclave has.
 
     Attributes:
@@ -44,7 +44,7 @@ class Provisioned(NamedTuple):
     compile_seconds: float
 
 
-def provisioned(plan: Plan, enclave: Enclave, rules: Rules) -> Provisioned:
+def provisioned(plan: Plan, enclave: Enclave, rules: Rules) -> ProvisionedPlan:
     """Gives the enclave a plan's program, or finds it there.
 
     Args:
@@ -68,12 +68,12 @@ def provisioned(plan: Plan, enclave: Enclave, rules: Rules) -> Provisioned:
         exporting = time.perf_counter() - start - compiling
         program = _named(plan, names)
         number = _provision(enclave, program, rules, plan.flat.consts)
-        return Provisioned(program, number, exporting, compiling)
+        return ProvisionedPlan(program, number, exporting, compiling)
     blobs = export_segments(plan.cut)
     program = _named(plan, [hashlib.sha256(blob).hexdigest() for blob in blobs])
     exporting = time.perf_counter() - start
     try:
-        return Provisioned(program, _find(enclave, program), exporting, compiling)
+        return ProvisionedPlan(program, _find(enclave, program), exporting, compiling)
     except UnprovisionedError as error:
         raise UnprovisionedError(
             f"the client provisioned no program of digest {program.digest}. Have it call "

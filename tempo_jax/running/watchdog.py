@@ -20,7 +20,7 @@ _LOOK_SECONDS = 0.5
 _log = logging.getLogger("tempo_jax")
 
 
-class Watched(Protocol):
+class WatchedRun(Protocol):
     """A run as the watchdog sees it."""
 
     def late(self, seconds: float) -> tuple[int, list[int]] | None:
@@ -33,17 +33,17 @@ class Watched(Protocol):
 class _Watchdog:
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._runs: set[Watched] = set()
+        self._runs: set[WatchedRun] = set()
         self._awake = False
 
-    def watch(self, run: Watched) -> None:
+    def watch(self, run: WatchedRun) -> None:
         with self._lock:
             self._runs.add(run)
             if not self._awake:
                 self._awake = True
                 threading.Thread(target=self._look, name="tempo_jax watchdog", daemon=True).start()
 
-    def unwatch(self, run: Watched) -> None:
+    def unwatch(self, run: WatchedRun) -> None:
         with self._lock:
             self._runs.discard(run)
 

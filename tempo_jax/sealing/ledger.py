@@ -143,7 +143,7 @@ class CheckpointKey:
                 header = checkpoint.CheckpointReader(self._secret, head).header
             else:
                 header = Header.decode(head)
-        except checkpoint.CheckpointError as error:
+        except checkpoint.RefusedCheckpointError as error:
             raise CheckpointError(str(error)) from error
         return Seen(header.number, header.identifier)
 
@@ -218,7 +218,7 @@ class CheckpointLedger:
             return cls({str(k): Seen.decode(v) for k, v in fields["newest"].items()})
         except (
             *(AttributeError, KeyError, RecursionError, ValueError),
-            checkpoint.CheckpointError,
+            checkpoint.RefusedCheckpointError,
         ) as error:
             raise CheckpointError(
                 "CheckpointLedger.from_json: not a ledger that `to_json` wrote. Restore it from a "
@@ -246,7 +246,7 @@ def open_checkpoint(data: bytes, key: CheckpointKey, like: Any) -> Any:
     leaves, structure, avals = leaves_of(like)
     try:
         reader, values = checkpoint.read_checkpoint(secret, data)
-    except checkpoint.CheckpointError as error:
+    except checkpoint.RefusedCheckpointError as error:
         raise CheckpointError(str(error)) from error
     if (text := checkpoint.mismatch(reader.leaves, leaves)) is not None:
         raise CheckpointError(text)

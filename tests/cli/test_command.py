@@ -16,7 +16,7 @@ import pytest
 import tempo_jax as tempo
 from tempo_jax.cli import inspect
 from tempo_jax.cli.main import main
-from tempo_jax.cli.serve import Served, served
+from tempo_jax.cli.serve import ServingProcess, served
 from tempo_jax.transport import launch
 from tests.support.processes import is_running, wait_until
 from tests.transport.test_launch import stand_in, write_manifest
@@ -25,7 +25,7 @@ INSECURE = tempo.AttestationPolicy(insecure_accept_no_sgx=True)
 
 
 @pytest.fixture(scope="module")
-def ports(tmp_path_factory) -> Iterator[Served]:
+def ports(tmp_path_factory) -> Iterator[ServingProcess]:
     """A serving enclave without owner."""
     with served(host_key=tmp_path_factory.mktemp("command") / "key") as running:
         yield running

@@ -109,7 +109,7 @@ def one_input(data: bytes) -> None:
     if layer is not None:
         try:
             layer(data[1:])
-        except (checkpoint.CheckpointError, errors.CheckpointError):
+        except (checkpoint.RefusedCheckpointError, errors.CheckpointError):
             pass
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from enclave_runtime.protocol import checkpoint, requests, wire
-from enclave_runtime.protocol.checkpoint import CheckpointError
+from enclave_runtime.protocol.checkpoint import RefusedCheckpointError
 from enclave_runtime.protocol.requests import RequestError
 from enclave_runtime.protocol.wire import WireError
 from tests.fuzz import harness
@@ -19,7 +19,7 @@ def one_input(data: bytes) -> None:
         frame = wire.decode_body(kind, request, data[wire.HEADER.size :][:length])
     except WireError:
         return
-    with contextlib.suppress(RequestError, CheckpointError):
+    with contextlib.suppress(RequestError, RefusedCheckpointError):
         requests.decode(frame)
     encoded = frame.encode()
     body = encoded[wire.HEADER.size :]

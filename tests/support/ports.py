@@ -13,7 +13,7 @@ from enclave_runtime.protocol import wire
 from enclave_runtime.protocol.refusals import ErrorCode, refusal
 from enclave_runtime.protocol.wire import Frame, Kind
 from enclave_runtime.serving import peers, server
-from tempo_jax.cli.serve import Served
+from tempo_jax.cli.serve import ServingProcess
 from tempo_jax.errors import (
     ChannelError,
     EnclaveError,
@@ -23,7 +23,7 @@ from tempo_jax.transport.loopback import Attachment
 from tests.support.serving import IDENTITY, INSECURE
 
 
-def still_serves(ports: Served) -> None:
+def still_serves(ports: ServingProcess) -> None:
     """Asserts that the enclave lives and answers its owner."""
     connection = Channel(ports.client, INSECURE, IDENTITY)
     with pytest.raises(EnclaveError, match="not a request"):
@@ -123,7 +123,7 @@ def one_frame(connection: socket.socket, deadline: float) -> Frame:
     return PROVED
 
 
-def comes_back(running: Served) -> bool:
+def comes_back(running: ServingProcess) -> bool:
     """Whether the enclave answers its owner."""
     try:
         still_serves(running)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tempo_jax as tempo
-from tempo_jax.cli.serve import Served, served
+from tempo_jax.cli.serve import ServingProcess, served
 
 INSECURE = tempo.AttestationPolicy(insecure_accept_no_sgx=True)
 IDENTITY = tempo.ClientIdentity(bytes(range(32)))
@@ -15,7 +15,7 @@ IDENTITY = tempo.ClientIdentity(bytes(range(32)))
 class Roles(NamedTuple):
     """Both sides of one serving enclave; they share nothing but files."""
 
-    ports: Served
+    ports: ServingProcess
     client: tempo.Enclave
     host: tempo.Enclave
 

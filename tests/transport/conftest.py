@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tempo_jax.cli.serve import Served, served
+from tempo_jax.cli.serve import ServingProcess, served
 from tempo_jax.transport.channel import Channel, parse_address
 from tempo_jax.transport.host_key import read_host_key
 from tempo_jax.transport.loopback import Attachment
@@ -12,7 +12,7 @@ from tests.support.serving import IDENTITY, INSECURE
 
 
 @pytest.fixture(scope="module")
-def enclave_ports(tmp_path_factory) -> Iterator[Served]:
+def enclave_ports(tmp_path_factory) -> Iterator[ServingProcess]:
     """A serving enclave that `IDENTITY` owns."""
     with served(host_key=tmp_path_factory.mktemp("host") / "key") as running:
         Channel(running.client, INSECURE, IDENTITY).close()
@@ -20,7 +20,7 @@ def enclave_ports(tmp_path_factory) -> Iterator[Served]:
 
 
 @pytest.fixture
-def client(enclave_ports: Served) -> Iterator[Channel]:
+def client(enclave_ports: ServingProcess) -> Iterator[Channel]:
     """The owner's connection."""
     connection = Channel(enclave_ports.client, INSECURE, IDENTITY)
     yield connection
@@ -28,7 +28,7 @@ def client(enclave_ports: Served) -> Iterator[Channel]:
 
 
 @pytest.fixture
-def host(enclave_ports: Served) -> Iterator[Attachment]:
+def host(enclave_ports: ServingProcess) -> Iterator[Attachment]:
     """A host's lines."""
     _, port = parse_address(enclave_ports.host)
     lines = Attachment(port, read_host_key(port, enclave_ports.host_key))

@@ -19,7 +19,7 @@ from enclave_runtime.protocol import handshake, limits, wire
 from enclave_runtime.protocol.wire import Frame, Kind, WireError
 from enclave_runtime.serving import peers, server
 from enclave_runtime.serving.tls import ServerIdentity
-from tempo_jax.cli.serve import Served, served
+from tempo_jax.cli.serve import ServingProcess, served
 from tempo_jax.errors import (
     ChannelError,
     EnclaveError,
@@ -165,7 +165,7 @@ def test_strangers_do_not_end_an_enclave_that_runs_out_of_descriptors(tmp_path):
         assert wait_for(lambda: comes_back(running))
 
 
-def threads_of(running: Served) -> int:
+def threads_of(running: ServingProcess) -> int:
     """How many threads an enclave has."""
     status = Path(f"/proc/{running.child.process.pid}/status").read_text()
     return int(re.findall(r"^Threads:\s+(\d+)$", status, re.MULTILINE)[0])

@@ -51,10 +51,10 @@ INSIDE: list[tuple[Exception, ErrorCode, bool]] = [
     (server.UnknownHandleError(DETAIL), ErrorCode.UNKNOWN_HANDLE, False),
     (server.WireError(DETAIL), ErrorCode.WIRE, False),
     (server.ArenaError(DETAIL), ErrorCode.SHARED_MEMORY, True),
-    (server.CheckpointError(DETAIL), ErrorCode.CHECKPOINT, True),
-    (server.IntegrityError(DETAIL), ErrorCode.INTEGRITY, True),
+    (server.RefusedCheckpointError(DETAIL), ErrorCode.CHECKPOINT, True),
+    (server.WrongProductError(DETAIL), ErrorCode.INTEGRITY, True),
     (server.UnownedError(DETAIL), ErrorCode.UNOWNED, True),
-    (server.UnprovisionedError(DETAIL), ErrorCode.UNPROVISIONED, True),
+    (server.UnknownProgramError(DETAIL), ErrorCode.UNPROVISIONED, True),
 ]
 # Errors that were not written for a peer.
 UNSPOKEN: list[tuple[Exception, ErrorCode]] = [

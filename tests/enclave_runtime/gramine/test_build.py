@@ -7,7 +7,7 @@ import pytest
 
 from enclave_runtime.gramine import __main__ as cli
 from enclave_runtime.gramine import building
-from enclave_runtime.gramine.building import BuildError, Options, build
+from enclave_runtime.gramine.building import BuildError, BuildOptions, build
 from tests.support.gramine import script
 
 
@@ -33,9 +33,9 @@ def test_build_uses_the_tools_that_are_there(small, tools, tmp_path):
     script(tools, "gramine-sgx-sign", signing.replace("$KEY", str(key)))
     out = tmp_path / "out"
     with pytest.raises(BuildError, match="there is no signing key .*key.pem"):
-        build(out, Options(key=key))
+        build(out, BuildOptions(key=key))
     key.touch()
-    built = build(out, Options(key=key))
+    built = build(out, BuildOptions(key=key))
     assert built.signed and (out / "enclave.manifest.sgx").exists()
     mounts = building.read_manifest(out)["fs"]["mounts"]
     assert mounts[1]["uri"] == "file:/g/runtime/glibc"
@@ -54,7 +54,7 @@ def test_what_is_signed_is_what_is_checked(small, tools, tmp_path, change, words
     script(tools, "gramine-sgx-sign", signing)
     key, out = tmp_path / "key.pem", tmp_path / "out"
     key.touch()
-    build(out, Options(key=key))
+    build(out, BuildOptions(key=key))
     assert building.check(out) == []
     # The manifest beside it is sound all the while, and `gramine-sgx` does not look at it.
     signed = out / "enclave.manifest.sgx"
@@ -69,7 +69,7 @@ def test_what_is_signed_is_what_is_checked(small, tools, tmp_path, change, words
     assert cli.main(["check", "--manifests-only", str(out)]) == (0 if in_tree else 1)
     script(tools, "gramine-sgx-sign", f"{signing} && sed -i '{change}' \"$6\"")
     with pytest.raises(BuildError, match="what was signed breaks rules:\n  enclave.manifest.sgx: "):
-        build(out, Options(key=key))
+        build(out, BuildOptions(key=key))
 
 
 def test_build_without_a_key_is_not_signed(small, tools, tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_build_replaces_builds_and_nothing_else(small, tools, tmp_path):
 
 def test_enclave_size_that_breaks_a_rule(small, tools, tmp_path):
     with pytest.raises(BuildError, match="enclave_size is '9G'"):
-        build(tmp_path / "out", Options(enclave_size="9G"))
+        build(tmp_path / "out", BuildOptions(enclave_size="9G"))
 
 
 def test_a_build_of_other_source_is_not_current(small, tools, tmp_path, monkeypatch):

@@ -19,10 +19,10 @@ from enclave_runtime.protocol.checkpoint import (
     MAX_LEAVES,
     MAX_NAME,
     TAG_BYTES,
-    CheckpointError,
     CheckpointReader,
     CheckpointWriter,
     Recipient,
+    RefusedCheckpointError,
     head_of,
     lineage_name,
     read_checkpoint,
@@ -121,26 +121,26 @@ def test_every_altered_byte_is_refused():
     for position in range(len(data)):
         altered = bytearray(data)
         altered[position] ^= 0x20
-        with pytest.raises(CheckpointError):
+        with pytest.raises(RefusedCheckpointError):
             read_checkpoint(SECRET, bytes(altered))
 
 
 def test_every_length_but_its_own_is_refused():
     data = written()
     for length in range(len(data)):
-        with pytest.raises(CheckpointError):
+        with pytest.raises(RefusedCheckpointError):
             read_checkpoint(SECRET, data[:length])
-    with pytest.raises(CheckpointError, match=ALTERED):
+    with pytest.raises(RefusedCheckpointError, match=ALTERED):
         read_checkpoint(SECRET, data + b"\0")
 
 
 def test_wrong_key_is_refused():
-    with pytest.raises(CheckpointError, match="sealed under another key"):
+    with pytest.raises(RefusedCheckpointError, match="sealed under another key"):
         read_checkpoint(OTHER_SECRET, written())
     # Also by one who makes the header say otherwise.
     forged = bytearray(written())
     forged[24:40] = lineage_name(OTHER_SECRET)
-    with pytest.raises(CheckpointError, match=ALTERED):
+    with pytest.raises(RefusedCheckpointError, match=ALTERED):
         read_checkpoint(OTHER_SECRET, bytes(forged))
 
 
@@ -153,7 +153,7 @@ def _sections(data: bytes) -> list[bytes]:
 def test_parts_of_another_checkpoint_are_refused(position):
     first, second = (_sections(written(number=n)) for n in (1, 2))
     swapped = [*first[:position], second[position], *first[position + 1 :]]
-    with pytest.raises(CheckpointError, match=ALTERED):
+    with pytest.raises(RefusedCheckpointError, match=ALTERED):
         read_checkpoint(SECRET, b"".join(swapped))
 
 
@@ -165,7 +165,7 @@ def test_leaves_in_another_order_are_refused():
         part.tobytes() for part in split(data, [leaf(n, v) for n, v in values.items()])
     )
     for parts in ((second, first), (first, first), (second, second)):
-        with pytest.raises(CheckpointError, match=ALTERED):
+        with pytest.raises(RefusedCheckpointError, match=ALTERED):
             read_checkpoint(SECRET, head + b"".join(parts))
 
 
@@ -174,7 +174,7 @@ def test_chunks_in_another_order_are_refused():
     start, size = len(head_of(data)) + 56 + TAG_BYTES, CHUNK + TAG_BYTES
     chunks = [data[start + i * size : start + (i + 1) * size] for i in range(3)]
     for order in ((1, 0, 2), (0, 0, 2), (0, 2, 1)):
-        with pytest.raises(CheckpointError, match=ALTERED):
+        with pytest.raises(RefusedCheckpointError, match=ALTERED):
             read_checkpoint(SECRET, data[:start] + b"".join(chunks[i] for i in order))
 
 
@@ -198,7 +198,7 @@ def _header(**fields: Any) -> bytes:
     ],
 )
 def test_header_out_of_bounds_is_refused(data, text):
-    with pytest.raises(CheckpointError, match=text):
+    with pytest.raises(RefusedCheckpointError, match=text):
         head_of(data)
 
 
@@ -221,15 +221,15 @@ LEAF = {"name": "x", "array": {"shape": [2], "dtype": "int8"}, "dtype": "int8", 
     ],
 )
 def test_malformed_leaves_are_refused(leaves, text):
-    with pytest.raises(CheckpointError, match=text):
+    with pytest.raises(RefusedCheckpointError, match=text):
         checkpoint.decode_leaves(leaves)
 
 
 def test_too_many_leaves_are_refused(monkeypatch):
-    with pytest.raises(CheckpointError, match="too many"):
+    with pytest.raises(RefusedCheckpointError, match="too many"):
         checkpoint.decode_leaves([LEAF] * (MAX_LEAVES + 1))
     monkeypatch.setattr(checkpoint, "MAX_MANIFEST", 100)
-    with pytest.raises(CheckpointError, match="expected at most"):
+    with pytest.raises(RefusedCheckpointError, match="expected at most"):
         written()
 
 
@@ -238,14 +238,14 @@ def test_malformed_manifest_is_refused(monkeypatch, manifest):
     # It is authentic, so this would be an enclave's own defect.
     monkeypatch.setattr(checkpoint.json, "dumps", lambda _: manifest)
     writer = CheckpointWriter(SECRET, Recipient.CLIENT, 1, [])
-    with pytest.raises(CheckpointError, match="manifest|not a list"):
+    with pytest.raises(RefusedCheckpointError, match="manifest|not a list"):
         CheckpointReader(SECRET, writer.head)
 
 
 def test_reading_past_the_end_is_refused():
     data = written()
     reader, _ = read_checkpoint(SECRET, data)
-    with pytest.raises(CheckpointError, match=ALTERED):
+    with pytest.raises(RefusedCheckpointError, match=ALTERED):
         reader.open(np.empty(16, np.uint8))
 
 
@@ -268,7 +268,7 @@ def test_secrets_do_not_show():
 def test_seed_is_accepted_by_its_layer(name):
     content = fuzz_checkpoint.made_seeds()[name]
     if name == "newest":  # its identifier is not that of the checkpoint with the number
-        with pytest.raises(CheckpointError, match="several checkpoints 3"):
+        with pytest.raises(RefusedCheckpointError, match="several checkpoints 3"):
             fuzz_checkpoint.LAYERS[content[:1]](content[1:])
         return
     for seed in (content, (CORPUS / "checkpoint" / name).read_bytes()):

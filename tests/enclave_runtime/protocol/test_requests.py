@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from enclave_runtime.protocol import requests
-from enclave_runtime.protocol.checkpoint import CheckpointError
+from enclave_runtime.protocol.checkpoint import RefusedCheckpointError
 from enclave_runtime.protocol.requests import (
     HeldInput,
     PublishedInput,
@@ -100,7 +100,7 @@ def test_a_field_that_is_missing(kind, name):
 @pytest.mark.parametrize("value", WRONG, ids=repr)
 @pytest.mark.parametrize(("kind", "name"), FIELDS, ids=str)
 def test_a_field_of_another_type(kind, name, value):
-    with pytest.raises((RequestError, CheckpointError)) as caught:
+    with pytest.raises((RequestError, RefusedCheckpointError)) as caught:
         read(kind, COMPLETE[kind] | {name: value})
     if kind is not Kind.CHECKPOINT:
         assert str(caught.value).startswith(f"a malformed {kind.name} request: `{name}` is not ")

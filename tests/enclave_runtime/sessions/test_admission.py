@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from enclave_runtime.protocol.tags import NOWHERE, ArgumentRule, Rules, Seal, place_of
 from enclave_runtime.sessions import admission
-from enclave_runtime.sessions.admission import Admission, AdmissionError, Claim, Origin, Tag
+from enclave_runtime.sessions.admission import Admission, Claim, Origin, RefusedInputError, Tag
 
 STATE, BATCH = (place_of(name) for name in ("state", "batch"))
 
@@ -45,7 +45,7 @@ def test_other_program_with_the_same_inputs_is_another_run():
     # It would show something else of the same state.
     counts = Admission()
     counts.admit(rules(), "p", (FIRST, batch(1))).show()
-    with pytest.raises(AdmissionError, match="showed its results and was not committed"):
+    with pytest.raises(RefusedInputError, match="showed its results and was not committed"):
         counts.admit(rules(), "another", (FIRST, batch(1)))
     counts.admit(rules(), "p", (FIRST, batch(1))).commit()
 
@@ -54,10 +54,10 @@ def test_functions_share_a_states_count_and_have_their_own_of_a_batch():
     counts = Admission()
     (state,) = counts.admit(rules(), "p", (FIRST, batch(1))).commit()
     other = rules(function="tune")
-    with pytest.raises(AdmissionError, match="`state` of `tune`: a run was committed"):
+    with pytest.raises(RefusedInputError, match="`state` of `tune`: a run was committed"):
         counts.admit(other, "q", (FIRST, batch(1)))
     counts.admit(other, "q", (Seal(STATE, b"t" * 16), batch(1))).commit()
-    with pytest.raises(AdmissionError, match="`state` of `tune` takes here"):
+    with pytest.raises(RefusedInputError, match="`state` of `tune` takes here"):
         counts.admit(other, "q", (state, batch(2)))
 
 
@@ -67,7 +67,7 @@ def test_repeat_that_was_committed_cannot_be_committed_again():
     first.show()
     second.show()
     first.commit()
-    with pytest.raises(AdmissionError, match="a run was committed on this value"):
+    with pytest.raises(RefusedInputError, match="a run was committed on this value"):
         second.commit()
 
 
@@ -83,7 +83,7 @@ def test_what_is_public_belongs_to_a_runs_inputs():
         8,
     )
     counts.admit(allowed, "p", (FIRST, b"r" * 32)).show()
-    with pytest.raises(AdmissionError, match="showed its results"):
+    with pytest.raises(RefusedInputError, match="showed its results"):
         counts.admit(allowed, "p", (FIRST, b"q" * 32))
     counts.admit(allowed, "p", (FIRST, b"r" * 32)).commit()
 
@@ -93,7 +93,7 @@ def test_refused_run_counts_for_nothing():
     counts.admit(rules(), "p", (FIRST, batch(1))).commit()
     other = Seal(STATE, b"t" * 16)
     for _ in range(9):
-        with pytest.raises(AdmissionError, match="`batch` of `step`: 1 of the 1 runs"):
+        with pytest.raises(RefusedInputError, match="`batch` of `step`: 1 of the 1 runs"):
             counts.admit(rules(), "p", (other, batch(1)))
     counts.admit(rules(), "p", (other, batch(2))).commit()
 
@@ -102,7 +102,9 @@ def test_no_count_is_forgotten(monkeypatch):
     monkeypatch.setattr(admission, "MAX_COUNTED_SEALS", 2)
     counts = Admission()
     (state,) = counts.admit(rules(), "p", (FIRST, batch(1))).commit()
-    with pytest.raises(AdmissionError, match="counts the uses of 2 sealed values: start another"):
+    with pytest.raises(
+        RefusedInputError, match="counts the uses of 2 sealed values: start another"
+    ):
         counts.admit(rules(), "p", (state, batch(2)))
 
 
@@ -117,9 +119,9 @@ def test_nothing_is_remembered_where_nothing_is_counted():
 
 def test_untagged_values_of_one_seal_are_no_argument():
     counts = Admission()
-    with pytest.raises(AdmissionError, match="and this one has no tag"):
+    with pytest.raises(RefusedInputError, match="and this one has no tag"):
         counts.admit(rules(), "p", (Seal(NOWHERE, bytes(16)), batch(1)))
-    with pytest.raises(AdmissionError, match="is tagged otherwise"):
+    with pytest.raises(RefusedInputError, match="is tagged otherwise"):
         counts.admit(rules(), "p", (Tag(BATCH, Origin.new(), 3), batch(1)))
 
 
@@ -143,7 +145,7 @@ def test_host_gets_no_more_of_a_batch_than_it_is_allowed(deeds, runs, retries):
                 claim.commit()
                 shown.add(state)
                 committed += 1
-        except AdmissionError:
+        except RefusedInputError:
             continue
     assert begun <= runs + retries
     assert len(shown) <= runs and committed <= runs

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from enclave_runtime.protocol.checkpoint import (
-    CheckpointError,
     Header,
     Recipient,
+    RefusedCheckpointError,
     Seen,
     head_of,
 )
@@ -46,28 +46,28 @@ def seen(data: bytes) -> Seen:
 def test_older_checkpoint_is_refused_unless_named():
     old, new = written(number=1), written(number=2)
     for lineages, newest in ((provisioned(seen(new)), None), (provisioned(), seen(new))):
-        with pytest.raises(CheckpointError, match=r"1 is older than checkpoint 2.*to=1"):
+        with pytest.raises(RefusedCheckpointError, match=r"1 is older than checkpoint 2.*to=1"):
             lineages.reader(head_of(old), order(newest))
-        with pytest.raises(CheckpointError, match="names another"):
+        with pytest.raises(RefusedCheckpointError, match="names another"):
             lineages.reader(head_of(new), order(newest, allow=1))
         assert lineages.reader(head_of(old), order(newest, allow=1)).header.number == 1
         assert lineages.reader(head_of(new), order(newest)).header.number == 2
         # That a rollback was allowed once allows no other.
-        with pytest.raises(CheckpointError, match="older"):
+        with pytest.raises(RefusedCheckpointError, match="older"):
             lineages.reader(head_of(old), order(newest))
 
 
 def test_checkpoint_of_a_second_enclave_with_the_number_is_refused_unless_named():
     mine, forked = written(number=3), written(number=3)
     lineages = provisioned(seen(mine))
-    with pytest.raises(CheckpointError, match="several checkpoints 3"):
+    with pytest.raises(RefusedCheckpointError, match="several checkpoints 3"):
         lineages.reader(head_of(forked), order())
     lineages.reader(head_of(mine), order())
     lineages.reader(head_of(forked), order(allow=3))
     # A number takes either of them, its identifier this one only.
     lineages.reader(head_of(forked), order(allow=seen(forked)))
     for head, allow in ((forked, seen(mine)), (mine, seen(forked))):
-        with pytest.raises(CheckpointError, match="names another"):
+        with pytest.raises(RefusedCheckpointError, match="names another"):
             lineages.reader(head_of(head), order(allow=allow))
 
 
@@ -75,16 +75,16 @@ def test_checkpoint_of_a_second_enclave_with_the_number_is_refused_unless_named(
 def test_order_serves_once(allow):
     data, lineages, used = head_of(written(number=1)), provisioned(), order(allow=allow)
     # One that was refused has not served.
-    with pytest.raises(CheckpointError, match=ALTERED):
+    with pytest.raises(RefusedCheckpointError, match=ALTERED):
         lineages.reader(data[:-1], used)
     lineages.reader(data, used)
     for replayed in (used, {**used, "id": used["id"].upper()}, {**used, "allow_rollback_to": 1}):
-        with pytest.raises(CheckpointError, match="was used before, and each serves once"):
+        with pytest.raises(RefusedCheckpointError, match="was used before, and each serves once"):
             lineages.reader(data, replayed)
     # Nor does it after another key was in use.
     lineages.provision({"recipient": 1, "secret": OTHER_SECRET.hex(), "newest": None})
     lineages.provision({"recipient": 1, "secret": SECRET.hex(), "newest": None})
-    with pytest.raises(CheckpointError, match="was used before"):
+    with pytest.raises(RefusedCheckpointError, match="was used before"):
         lineages.reader(data, used)
     lineages.reader(data, order(allow=allow))
 
@@ -94,9 +94,9 @@ def test_spent_orders_are_not_forgotten_for_room(monkeypatch):
     data, lineages, used = head_of(written()), provisioned(), [order(), order()]
     for one in used:
         lineages.reader(data, one)
-    with pytest.raises(CheckpointError, match="an enclave restores 2 times: start another"):
+    with pytest.raises(RefusedCheckpointError, match="an enclave restores 2 times: start another"):
         lineages.reader(data, order())
-    with pytest.raises(CheckpointError, match="was used before"):
+    with pytest.raises(RefusedCheckpointError, match="was used before"):
         lineages.reader(data, used[0])
 
 
@@ -104,7 +104,7 @@ def test_old_news_change_nothing():
     old, new = written(number=1), written(number=2)
     lineages = provisioned(seen(new))
     lineages.provision({"recipient": 1, "secret": SECRET.hex(), "newest": seen(old).encode()})
-    with pytest.raises(CheckpointError, match="older"):
+    with pytest.raises(RefusedCheckpointError, match="older"):
         lineages.reader(head_of(old), order(newest=seen(old)))
 
 
@@ -132,7 +132,7 @@ def test_numbers_go_on_from_the_highest_known():
     ],
 )
 def test_another_tree_is_refused(values, text):
-    with pytest.raises(CheckpointError, match=text):
+    with pytest.raises(RefusedCheckpointError, match=text):
         provisioned().reader(head_of(written()), order(values=values))
 
 
@@ -165,14 +165,14 @@ def test_another_tree_is_refused(values, text):
     ],
 )
 def test_malformed_key_is_refused(wrong, text):
-    with pytest.raises(CheckpointError, match=text):
+    with pytest.raises(RefusedCheckpointError, match=text):
         Lineages().provision(wrong)
 
 
 def test_without_a_key_nothing_is_written_or_read():
-    with pytest.raises(CheckpointError, match="no checkpoint key"):
+    with pytest.raises(RefusedCheckpointError, match="no checkpoint key"):
         Lineages().writer([])
-    with pytest.raises(CheckpointError, match="no checkpoint key"):
+    with pytest.raises(RefusedCheckpointError, match="no checkpoint key"):
         Lineages().reader(head_of(written()), order())
 
 
@@ -195,7 +195,7 @@ def test_without_a_key_nothing_is_written_or_read():
     ],
 )
 def test_malformed_order_is_refused(wrong, text):
-    with pytest.raises(CheckpointError, match=text):
+    with pytest.raises(RefusedCheckpointError, match=text):
         provisioned().reader(head_of(written()), wrong)
 
 
@@ -204,12 +204,12 @@ def test_malformed_order_is_refused(wrong, text):
 
 def test_sealing_to_an_identity(monkeypatch, tmp_path):
     run = {"recipient": 2, "run": "my run", "secret": SECRET.hex(), "newest": None}
-    with pytest.raises(CheckpointError, match="no identity to seal to, which takes SGX"):
+    with pytest.raises(RefusedCheckpointError, match="no identity to seal to, which takes SGX"):
         Lineages().provision(run)
     monkeypatch.setattr(lineage, "IDENTITY_KEY", str(tmp_path / "key"))
     for length in (0, 15, 17):
         (tmp_path / "key").write_bytes(bytes(length))
-        with pytest.raises(CheckpointError, match="has 16 bytes"):
+        with pytest.raises(RefusedCheckpointError, match="has 16 bytes"):
             Lineages().provision(run)
     (tmp_path / "key").write_bytes(bytes(range(16)))
     first, again, other, stranger, client = (Lineages() for _ in range(5))
@@ -224,14 +224,14 @@ def test_sealing_to_an_identity(monkeypatch, tmp_path):
     assert Header.decode(head).recipient is Recipient.ENCLAVE
     again.reader(head, order(values={}))
     for refused in (other, stranger, client):
-        with pytest.raises(CheckpointError, match="another key"):
+        with pytest.raises(RefusedCheckpointError, match="another key"):
             refused.reader(head, order(values={}))
         # Nor by one who makes the header say otherwise.
         own = refused.writer([]).header.lineage
-        with pytest.raises(CheckpointError, match=ALTERED):
+        with pytest.raises(RefusedCheckpointError, match=ALTERED):
             refused.reader(head[:24] + own + head[40:], order(values={}))
     (tmp_path / "key").write_bytes(bytes(range(1, 17)))
     moved = Lineages()
     moved.provision(run)
-    with pytest.raises(CheckpointError, match="another key"):
+    with pytest.raises(RefusedCheckpointError, match="another key"):
         moved.reader(head, order(values={}))

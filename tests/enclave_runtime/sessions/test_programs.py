@@ -7,7 +7,7 @@ import pytest
 
 from enclave_runtime.protocol.tags import ArgumentRule, Rules
 from enclave_runtime.sessions import programs
-from enclave_runtime.sessions.programs import Programs, Provisioned, UnprovisionedError
+from enclave_runtime.sessions.programs import Programs, Provisioned, UnknownProgramError
 
 
 def provisioned(digest: str, rules: Rules = Rules("f", ())) -> Provisioned:  # noqa: B008
@@ -25,7 +25,7 @@ def test_of_equal_programs_the_latest_is_found():
     assert kept.find("a") == second
     kept.release(second)
     assert kept.find("a") == first
-    with pytest.raises(UnprovisionedError, match="provisioned no such program"):
+    with pytest.raises(UnknownProgramError, match="provisioned no such program"):
         kept.find("c")
 
 
@@ -48,7 +48,7 @@ def test_a_released_number_names_nothing_ever_after():
     kept.release(number)  # a second time does nothing
     assert len(kept) == 0 and kept.keep(provisioned("b")) != number
     for wrong in (number, -1):
-        with pytest.raises(UnprovisionedError, match="or it was freed"):
+        with pytest.raises(UnknownProgramError, match="or it was freed"):
             kept.use(wrong)
 
 
@@ -61,5 +61,5 @@ def test_the_one_unused_for_the_longest_goes_with_a_line_in_the_log(monkeypatch,
         third = kept.keep(provisioned("c"))
     assert caplog.messages == [f"freed program {second}, unused for the longest: 2 are kept"]
     assert [kept.use(n).digest for n in (first, third)] == ["a", "c"]
-    with pytest.raises(UnprovisionedError, match="keeps the 2 that were used last"):
+    with pytest.raises(UnknownProgramError, match="keeps the 2 that were used last"):
         kept.use(second)

@@ -30,7 +30,7 @@ from enclave_runtime.verifying.checksum import (
     leaf_use,
 )
 from enclave_runtime.verifying.follower import Follower
-from enclave_runtime.verifying.integrity import IntegrityError
+from enclave_runtime.verifying.integrity import WrongProductError
 from tempo_jax.schemes import SignedPermutation
 from tests.support.verification import (
     ERROR,
@@ -110,7 +110,7 @@ def forward_passes(
     leaf.signs.failures = 0  # each is tried as if it were the first
     try:
         checksum.check_product(use, leaf, weight.shape, jnp.asarray(x), jnp.asarray(out), "here")
-    except IntegrityError:
+    except WrongProductError:
         return False
     return True
 
@@ -247,10 +247,10 @@ def test_a_leaf_is_given_up_after_too_many_lies():
     held = {RIGHT: sketched(np.ones((3, 2), np.float32), RIGHT)}
     checksum.check_leaf(held, np.ones((3, 2), np.float32), "here")
     for _ in range(MAX_FAILURES):
-        with pytest.raises(IntegrityError, match="wrong leaf: here"):
+        with pytest.raises(WrongProductError, match="wrong leaf: here"):
             checksum.check_leaf(held, np.zeros((3, 2), np.float32), "here")
     assert held[RIGHT].signs.spent
-    with pytest.raises(IntegrityError, match="8 wrong values .* here. It is given up"):
+    with pytest.raises(WrongProductError, match="8 wrong values .* here. It is given up"):
         checksum.check_leaf(held, np.ones((3, 2), np.float32), "here")
 
 
@@ -307,7 +307,7 @@ def test_nothing_passes_by_its_size(value):
     use = leaf_use(FORWARD, (2, 2), 1)
     for out in (np.full((8, 16), value), np.where(np.arange(16) == 3, value, x @ weight)):
         leaf.signs.failures = 0
-        with pytest.raises(IntegrityError, match="wrong product: here"):
+        with pytest.raises(WrongProductError, match="wrong product: here"):
             checksum.check_product(
                 *(use, leaf, weight.shape, jnp.asarray(x), jnp.asarray(out), "here")
             )
@@ -323,7 +323,7 @@ def test_large_and_small_leaves_are_held_to_the_same(scale):
     use, operand, out = leaf_use(FORWARD, (2, 2), 1), jnp.asarray(x), x @ weight
     checksum.check_product(use, leaf, weight.shape, operand, jnp.asarray(out), "here")
     out[5, 7] += ERROR * rms(out / scale**2) * scale**2
-    with pytest.raises(IntegrityError, match="wrong product: here"):
+    with pytest.raises(WrongProductError, match="wrong product: here"):
         checksum.check_product(use, leaf, weight.shape, operand, jnp.asarray(out), "here")
 
 
@@ -341,7 +341,7 @@ def test_products_whose_tolerance_overflows_are_not_taken():
     leaf, weight, x = float64_leaf()
     leaf = leaf._replace(drift=np.full_like(leaf.drift, 1e308))
     arguments = (weight.shape, jnp.asarray(1e3 * x), jnp.asarray(1e3 * x @ weight), "here")
-    with pytest.raises(IntegrityError, match="too large, so that nothing can be checked: here"):
+    with pytest.raises(WrongProductError, match="too large, so that nothing can be checked: here"):
         checksum.check_product(leaf_use(FORWARD, (2, 2), 1), leaf, *arguments)
 
 
@@ -352,7 +352,7 @@ def test_a_division_by_a_zero_that_was_sent_is_refused_as_not_finite():
     with np.errstate(divide="ignore"):
         content = weight / 0.0
     assert not leaf_matches(divided, content, RIGHT)
-    with pytest.raises(IntegrityError, match="an operand is not finite"):
+    with pytest.raises(WrongProductError, match="an operand is not finite"):
         checksum.check_product(
             *(leaf_use(FORWARD, (2, 2), 1), divided, weight.shape),
             *(jnp.asarray(x), jnp.asarray(x @ weight), "here"),
@@ -363,7 +363,7 @@ def test_the_first_failure_spends_signs_for_products():
     leaf, weight, x = float64_leaf()
     use, operand, out = leaf_use(FORWARD, (2, 2), 1), jnp.asarray(x), jnp.asarray(x @ weight)
     checksum.check_product(use, leaf, weight.shape, operand, out, "here")
-    with pytest.raises(IntegrityError, match="wrong product: here"):
+    with pytest.raises(WrongProductError, match="wrong product: here"):
         checksum.check_product(use, leaf, weight.shape, operand, 2 * out, "here")
     for tried in (out, 2 * out):
         with pytest.raises(SpentSignsError, match="came back before: here.* Call again"):

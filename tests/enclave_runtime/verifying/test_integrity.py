@@ -25,8 +25,8 @@ from enclave_runtime.protocol.program import ArrayType
 from enclave_runtime.verifying import integrity
 from enclave_runtime.verifying.integrity import (
     Check,
-    IntegrityError,
     Verifier,
+    WrongProductError,
     deviations,
     matches,
     multiply,
@@ -289,7 +289,7 @@ def test_verifier_keeps_copies_until_the_last_use():
         operands = [np.ones(sent[v].blinded.shape) for v in crossing.operands or ()]
         right = operands[0] @ operands[1]
         assert verifier.checked(crossing, right, stream) is right
-        with pytest.raises(IntegrityError, match=r"product: dot_general .* at \w+\.py:\d+\."):
+        with pytest.raises(WrongProductError, match=r"product: dot_general .* at \w+\.py:\d+\."):
             verifier.checked(crossing, 1.01 * right, stream)
     verifier.forget(len(program.segments))
     with pytest.raises(KeyError):

@@ -17,7 +17,7 @@ from enclave_runtime.crypto.keys import KeySchedule
 from enclave_runtime.protocol.descriptions import DotGeneral
 from enclave_runtime.protocol.program import ArrayType
 from enclave_runtime.verifying import checksum, integrity
-from enclave_runtime.verifying.integrity import Check, IntegrityError
+from enclave_runtime.verifying.integrity import Check, WrongProductError
 from tempo_jax.schemes import Mixing, SignedPermutation
 from tests.support.fresh import run_fresh
 from tests.support.verification import lying
@@ -83,9 +83,9 @@ def judge_leaves() -> None:
 
         judge(other, out)
         for value in NOT_FINITE:
-            with pytest.raises(IntegrityError, match="wrong product"):
+            with pytest.raises(WrongProductError, match="wrong product"):
                 judge(other, with_one(out, value))
-            with pytest.raises(IntegrityError, match="not finite"):
+            with pytest.raises(WrongProductError, match="not finite"):
                 judge(with_one(other, value), out)
     tall = np.random.default_rng(0).standard_normal((100_000, 8)).astype(np.float32)
     for axes, value in itertools.product(((0,), (1,)), NOT_FINITE):

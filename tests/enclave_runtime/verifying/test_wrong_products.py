@@ -24,7 +24,7 @@ from enclave_runtime.sessions.admission import Admission
 from enclave_runtime.sessions.run import Run, RunError
 from enclave_runtime.sessions.session import Session
 from enclave_runtime.verifying import checksum, integrity
-from enclave_runtime.verifying.integrity import IntegrityError, Verifier
+from enclave_runtime.verifying.integrity import Verifier, WrongProductError
 from tests.support.verification import SCHEDULE, V, W, X, chain, planned
 
 
@@ -75,7 +75,7 @@ def test_too_many_lies_end_what_verifies(session):
         lambda: session.handle(Frame(Kind.COMMIT, 1, {"run": number, "donate": []})),
         lambda: bring(session, number),
     ):
-        with pytest.raises(IntegrityError, match=refused):
+        with pytest.raises(WrongProductError, match=refused):
             request()
     # What was refused is not a wrong product, and the run has ended.
     assert session._attempts.wrong == integrity.MAX_WRONG_PRODUCTS and not session._runs
@@ -98,13 +98,13 @@ def test_open_runs_are_no_more_than_lies_that_are_left(session):
 
 def test_a_lie_counts_once_for_all_workers(session, monkeypatch):
     def wrong(*_: Any) -> np.ndarray:
-        raise IntegrityError("wrong")
+        raise WrongProductError("wrong")
 
     monkeypatch.setattr(Verifier, "checked", wrong)
     number, _ = opened(session, workers=2)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for request in [pool.submit(bring, session, number, worker) for worker in range(2)]:
-            with pytest.raises(IntegrityError, match="wrong"):
+            with pytest.raises(WrongProductError, match="wrong"):
                 request.result(30)
     assert session._attempts.wrong == 1 and not session._runs
 
@@ -115,7 +115,7 @@ def test_an_abort_does_not_hide_a_lie(session, monkeypatch):
     def wrong(*_: Any) -> np.ndarray:
         checking.set()
         assert aborting.wait(30)
-        raise IntegrityError("wrong")
+        raise WrongProductError("wrong")
 
     def fail(run: Run, failure: BaseException) -> bool:
         aborting.set()
@@ -129,7 +129,7 @@ def test_an_abort_does_not_hide_a_lie(session, monkeypatch):
         lie = pool.submit(bring, session, number)
         assert checking.wait(30)
         pool.submit(abort, session, number).result(30)
-        with pytest.raises(IntegrityError, match="wrong"):
+        with pytest.raises(WrongProductError, match="wrong"):
             lie.result(30)
     assert session._attempts.wrong == 1 and not session._runs
 
@@ -137,7 +137,7 @@ def test_an_abort_does_not_hide_a_lie(session, monkeypatch):
 def test_other_bytes_at_a_repeat_are_not_compared_and_end_the_run(session, monkeypatch):
     # A comparison would be one more try, of bytes that can do no good.
     def compared(*_: Any) -> np.ndarray:
-        raise IntegrityError("compared")
+        raise WrongProductError("compared")
 
     number, run = opened(session)
     run._next, run._brought = 2, [authenticate(run._repeat_key, np.ones((18, 20)))]
@@ -164,7 +164,7 @@ def test_leaves_that_come_back_are_no_more_tries_than_are_left(session, monkeypa
         tries.append(1)
         comparing.set()
         assert going_on.wait(30)
-        raise IntegrityError("wrong leaf")
+        raise WrongProductError("wrong leaf")
 
     monkeypatch.setattr(checksum, "check_leaf", wrong)
     session._attempts.wrong = integrity.MAX_WRONG_PRODUCTS - 2
@@ -176,15 +176,15 @@ def test_leaves_that_come_back_are_no_more_tries_than_are_left(session, monkeypa
             with pytest.raises(RequestError, match="1 leaves are being compared, together at most"):
                 request()
         going_on.set()
-        with pytest.raises(IntegrityError, match="wrong leaf"):
+        with pytest.raises(WrongProductError, match="wrong leaf"):
             first.result(30)
     assert len(tries) == 1 and session._attempts.wrong == integrity.MAX_WRONG_PRODUCTS - 1
     with pytest.raises(RequestError, match="commit or abort a run first"):
         session._unblinded(entry, content)
     abort(session, number)
-    with pytest.raises(IntegrityError, match="wrong leaf"):
+    with pytest.raises(WrongProductError, match="wrong leaf"):
         session._unblinded(entry, content)
-    with pytest.raises(IntegrityError, match="256 wrong products"):
+    with pytest.raises(WrongProductError, match="256 wrong products"):
         session._unblinded(entry, content)
     assert len(tries) == 2
 

@@ -60,9 +60,11 @@ def _inner(param: Any, rng: np.random.Generator) -> Any:
     """An equation's parameter with the programs in it reordered."""
     if type(param) in (tuple, list) and any(isinstance(p, ClosedJaxpr) for p in param):
         return type(param)(_inner(p, rng) for p in param)
-    if isinstance(param, Jaxpr) and not param.constvars:
-        return _inner(ClosedJaxpr(param, ()), rng).jaxpr
-    if not isinstance(param, ClosedJaxpr) or param.jaxpr.effects:
+    if not isinstance(param, ClosedJaxpr):
+        # From JAX 0.11 on there is one class for both, and no such case.
+        open_jaxpr = isinstance(param, Jaxpr) and not param.constvars
+        return _inner(ClosedJaxpr(param, ()), rng).jaxpr if open_jaxpr else param
+    if param.jaxpr.effects:
         return param
     return trace(reordered(param, int(rng.integers(1 << 32))), avals_of(param))
 

@@ -19,8 +19,10 @@ from benchmarks.attacks.open_enclave import ROOT_VARIABLE
 from benchmarks.attacks.traces import ProductTruth, ProductView
 from enclave_runtime.crypto.keys import KeySchedule
 from enclave_runtime.protocol.program import DEVICE, Layout
+from enclave_runtime.schemes.equilibration import AxisScales, axis_factors, equilibrate
 from enclave_runtime.schemes.kernels.hadamard import AxisMap
 from tempo_jax.planning.plan import Plan
+from tempo_jax.schemes import Mixing
 from tempo_jax.testing import Product
 from tempo_jax.transport import launch as launch_module
 
@@ -82,10 +84,8 @@ class Auditor:
             matrix = element.dense(copy if element.copies > 1 else 0)
         else:
             matrix = np.eye(len(element.permutation))[element.permutation]
-            factors = getattr(element, "signs", None)
-            factors = getattr(element, "scales", None) if factors is None else factors
-            if factors is not None:
-                matrix *= np.asarray(factors, np.float64)[:, None]
+            if element.factors is not None:
+                matrix *= np.asarray(element.factors, np.float64)[:, None]
         if not self._scheme.group.orthogonal and not layout.parities[axis]:
             matrix = np.linalg.inv(matrix).T
         return DenseKey(matrix)
@@ -107,9 +107,23 @@ class Auditor:
         x, w = (self._plan.layout(v) for v in eqn.invars)
         if len(x.classes) != (3 if self._scheme.keys_per_product and x.classes[0] is None else 2):
             return True
-        a, b = self._key(run, x, -2, copy), self._key(run, x, -1, copy)
-        c = self._key(run, w, -1, copy)
-        truth.keys = (a, b, c)
+        drawn = (
+            self._key(run, x, -2, copy),
+            self._key(run, x, -1, copy),
+            self._key(run, w, -1, copy),
+        )
+        # The enclave evens out sizes by what it blinds first, which may be either operand.
+        for keys in _with_scales(self._scheme, drawn, x, w, truth):
+            if self._fits(keys, view, truth):
+                return True
+        truth.keys = None
+        return False
+
+    def _fits(
+        self, keys: tuple[DenseKey, DenseKey, DenseKey], view: ProductView, truth: ProductTruth
+    ) -> bool:
+        """Completes the truth if these are the keys."""
+        a, b, c = truth.keys = keys
         assert view.x is not None and view.w is not None
         # What was drawn for a tensor alone follows from what the host saw and the keys.
         clear_x = np.linalg.solve(a.matrix, view.x) @ np.linalg.inv(b.matrix).T
@@ -120,7 +134,6 @@ class Auditor:
         t_x, t_w, t_g = _ratio(clear_x, truth.x), _ratio_under_mask(clear_w, truth.w), 1.0
         rest = np.linalg.svd(clear_w - t_w * truth.w, compute_uv=False)[rank:]
         if rest.max(initial=0) > 1e-6 * np.linalg.norm(clear_w):
-            truth.keys = None
             return False
         if len(clear_x) > len(truth.x):
             truth.decoys_x = clear_x[len(truth.x) :] / t_x
@@ -135,6 +148,32 @@ class Auditor:
         return True
 
 
+def _with_scales(
+    scheme: tempo.schemes.Scheme,
+    keys: tuple[DenseKey, DenseKey, DenseKey],
+    x: Layout,
+    w: Layout,
+    truth: ProductTruth,
+) -> Iterator[tuple[DenseKey, DenseKey, DenseKey]]:
+    """Keys with the powers of two that even out a product's operands, for each order of the two."""
+    if not isinstance(scheme, Mixing):
+        yield keys
+        return
+    operands = (truth.x, x.parities[-2:], (0, 1)), (truth.w, w.parities[-2:], (1, 2))
+    parities = (*x.parities[-2:], w.parities[-1])
+    for order in ((0, 1), (1, 0)):
+        scales = [AxisScales(1) for _ in keys]
+        for plain, (first, second), (row, column) in (operands[i] for i in order):
+            equilibrate(np.asarray(plain), (scales[row], scales[column]), (first, second))
+        factors = [axis_factors(s, parity)[0] for s, parity in zip(scales, parities, strict=True)]
+        a, b, c = (
+            # Decoys, which are behind all others, have none.
+            DenseKey(key.matrix * np.pad(f, (0, key.size - len(f)), constant_values=1))
+            for key, f in zip(keys, factors, strict=True)
+        )
+        yield a, b, c
+
+
 def _fill_in_masked(
     view: ProductView, truth: ProductTruth, clear_x: np.ndarray, clear_w: np.ndarray
 ) -> bool:
@@ -147,7 +186,6 @@ def _fill_in_masked(
         # Under a wrong key the two have nothing to do with each other.
         size = np.linalg.norm(seen) * np.linalg.norm(plain)
         if size and abs(float((seen * plain).sum())) < LUCK * size / np.sqrt(plain.size):
-            truth.keys = None
             return False
     scales = [_ratio(seen, plain) for seen, plain in clear]
     truth.scales = (scales[0], scales[1], scales[2] if view.g is not None else 1.0)
@@ -155,9 +193,14 @@ def _fill_in_masked(
 
 
 def _ratio(blinded: np.ndarray, plain: np.ndarray) -> float:
-    """The scalar t with ``blinded = t plain``, up to rows that are not the plain's."""
-    energy = float((plain**2).sum())
-    return float((blinded[: len(plain)] * plain).sum()) / energy if energy else 1.0
+    """The scalar t with ``blinded = t plain``, up to rows that are not the plain's.
+
+    What the enclave computes inside, since it would drown the rest, is zero in what is blinded.
+    """
+    blinded = blinded[: len(plain)]
+    sent = np.abs(blinded) > 1e-12 * np.abs(blinded).max(initial=0)
+    energy = float((plain[sent] ** 2).sum())
+    return float((blinded[sent] * plain[sent]).sum()) / energy if energy else 1.0
 
 
 def _ratio_under_mask(blinded: np.ndarray, plain: np.ndarray) -> float:

@@ -230,7 +230,7 @@ def _choose(
         return None
     plain = x
     if len(free) == 1:
-        x = _along(x, 1 - free[0], _factors(scales[1 - free[0]], parities[1 - free[0]]))
+        x = _along(x, 1 - free[0], axis_factors(scales[1 - free[0]], parities[1 - free[0]]))
     orders = {axis: np.zeros((scales[axis].copies, x.shape[axis - 2]), np.int64) for axis in free}
     lengths: list[np.ndarray | None] = [sizes if x is plain else None, None]
     for _ in range(SWEEPS):
@@ -265,7 +265,7 @@ def _orders(sizes: np.ndarray, copies: int) -> np.ndarray:
     return np.where(np.abs(orders) < LEAST_SCALE, 0, orders).astype(np.int64).reshape(copies, -1)
 
 
-def _factors(scales: AxisScales, parity: int) -> np.ndarray:
+def axis_factors(scales: AxisScales, parity: int) -> np.ndarray:
     """Powers of two, (copies, size), which a tensor of this parity is multiplied by."""
     assert scales.exponents is not None, "products come back after their operands"
     return np.ldexp(1.0, scales.exponents if parity else -scales.exponents)
@@ -275,7 +275,7 @@ def _times(
     x: np.ndarray, scales: tuple[AxisScales, AxisScales], parities: tuple[int, int]
 ) -> np.ndarray:
     """A tensor with the scales of both axes, in an array of its own; itself if all are 1."""
-    rows, columns = (_factors(scales[axis], parities[axis]) for axis in (0, 1))
+    rows, columns = (axis_factors(scales[axis], parities[axis]) for axis in (0, 1))
     # What goes up by one axis may come down by the other, and must not leave the range meanwhile.
     wide = x if min(map(_spread, (rows, columns))) <= SAFE_SCALE else x.astype(np.float64)
     by_rows = _along(wide, 0, rows)

@@ -141,7 +141,7 @@ def test_what_is_published_is_no_secret_and_what_is_sealed_is_not_public(roles, 
 def test_host_publishes_nothing_and_checkpoints_hold_secrets(roles):
     with pytest.raises(RoleError, match="`enclave.publish` needs the client's keys"):
         roles.host.publish(X, tag="x")
-    with pytest.raises(UnsupportedError, match="enclave.publish: a leaf of type str"):
+    with pytest.raises(UnsupportedError, match="enclave.publish: leaf `` of type str"):
         roles.client.publish("text", tag="x")
     with pytest.raises(UnsupportedError, match="enclave.publish was called inside jit"):
         jax.jit(lambda x: roles.client.publish(x, tag="x"))(X)

@@ -293,7 +293,8 @@ def test_products_of_small_integers_are_exact_in_every_format(enclave, dtype):
         return jnp.matmul(x, w), lax.dot(x, w, preferred_element_type=jnp.float32)
 
     shielded = shield_all(function, enclave=enclave, donate=False)
-    assert offloaded_products(shielded, x, w) == 2
+    # A blinding would leave nothing of the digits of 8 bits.
+    assert offloaded_products(shielded, x, w) == (0 if dtype == "float8_e4m3fn" else 2)
     assert_close(enclave.open(shielded(x, w)), jax.jit(function)(x, w), tolerance=0)
 
 

@@ -140,6 +140,7 @@ def test_conditioning_is_plains_own():
     run_fresh(deep_network, seconds=500)
 
 
+@pytest.mark.slow
 def test_a_device_that_lies_is_ours():
     assert run_fresh(faults_are_ours, seconds=500).endswith("done\n")
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 import tempo_jax as tempo
@@ -233,6 +234,7 @@ def test_switch():
     run_fresh(every_branch_of_a_switch)
 
 
+@pytest.mark.slow
 def test_conditions_in_a_scan():
     run_fresh(conditions_in_a_scan)
 
@@ -242,5 +244,6 @@ def test_what_is_not_taken_does_not_happen():
     assert "EFFECT" not in said
 
 
+@pytest.mark.slow
 def test_while_loops():
     run_fresh(loops_of_any_length, loops_of_several_lengths, nothing_repeats_after_the_end)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 from jax.sharding import Mesh
 
@@ -172,5 +173,6 @@ def transfers_of_our_own() -> None:
                 )
 
 
+@pytest.mark.slow
 def test_settings_mean_what_they_mean_around_jit():
     run_fresh(every_setting, transfers_of_our_own, devices=2)

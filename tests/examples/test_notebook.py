@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.fresh import ROOT, environment
 
 NOTEBOOK = ROOT / "examples" / "what_the_host_sees.ipynb"
 
 
+@pytest.mark.slow
 def test_notebook_runs_and_prints_what_it_shows():
     cells = [c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]
     assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1))

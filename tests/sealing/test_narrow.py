@@ -105,6 +105,7 @@ def kept_and_moved() -> None:
         assert double(jnp.arange(4).astype(jnp.int4)).tolist() == [0, 2, 4, 6]
 
 
+@pytest.mark.slow
 def test_narrow_state_trains():
     run_fresh(over_several_steps, kept_and_moved)
 

@@ -16,6 +16,7 @@ from hypothesis import given
 
 from enclave_runtime.crypto import encryption
 from enclave_runtime.crypto.encryption import DecryptionError
+from tests.support.fresh import run_fresh
 
 KEY = bytes(range(32))
 DTYPES = (
@@ -235,8 +236,7 @@ def test_parts_of_another_size_are_not_opened():
         open_parts(whole)
 
 
-@pytest.mark.slow
-def test_an_array_that_is_too_large_for_one_call():
+def too_large_for_one_call() -> None:
     size = (1 << 31) + 12345  # 5.4 GB at most, all in all
     plain = np.zeros(size, np.uint8)
     plain[[0, encryption.PART_BYTES, -1]] = 1, 2, 3
@@ -247,6 +247,12 @@ def test_an_array_that_is_too_large_for_one_call():
     opened = encryption.decrypt_array(KEY, encrypted, "session", plain.shape, plain.dtype)
     np.testing.assert_array_equal(np.flatnonzero(opened), [0, encryption.PART_BYTES, size - 1])
     assert opened[[0, encryption.PART_BYTES, -1]].tolist() == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_an_array_that_is_too_large_for_one_call():
+    # A process keeps the peak of its memory, and hands it on to the fuzzers that it starts.
+    run_fresh(too_large_for_one_call)
 
 
 # Bytes that are known again

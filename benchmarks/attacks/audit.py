@@ -19,7 +19,12 @@ from benchmarks.attacks.open_enclave import ROOT_VARIABLE
 from benchmarks.attacks.traces import ProductTruth, ProductView
 from enclave_runtime.crypto.keys import KeySchedule
 from enclave_runtime.protocol.program import DEVICE, Layout
-from enclave_runtime.schemes.equilibration import AxisScales, axis_factors, equilibrate
+from enclave_runtime.schemes.equilibration import (
+    REMOVED,
+    AxisScales,
+    axis_factors,
+    equilibrate,
+)
 from enclave_runtime.schemes.kernels.hadamard import AxisMap
 from tempo_jax.planning.plan import Plan
 from tempo_jax.schemes import Mixing
@@ -172,6 +177,8 @@ def _with_scales(
             for key, f in zip(keys, factors, strict=True)
         )
         yield a, b, c
+    # Nor are the scales followed that another product of the family chose.
+    yield keys
 
 
 def _fill_in_masked(
@@ -183,13 +190,23 @@ def _fill_in_masked(
     if view.g is not None:
         clear.append((truth.keys[0].matrix.T @ view.g @ truth.keys[2].matrix, truth.g))
     for seen, plain in clear[:2]:
-        # Under a wrong key the two have nothing to do with each other.
-        size = np.linalg.norm(seen) * np.linalg.norm(plain)
-        if size and abs(float((seen * plain).sum())) < LUCK * size / np.sqrt(plain.size):
+        # Under a wrong key the two have nothing to do with each other. What stands out may not
+        # have been sent, and would be most of the plain operand.
+        usual = _is_usual(plain, 1) & _is_usual(plain, 0)
+        near, sent = seen[usual], plain[usual]
+        size = np.linalg.norm(near) * np.linalg.norm(sent)
+        if size and abs(float((near * sent).sum())) < LUCK * size / np.sqrt(sent.size):
             return False
     scales = [_ratio(seen, plain) for seen, plain in clear]
     truth.scales = (scales[0], scales[1], scales[2] if view.g is not None else 1.0)
     return True
+
+
+def _is_usual(x: np.ndarray, axis: int) -> np.ndarray:
+    """Where rows (axis 1) or columns (axis 0) are not far longer than most, bool of x's shape."""
+    lengths = np.linalg.norm(x, axis=axis, keepdims=True)
+    usual = np.median(lengths[lengths > 0]) if lengths.any() else 0.0
+    return np.broadcast_to(lengths <= 2.0**REMOVED * usual, x.shape)
 
 
 def _ratio(blinded: np.ndarray, plain: np.ndarray) -> float:

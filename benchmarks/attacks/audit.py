@@ -161,7 +161,8 @@ def _with_scales(
     truth: ProductTruth,
 ) -> Iterator[tuple[DenseKey, DenseKey, DenseKey]]:
     """Keys with the powers of two that even out a product's operands, for each order of the two."""
-    if not isinstance(scheme, Mixing):
+    if not isinstance(scheme, Mixing) or scheme.mask_energy:
+        # Masks go over what is evened out, so that attacks are scored on that.
         yield keys
         return
     operands = (truth.x, x.parities[-2:], (0, 1)), (truth.w, w.parities[-2:], (1, 2))

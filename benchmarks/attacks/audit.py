@@ -178,8 +178,6 @@ def _with_scales(
             for key, f in zip(keys, factors, strict=True)
         )
         yield a, b, c
-    # Nor are the scales followed that another product of the family chose.
-    yield keys
 
 
 def _fill_in_masked(

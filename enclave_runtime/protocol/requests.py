@@ -20,7 +20,7 @@ from enclave_runtime.protocol.checkpoint import Leaf, decode_leaves
 from enclave_runtime.protocol.wire import Frame, Kind
 
 MAX_ARENA_BYTES = 1 << 48
-MAX_WORKERS = 4096
+MAX_RUN_WORKERS = 4096
 
 
 class RequestError(Exception):
@@ -170,7 +170,7 @@ class BeginRequest:
 
     program: Integer
     arena: Text
-    workers: Annotated[int, _between(1, MAX_WORKERS)]
+    workers: Annotated[int, _between(1, MAX_RUN_WORKERS)]
     inputs: Annotated[tuple[HeldInput | WrittenInput | PublishedInput, ...], _list_of(_input)]
     blind_at: Integers
 
@@ -246,21 +246,30 @@ class CheckpointRequest:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointLeafRequest:
-    """Write the next leaf of a checkpoint.
+class LeafRequest:
+    """Take the next leaf of a checkpoint that is being restored.
 
     Attributes:
       identifier: of the checkpoint, in hex.
       leaf: its position.
-      arena: the shared memory that takes it, and has its content if that lies outside.
+      arena: the shared memory that has its content, or takes it.
       offset: where in it, in bytes.
-      handle: names the value; without one it is the client's ciphertext.
     """
 
     identifier: Text
     leaf: Integer
     arena: Text
     offset: Integer
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointLeafRequest(LeafRequest):
+    """Write the next leaf of a checkpoint.
+
+    Attributes:
+      handle: names the value; without one it is the client's ciphertext.
+    """
+
     handle: Text | None = None
 
 
@@ -269,16 +278,6 @@ class RestoreRequest:
     """Begin to restore the checkpoint with this head; the client's order is the attachment."""
 
     head: Annotated[bytes, _bytes]
-
-
-@dataclasses.dataclass(frozen=True)
-class RestoreLeafRequest:
-    """Take the next leaf of a checkpoint; the fields are those of `CheckpointLeafRequest`."""
-
-    identifier: Text
-    leaf: Integer
-    arena: Text
-    offset: Integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +312,7 @@ REQUESTS: Mapping[Kind, type[Any]] = {
     Kind.CHECKPOINT: CheckpointRequest,
     Kind.CHECKPOINT_LEAF: CheckpointLeafRequest,
     Kind.RESTORE: RestoreRequest,
-    Kind.RESTORE_LEAF: RestoreLeafRequest,
+    Kind.RESTORE_LEAF: LeafRequest,
     Kind.FIND: FindRequest,
     Kind.RELEASE: ReleaseRequest,
 }

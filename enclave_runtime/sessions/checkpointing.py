@@ -32,7 +32,7 @@ from enclave_runtime.protocol.requests import (
     CheckpointLeafRequest,
     CheckpointRequest,
     EmptyRequest,
-    RestoreLeafRequest,
+    LeafRequest,
     RestoreRequest,
 )
 from enclave_runtime.protocol.tags import TagRecord
@@ -113,7 +113,7 @@ class Checkpointing:
         seen = Seen(reader.header.number, reader.header.identifier)
         return {"weak": [leaf.weak for leaf in reader.leaves], **seen.encode()}
 
-    def read(self, asked: RestoreLeafRequest, _: bytes) -> Fields:
+    def read(self, asked: LeafRequest, _: bytes) -> Fields:
         """Takes the next leaf from `offset`; the last one's reply has the handles of all.
 
         Nothing is kept until the whole checkpoint has proved authentic.

@@ -13,33 +13,18 @@ from tempo_jax.api.estimate import MACHINES, OF_PEAK
 from tempo_jax.cli.main import main
 from tempo_jax.errors import UnsupportedError
 from tempo_jax.planning.cost import CostModel
+from tests.support.descent import step
 
 WIDTH = 512
 WEIGHTS = [jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)] * 3
 MODULE = """
-import jax, jax.numpy as jnp
+import jax.numpy as jnp
+import jax
+from tests.support.descent import step
 
 def init():
     return [jnp.ones((512, 512), jnp.float32)] * 3
-
-def step(weights, x):
-    def loss(weights):
-        h = x
-        for w in weights:
-            h = jnp.tanh(h @ w)
-        return jnp.mean(h**2)
-    return jax.tree.map(lambda w, g: w - g, weights, jax.grad(loss)(weights))
 """
-
-
-def step(weights, x):
-    def loss(weights):
-        h = x
-        for w in weights:
-            h = jnp.tanh(h @ w)
-        return jnp.mean(h**2)
-
-    return jax.tree.map(lambda w, g: w - g, weights, jax.grad(loss)(weights))
 
 
 def batch_of(rows):

@@ -8,18 +8,9 @@ import tempo_jax as tempo
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.plan import offloaded_work
 from tempo_jax.planning.prospects import ENOUGH, prospects
+from tests.support.descent import step
 
 DEPTH = 4
-
-
-def gradient(weights, x):
-    def loss(weights):
-        h = x
-        for w in weights:
-            h = jnp.tanh(h @ w)
-        return jnp.mean(h**2)
-
-    return jax.tree.map(lambda w, g: w - g, weights, jax.grad(loss)(weights))
 
 
 def planned(enclave, scheme, rows, width):
@@ -27,7 +18,7 @@ def planned(enclave, scheme, rows, width):
         [jax.ShapeDtypeStruct((width, width), jnp.float32)] * DEPTH,
         jax.ShapeDtypeStruct((rows, width), jnp.float32),
     )
-    return tempo.shield(gradient, enclave=enclave, scheme=scheme).explain(*shapes).plan
+    return tempo.shield(step, enclave=enclave, scheme=scheme).explain(*shapes).plan
 
 
 def share(plan):

@@ -7,27 +7,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-import tempo_jax as tempo
 from enclave_runtime.protocol.program import (
     Program,
 )
 from tempo_jax.schemes import Mixing
 from tests.support.interpreter import plan
 from tests.support.programs import as_it_crosses, with_executables
-from tests.support.steps import shield_all, uniform
-
-
-def _train_step(state: Any, x: jax.Array, y: jax.Array) -> Any:
-    params, momentum = state
-    optimizer = tempo.cheap_update(optax.sgd(0.1, momentum=0.9))
-
-    def loss(params: Any) -> jax.Array:
-        hidden = jnp.tanh(x @ params["first"] + params["bias"])
-        return jnp.mean((hidden @ params["second"] - y) ** 2)
-
-    value, gradients = jax.value_and_grad(loss)(params)
-    updates, momentum = optimizer.update(gradients, momentum, params)
-    return (optax.apply_updates(params, updates), momentum), tempo.reveal(value)
+from tests.support.steps import momentum_step, shield_all, uniform
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +23,7 @@ def program(enclave) -> Program:
     params = {"first": uniform(1, 5, 4), "bias": uniform(2, 4), "second": uniform(3, 4, 2)}
     state = params, optax.sgd(0.1, momentum=0.9).init(params)
     shielded = shield_all(
-        lambda state, x, y: _train_step(state, x, y + constant), enclave=enclave, public=("y",)
+        lambda state, x, y: momentum_step(state, x, y + constant), enclave=enclave, public=("y",)
     )
     planned = shielded.explain(state, uniform(4, 3, 5), uniform(5, 3, 2)).plan
     return with_executables(planned.program)

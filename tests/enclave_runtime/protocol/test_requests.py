@@ -112,7 +112,7 @@ def test_a_field_of_another_type(kind, name, value):
         (Kind.MAP, "size", 0),
         (Kind.MAP, "size", requests.MAX_ARENA_BYTES + 1),
         (Kind.BEGIN, "workers", 0),
-        (Kind.BEGIN, "workers", requests.MAX_WORKERS + 1),
+        (Kind.BEGIN, "workers", requests.MAX_RUN_WORKERS + 1),
         (Kind.BEGIN, "inputs", [{"handle": "h", "offset": 0}]),
         (Kind.BEGIN, "inputs", [{"published": 0, "offset": 0}]),
         (Kind.BEGIN, "inputs", [{"published": "0"}]),

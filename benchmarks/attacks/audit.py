@@ -14,17 +14,13 @@ from unittest import mock
 import numpy as np
 
 import tempo_jax as tempo
-from benchmarks.attacks.blinding import Key
+from benchmarks.attacks.blinding import DenseKey
+from benchmarks.attacks.coordinates import evened_operands
 from benchmarks.attacks.open_enclave import ROOT_VARIABLE
-from benchmarks.attacks.traces import ProductTruth, ProductView
+from benchmarks.attacks.traces import Powers, ProductTruth, ProductView
 from enclave_runtime.crypto.keys import KeySchedule
 from enclave_runtime.protocol.program import DEVICE, Layout
-from enclave_runtime.schemes.equilibration import (
-    REMOVED,
-    AxisScales,
-    axis_factors,
-    equilibrate,
-)
+from enclave_runtime.schemes.equilibration import AxisScales, axis_factors, equilibrate
 from enclave_runtime.schemes.kernels.hadamard import AxisMap
 from tempo_jax.planning.plan import Plan
 from tempo_jax.schemes import Mixing
@@ -32,20 +28,6 @@ from tempo_jax.testing import Product
 from tempo_jax.transport import launch as launch_module
 
 LUCK = 5  # standard errors of the cosine between unrelated matrices
-
-
-class DenseKey(Key):
-    """A key given as its matrix."""
-
-    def __init__(self, matrix: np.ndarray):
-        """Keeps the matrix, (n, n)."""
-        object.__setattr__(self, "size", len(matrix))
-        object.__setattr__(self, "stages", ())
-        object.__setattr__(self, "matrix", matrix)
-
-    def apply(self, x: np.ndarray, *, polar: bool = False) -> np.ndarray:
-        """See `Key.apply`."""
-        return np.linalg.solve(self.matrix.T, x) if polar else self.matrix @ x
 
 
 @contextlib.contextmanager
@@ -105,8 +87,8 @@ class Auditor:
           product: the forward equation as recorded.
           copy: index in its batch.
           view: what the host saw of it.
-          truth: the plain operands; gets keys, scalars and decoys. Under masks of full rank
-            scalars are the best fit.
+          truth: the plain operands; gets keys with the powers of two that even out, scalars and
+            decoys. Under masks of full rank scalars are the best fit.
         """
         eqn = self._plan.jaxpr.eqns[product.equation]
         x, w = (self._plan.layout(v) for v in eqn.invars)
@@ -118,8 +100,12 @@ class Auditor:
             self._key(run, w, -1, copy),
         )
         # The enclave evens out sizes by what it blinds first, which may be either operand.
-        for keys in _with_scales(self._scheme, drawn, x, w, truth):
-            if self._fits(keys, view, truth):
+        if getattr(self._scheme, "mask_energy", 0):
+            return _fill_in_masked(drawn, _powers_of_two(drawn, x, w, truth), view, truth)
+        evens = isinstance(self._scheme, Mixing)
+        for powers in _powers_of_two(drawn, x, w, truth) if evens else [None]:
+            if self._fits(_times(drawn, powers), view, truth):
+                truth.powers = powers
                 return True
         truth.keys = None
         return False
@@ -133,8 +119,6 @@ class Auditor:
         # What was drawn for a tensor alone follows from what the host saw and the keys.
         clear_x = np.linalg.solve(a.matrix, view.x) @ np.linalg.inv(b.matrix).T
         clear_w = b.matrix.T @ view.w @ np.linalg.inv(c.matrix).T
-        if getattr(self._scheme, "mask_energy", 0):
-            return _fill_in_masked(view, truth, clear_x, clear_w)
         rank = 2 * getattr(self._scheme, "traded", 0)
         t_x, t_w, t_g = _ratio(clear_x, truth.x), _ratio_under_mask(clear_w, truth.w), 1.0
         rest = np.linalg.svd(clear_w - t_w * truth.w, compute_uv=False)[rank:]
@@ -153,59 +137,65 @@ class Auditor:
         return True
 
 
-def _with_scales(
-    scheme: tempo.schemes.Scheme,
-    keys: tuple[DenseKey, DenseKey, DenseKey],
-    x: Layout,
-    w: Layout,
-    truth: ProductTruth,
-) -> Iterator[tuple[DenseKey, DenseKey, DenseKey]]:
-    """Keys with the powers of two that even out a product's operands, for each order of the two."""
-    if not isinstance(scheme, Mixing) or scheme.mask_energy:
-        # Masks go over what is evened out, so that attacks are scored on that.
-        yield keys
-        return
+def _powers_of_two(
+    keys: tuple[DenseKey, DenseKey, DenseKey], x: Layout, w: Layout, truth: ProductTruth
+) -> Iterator[Powers]:
+    """The powers of two that even out a product's operands, for each order of the two."""
     operands = (truth.x, x.parities[-2:], (0, 1)), (truth.w, w.parities[-2:], (1, 2))
     parities = (*x.parities[-2:], w.parities[-1])
     for order in ((0, 1), (1, 0)):
         scales = [AxisScales(1) for _ in keys]
         for plain, (first, second), (row, column) in (operands[i] for i in order):
             equilibrate(np.asarray(plain), (scales[row], scales[column]), (first, second))
-        factors = [axis_factors(s, parity)[0] for s, parity in zip(scales, parities, strict=True)]
-        a, b, c = (
-            # Decoys, which are behind all others, have none.
-            DenseKey(key.matrix * np.pad(f, (0, key.size - len(f)), constant_values=1))
-            for key, f in zip(keys, factors, strict=True)
-        )
+        a, b, c = (axis_factors(s, p)[0] for s, p in zip(scales, parities, strict=True))
         yield a, b, c
 
 
+def _times(
+    keys: tuple[DenseKey, DenseKey, DenseKey], powers: Powers | None
+) -> tuple[DenseKey, DenseKey, DenseKey]:
+    """The keys as they act on plain operands."""
+    if powers is None:
+        return keys
+    a, b, c = (
+        # Decoys, which are behind all others, have none.
+        DenseKey(key.matrix * np.pad(f, (0, key.size - len(f)), constant_values=1))
+        for key, f in zip(keys, powers, strict=True)
+    )
+    return a, b, c
+
+
 def _fill_in_masked(
-    view: ProductView, truth: ProductTruth, clear_x: np.ndarray, clear_w: np.ndarray
+    keys: tuple[DenseKey, DenseKey, DenseKey],
+    candidates: Iterator[Powers],
+    view: ProductView,
+    truth: ProductTruth,
 ) -> bool:
     """Completes the truth on a product whose operands have masks of full rank."""
-    clear = [(clear_x, truth.x), (clear_w, truth.w)]
-    assert truth.keys is not None, "the caller has found them"
+    assert view.x is not None and view.w is not None
+    a, b, c = (key.matrix for key in keys)
+    seen = [np.linalg.solve(a, view.x) @ np.linalg.inv(b).T, b.T @ view.w @ np.linalg.inv(c).T]
     if view.g is not None:
-        clear.append((truth.keys[0].matrix.T @ view.g @ truth.keys[2].matrix, truth.g))
-    for seen, plain in clear[:2]:
-        # Under a wrong key the two have nothing to do with each other. What stands out may not
-        # have been sent, and would be most of the plain operand.
-        usual = _is_usual(plain, 1) & _is_usual(plain, 0)
-        near, sent = seen[usual], plain[usual]
-        size = np.linalg.norm(near) * np.linalg.norm(sent)
-        if size and abs(float((near * sent).sum())) < LUCK * size / np.sqrt(sent.size):
-            return False
-    scales = [_ratio(seen, plain) for seen, plain in clear]
-    truth.scales = (scales[0], scales[1], scales[2] if view.g is not None else 1.0)
-    return True
-
-
-def _is_usual(x: np.ndarray, axis: int) -> np.ndarray:
-    """Where rows (axis 1) or columns (axis 0) are not far longer than most, bool of x's shape."""
-    lengths = np.linalg.norm(x, axis=axis, keepdims=True)
-    usual = np.median(lengths[lengths > 0]) if lengths.any() else 0.0
-    return np.broadcast_to(lengths <= 2.0**REMOVED * usual, x.shape)
+        seen.append(a.T @ view.g @ c)
+    best = 0.0
+    for powers in candidates:
+        # Masks go over what is evened out, so that it shows there.
+        plain = evened_operands(truth, powers)
+        sizes = [np.linalg.norm(s) * np.linalg.norm(p) for s, p in zip(seen, plain, strict=False)]
+        alike = [
+            float((s * p).sum()) / size if size else 0.0
+            for s, p, size in zip(seen, plain, sizes, strict=False)
+        ]
+        # Under a wrong key the two have nothing to do with each other.
+        found = all(
+            abs(cosine) * np.sqrt(p.size) >= LUCK or not size
+            for cosine, p, size in zip(alike[:2], plain, sizes, strict=False)
+        )
+        if found and sum(alike) > best:
+            best, truth.powers, truth.keys = sum(alike), powers, _times(keys, powers)
+            ratios = [_ratio(s, p) for s, p in zip(seen, plain, strict=False)]
+            truth.scales = (ratios[0], ratios[1], ratios[2] if view.g is not None else 1.0)
+    return bool(best > 0)
 
 
 def _ratio(blinded: np.ndarray, plain: np.ndarray) -> float:

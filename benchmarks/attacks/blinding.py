@@ -58,6 +58,20 @@ class Key:
         return self.apply(np.eye(self.size))
 
 
+class DenseKey(Key):
+    """A key given as its matrix."""
+
+    def __init__(self, matrix: np.ndarray):
+        """Keeps the matrix, (n, n)."""
+        object.__setattr__(self, "size", len(matrix))
+        object.__setattr__(self, "stages", ())
+        object.__setattr__(self, "matrix", matrix)
+
+    def apply(self, x: np.ndarray, *, polar: bool = False) -> np.ndarray:
+        """See `Key.apply`."""
+        return np.linalg.solve(self.matrix.T, x) if polar else self.matrix @ x
+
+
 def permutation_key(rng: np.random.Generator, size: int) -> Key:
     """A uniform permutation."""
     return Key(size, (Stage(rng.permutation(size), np.ones(size), None),))

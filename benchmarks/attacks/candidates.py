@@ -16,6 +16,7 @@ guesses follows from how far single passes lie apart, since the mean of T scores
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -26,7 +27,7 @@ from benchmarks.attacks import blinding
 from benchmarks.attacks.blinding import BLINDINGS
 from benchmarks.attacks.results import Measurement, measure
 from benchmarks.attacks.spectra import spectrum
-from benchmarks.attacks.traces import Trace
+from benchmarks.attacks.traces import ProductTruth, Trace
 from enclave_runtime.crypto.keys import KeyStream
 from enclave_runtime.protocol.program import KeyClass, Layout
 from enclave_runtime.schemes import Mixing
@@ -45,7 +46,31 @@ TRIALS = 16  # ranks that are told
 AGAIN = 8  # pairs of passes of each operand, to find it again
 OFF = 0.1  # of fixed weights, by the norm of the difference
 
-Blind = Callable[[np.ndarray], np.ndarray]
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """What a host takes a blinded matrix for.
+
+    Attributes:
+      values: the matrix.
+      powers: of two, by which its rows and columns are evened out; None where it comes first in its
+        product and chooses them itself.
+    """
+
+    values: np.ndarray
+    powers: tuple[np.ndarray, np.ndarray] | None = None
+
+
+Blind = Callable[[Guess], np.ndarray]
+
+
+def guess_of(truth: ProductTruth, operand: str) -> Guess:
+    """What a host that knows a product's plain operands expects of one of them: x, w or g."""
+    values = getattr(truth, operand)
+    if truth.powers is None:
+        return Guess(values)
+    a, b, c = truth.powers
+    return Guess(values, {"x": (a, b), "w": (1 / b, c), "g": (1 / a, 1 / c)}[operand])
 
 
 def blinder(trace: Trace, rng: np.random.Generator, *, rows: bool) -> Blind:
@@ -53,13 +78,16 @@ def blinder(trace: Trace, rng: np.random.Generator, *, rows: bool) -> Blind:
     if not (trace.recorded and trace.scheme == Mixing.name):
         how = BLINDINGS[trace.scheme]
         draw = blinding.blind_rows if rows else blinding.blind_weight
-        return lambda x: draw(how, x, rng)
+        return lambda guess: draw(how, guess.values, rng)
     scheme, stream = Mixing(), KeyStream(rng.bytes(32))
 
-    def blind(x: np.ndarray) -> np.ndarray:
+    def blind(guess: Guess) -> np.ndarray:
+        x = guess.values
         decoys = scheme.decoys(len(x)) if rows else 0
         classes = KeyClass(x.shape[0], decoys=decoys), KeyClass(x.shape[1])
         keys = {number: scheme.draw(axis, stream) for number, axis in enumerate(classes)}
+        for number, factors in enumerate(guess.powers or ()):
+            keys[number].scales.exponents = np.log2(factors).astype(np.int64)[None]
         out = np.empty((len(x) + decoys, x.shape[1]))
         scheme.blind(x, Layout((0, 1), (1, 1)), keys, out, lambda: stream)
         return out
@@ -147,32 +175,34 @@ def judge(
     return found
 
 
-def passes_of(blind: Blind, candidates: Sequence[np.ndarray], draws: int) -> np.ndarray:
+def passes_of(blind: Blind, candidates: Sequence[Guess], draws: int) -> np.ndarray:
     """Features (candidates, 2 draws, features) of fresh blindings of each."""
     return np.array([[features(blind(x)) for _ in range(2 * draws)] for x in candidates])
 
 
-def groups(trace: Trace, count: int) -> dict[str, list[np.ndarray]]:
+def groups(trace: Trace, count: int) -> dict[str, list[Guess]]:
     """Operands among which a host may have to tell, by what they are.
 
     X and G of each step of a dense product, and of attention what its first operand is for each
     sequence, head by head; of text also X of single sequences.
     """
-    found: dict[str, list[np.ndarray]] = {}
+    found: dict[str, list[Guess]] = {}
     for name in trace.names:
         if not trace.outside(name) or "." in name or min(trace.truth[0][name].w.shape) < WIDTH:
             continue
         truths = [step[name] for step in trace.truth[:count]]
-        found[f"batch from X, {name}"] = [t.x for t in truths]
-        found[f"batch from G, {name}"] = [t.g for t in truths]
+        found[f"batch from X, {name}"] = [guess_of(t, "x") for t in truths]
+        found[f"batch from G, {name}"] = [guess_of(t, "g") for t in truths]
         length = trace.inputs[0].shape[-1]
         if trace.inputs[0].dtype.kind == "i" and len(truths[0].x) >= count * length:
             sequences = truths[0].x[: count * length].reshape(count, length, -1)
-            found[f"sequence from X, {name}"] = list(sequences)
+            found[f"sequence from X, {name}"] = [Guess(x) for x in sequences]
     for base in ("qk", "pv"):
         heads = [f"{base}.{i}.0" for i in range(count)]
         if all(h in trace.truth[0] and trace.outside(h) for h in heads):
-            found[f"sequence from attention, {base}"] = [trace.truth[0][h].x for h in heads]
+            found[f"sequence from attention, {base}"] = [
+                guess_of(trace.truth[0][h], "x") for h in heads
+            ]
     return found
 
 
@@ -196,7 +226,7 @@ def attack(
       kinds: of candidates.
     """
     blind, measurements = blinder(trace, rng, rows=True), []
-    found: dict[str, list[tuple[str, list[np.ndarray]]]] = {}
+    found: dict[str, list[tuple[str, list[Guess]]]] = {}
     for name, candidates in groups(trace, count).items():
         kind, _, product = name.partition(",")
         if kind.startswith(kinds):
@@ -295,7 +325,7 @@ def _rank(
         added = blinding.decoy_count(len(x)) if rows and how.decoys != "none" else 0
         added += blinding.STRONGEST if not rows and how.masked else 0
         rank = np.linalg.matrix_rank(x)
-        right.append(rank_told(blind(x if rows else x.T), added) == rank)
+        right.append(rank_told(blind(Guess(x if rows else x.T)), added) == rank)
     return measure(
         "S12",
         f"ranks told: {what}",
@@ -325,14 +355,15 @@ def attack_weights(
     """
     blind = blinder(trace, rng, rows=False)
     apart: dict[str, list[float]] = {}
-    weights = {n: trace.truth[0][n].w for n in trace.names if trace.outside(n) and "." not in n}
-    wide = [name for name, w in weights.items() if min(w.shape) >= WIDTH]
+    names = [n for n in trace.names if trace.outside(n) and "." not in n]
+    wide = [n for n in names if min(trace.truth[0][n].w.shape) >= WIDTH]
     for name in wide[-products:]:
-        w = weights[name]
+        own_guess = guess_of(trace.truth[0][name], "w")
+        w = own_guess.values
         others = rng.normal(size=(count, *w.shape))
         others *= OFF * np.linalg.norm(w) / np.linalg.norm(others, axis=(1, 2), keepdims=True)
-        own = passes_of(blind, [w], count * draws).reshape(count, 2 * draws, -1)
-        off = passes_of(blind, list(w + others), draws)
+        own = passes_of(blind, [own_guess], count * draws).reshape(count, 2 * draws, -1)
+        off = passes_of(blind, [Guess(other, own_guess.powers) for other in w + others], draws)
         apart[name] = [separation(np.stack(pair))[0] for pair in zip(own, off, strict=True)]
     if not apart:
         return []

@@ -107,7 +107,9 @@ def pixels_found(order: np.ndarray, key: np.ndarray, x: np.ndarray) -> tuple[flo
     varies = x.std(0) > 0.05 * x.std()
     alike = (np.abs(_correlations(x)) >= ALIKE) & varies & varies[:, None]
     hits = alike[order, truth] | (order == truth)
-    return float(hits[varies[truth]].mean()), float(alike[np.ix_(varies, varies)].mean())
+    chance = float(alike[np.ix_(varies, varies)].mean())
+    # A key may lean towards columns that never change alone.
+    return (float(hits[varies[truth]].mean()) if varies[truth].any() else 0.0), chance
 
 
 def _columns_that_belong(trace: Trace, step: int, name: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from benchmarks.attacks import (
     candidates,
     checkpoint,
     congruence,
+    coordinates,
     exactness,
     few_shot,
     information,
@@ -28,6 +29,7 @@ from benchmarks.attacks import (
 )
 from benchmarks.attacks.results import Measurement
 from benchmarks.attacks.traces import Trace
+from benchmarks.attacks.victims import WIDER
 
 Run = Callable[[Trace, np.random.Generator], list[Measurement]]
 
@@ -106,14 +108,14 @@ def all_plans(*, quick: bool) -> list[Plan]:
     found = [
         Plan(
             "S1",
-            linkage.attack,
+            coordinates.evened_out(linkage.attack),
             mlps,
             hundred,
             (("signed_permutation", "mlp", "columns linked", 0.9),),
         ),
         Plan(
             "S1",
-            linkage.attack,
+            coordinates.evened_out(linkage.attack),
             wider,
             several,
             (
@@ -171,7 +173,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
         ),
         Plan(
             "S4",
-            steps.attack,
+            coordinates.scored_twice(steps.attack),
             some,
             few,
             (
@@ -185,14 +187,14 @@ def all_plans(*, quick: bool) -> list[Plan]:
         ),
         Plan(
             "S4",
-            steps.attack,
+            coordinates.scored_twice(steps.attack),
             ("mlp",),
             large,
             (("mixing_without_decoys", "mlp", "dual subspace", 0.93),),
         ),
         Plan(
             "S4",
-            steps.attack,
+            coordinates.scored_twice(steps.attack),
             ("mlp",),
             repeated,
             (("mixing_without_decoys", "mlp", "eig directions linked by oracle", 15),),
@@ -206,7 +208,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
         ),
         Plan(
             "S5",
-            checkpoint.attack,
+            coordinates.scored_twice(checkpoint.attack),
             some,
             few,
             (
@@ -225,7 +227,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
         ),
         Plan(
             "S6",
-            inputs.attack,
+            coordinates.scored_twice(inputs.attack),
             some,
             few,
             (
@@ -241,7 +243,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
         ),
         Plan(
             "S7",
-            labels.attack,
+            coordinates.evened_out(labels.attack),
             some,
             few,
             (
@@ -253,7 +255,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
         *(
             Plan(
                 "S8",
-                plaintext.attack,
+                coordinates.evened_out(plaintext.attack),
                 victims,
                 setting,
                 (
@@ -297,7 +299,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
         ),
         Plan(
             "information",
-            information.attack,
+            coordinates.evened_out(information.attack),
             some,
             few,
             tuple(
@@ -339,7 +341,7 @@ def _telling(
         Plan(
             "S11",
             text,
-            ("transformer",),  # a CNN has no sequences, and no control of its own yet
+            ("transformer",),
             several,
             (
                 (old, "transformer", "sequence from X, T = 12", 0.9),
@@ -347,6 +349,7 @@ def _telling(
             ),
             schemes,
         ),
+        *([] if quick else _telling_wider(several)),
         *(
             Plan(attack, run, mlps, many, controls, schemes)
             for attack, run, controls in (
@@ -366,6 +369,42 @@ def _telling(
             )
         ),
     ]
+
+
+def _telling_wider(several: Setting) -> list[Plan]:
+    """S11 to S13 on a CNN and on wider perceptrons, from fewer draws the longer one takes."""
+    old, four = "mixing_decoys", Setting(4)
+    found = [
+        Plan(
+            "S11",
+            functools.partial(candidates.attack, draws=150),
+            ("cnn",),
+            several,
+            ((old, "cnn", "batch from G, T = 1", 0.9), (old, "cnn", "batch from X, T = 100", 0.85)),
+        ),
+        Plan("S12", candidates.attack_ranks, ("cnn", "transformer"), several),
+        Plan(
+            "S13",
+            functools.partial(candidates.attack_weights, draws=150, count=2),
+            ("cnn", "transformer"),
+            several,
+        ),
+    ]
+    for width, draws, count in zip(WIDER, (150, 60, 40), (2, 2, 1), strict=True):
+        victims = (f"mlp_{width}",)
+        weights: Run = functools.partial(candidates.attack_weights, draws=draws, count=count)
+        found += [
+            Plan(
+                "S11",
+                functools.partial(candidates.attack, draws=200),
+                victims,
+                four,
+                ((old, "mlp_512", "batch from G, T = 1", 0.9),),
+            ),
+            Plan("S12", candidates.attack_ranks, victims, four),
+            Plan("S13", weights, victims, four),
+        ]
+    return [dataclasses.replace(plan, schemes=("mixing",)) for plan in found]
 
 
 def _without_idle_controls(plan: Plan) -> Plan:

@@ -14,20 +14,21 @@ import numpy as np
 
 import tempo_jax as tempo
 from benchmarks.attacks import traces
-from benchmarks.attacks.audit import DenseKey
+from benchmarks.attacks.blinding import DenseKey
 from benchmarks.attacks.recording import record
 from benchmarks.attacks.traces import ProductTruth, ProductView, Trace
 
 VIEW = ("x", "w", "y", "g", "dx", "dw", "x_dual", "g_dual")
 TRUTH = ("x", "w", "g", "a", "b", "c", "decoys_x", "decoys_g")
+RECORDERS = ("audit", "coordinates", "recording", "traces")
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _fingerprint() -> str:
     files = [
-        *sorted((ROOT / "tempo_jax").glob("*.py")),
+        *sorted((ROOT / "tempo_jax").rglob("*.py")),
         *sorted((ROOT / "enclave_runtime").rglob("*.py")),
-        *(pathlib.Path(__file__).with_name(f"{n}.py") for n in ("audit", "recording", "traces")),
+        *(pathlib.Path(__file__).with_name(f"{n}.py") for n in RECORDERS),
         pathlib.Path(__file__).with_name("victims.py"),
     ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
@@ -73,6 +74,8 @@ def save(trace: Trace, path: pathlib.Path) -> None:
                         arrays[f"{t}/{kind}/{name}/{field}"] = value
                 if isinstance(product, ProductTruth):
                     arrays[f"{t}/t/{name}/scales"] = np.array(product.scales)
+                    for axis, powers in enumerate(product.powers or ()):
+                        arrays[f"{t}/t/{name}/powers{axis}"] = powers
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed, so that a run cut short leaves no half of a file.
     partial = path.with_suffix(".partial.npz")
@@ -104,6 +107,9 @@ def load(path: pathlib.Path) -> Trace:
                 truth = ProductTruth(**true)  # pyright: ignore[reportArgumentType]
                 truth.keys = keys if len(keys) == 3 else None  # pyright: ignore
                 truth.scales = tuple(arrays[f"{t}/t/{name}/scales"])
+                if f"{t}/t/{name}/powers0" in arrays.files:
+                    a, b, c = (arrays[f"{t}/t/{name}/powers{axis}"] for axis in range(3))
+                    truth.powers = a, b, c
                 truths[-1][name] = truth
         return Trace(
             scheme,

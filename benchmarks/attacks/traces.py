@@ -54,6 +54,9 @@ class ProductView:
     g_dual: np.ndarray | None = None
 
 
+Powers = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
 @dataclasses.dataclass
 class ProductTruth:
     """The plain product, and its keys where they are known.
@@ -69,6 +72,8 @@ class ProductTruth:
       mask: added to `w`, or None.
       mask_x: added to `x`, or None.
       mask_g: added to `g`, or None.
+      powers: of two, for each index of rows, n and p, by which the enclave evened out what it
+        blinded, or None. They are a part of `keys`: ``A = A' diag(powers[0])``.
     """
 
     x: np.ndarray
@@ -81,6 +86,7 @@ class ProductTruth:
     mask: np.ndarray | None = None
     mask_x: np.ndarray | None = None
     mask_g: np.ndarray | None = None
+    powers: Powers | None = None
 
     @functools.cached_property
     def y(self) -> np.ndarray:

@@ -28,6 +28,7 @@ Parameters = dict[str, Any]
 TEST_DIGITS = 500
 VOCABULARY = 128  # tokens are ASCII
 LENGTH, WIDTH, HEADS = 128, 128, 2
+WIDER = (512, 1024, 2048)  # perceptrons that S11 to S13 are run on as well
 
 
 class Products(Protocol):
@@ -167,11 +168,11 @@ def _layer_norm(y: jax.Array) -> jax.Array:
     return (y - y.mean(-1, keepdims=True)) / jnp.sqrt(y.var(-1, keepdims=True) + 1e-5)
 
 
-def _initialize_mlp(rng: np.random.Generator) -> Parameters:
-    sizes = {"dense1": (64, 128), "dense2": (128, 128), "head": (128, 10)}
+def _initialize_mlp(width: int, rng: np.random.Generator) -> Parameters:
+    sizes = {"dense1": (64, width), "dense2": (width, width), "head": (width, 10)}
     parameters: Parameters = {name: _draw(rng, *shape) for name, shape in sizes.items()}
-    for name, (_, width) in sizes.items():
-        parameters |= {f"{name}.bias": np.zeros(width), f"{name}.gain": np.ones(width)}
+    for name, (_, columns) in sizes.items():
+        parameters |= {f"{name}.bias": np.zeros(columns), f"{name}.gain": np.ones(columns)}
     return parameters
 
 
@@ -236,16 +237,24 @@ def _apply_transformer(parameters: Parameters, tokens: jax.Array, products: Prod
     return dense("head", norm("head", x))
 
 
-def _mlp(name: str, norm: str, learning_rate: float = 1e-3, batch: int = 128) -> Victim:
+def _mlp(
+    name: str,
+    norm: str,
+    learning_rate: float = 1e-3,
+    batch: int = 128,
+    width: int = 128,
+    warm_up: int = 200,
+    inside: tuple[str, ...] = ("head",),
+) -> Victim:
     return Victim(
         name=name,
-        initialize=_initialize_mlp,
+        initialize=functools.partial(_initialize_mlp, width),
         apply=functools.partial(_apply_mlp, norm),
         data=digits,
         batch=batch,
         learning_rate=learning_rate,
-        warm_up=200,
-        inside=("head",),
+        warm_up=warm_up,
+        inside=inside,
         links=(("dense1", "dense2"),),
     )
 
@@ -282,6 +291,18 @@ VICTIMS = {
         _mlp("mlp_bn", "batch"),
         _mlp("mlp_ln", "layer"),
         _mlp("mlp_large", "none", batch=1024),
+        *(
+            # Of the wider ones the first layer is too small a share to be worth showing.
+            _mlp(
+                f"mlp_{width}",
+                "none",
+                batch=256,
+                width=width,
+                warm_up=60,
+                inside=("dense1", "head") if width > 1024 else ("head",),
+            )
+            for width in WIDER
+        ),
         CNN,
         TRANSFORMER,
     )

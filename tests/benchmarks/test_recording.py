@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.attacks import recording
+from benchmarks.attacks import coordinates, recording, scoring
 from benchmarks.attacks.blinding import DECOYS
 from tempo_jax.schemes import Mixing, SignedPermutation, Tempo
 
@@ -17,7 +17,7 @@ def test_keys_are_found_under_masks():
     trace = recording.record("mlp", Mixing(), 0, 1, cache=None)
     for name, seen in trace.views[0].items():
         view: Any = seen
-        truth: Any = trace.truth[0][name]
+        truth: Any = coordinates.evened_truth(trace.truth[0][name])
         for left, plain, right in (
             (np.linalg.inv(truth.a) @ view.x, truth.x, truth.b),
             (truth.b.T @ view.w, truth.w, truth.c),
@@ -26,6 +26,22 @@ def test_keys_are_found_under_masks():
             cosine = (clear * plain).sum() / np.linalg.norm(clear) / np.linalg.norm(plain)
             assert cosine > 8 / np.sqrt(plain.size)
             assert np.linalg.matrix_rank(clear) == min(plain.shape)
+
+
+def test_keys_with_their_powers_of_two_steal_everything():
+    trace = recording.record("mlp", Mixing(), 0, 1, cache=None)
+    assert any((powers != 1).any() for powers in trace.truth[0]["dense1"].powers or ())
+    first, second = (trace.truth[0][name] for name in ("dense1", "dense2"))
+    assert first.c is not None and second.b is not None
+    b = second.b
+    into = np.linalg.inv(first.c).T / (first.scales[0] * first.scales[1])
+    bias = trace.parameters["dense1.bias"]
+
+    def right(rows):
+        return second.scales[0] * np.maximum(rows @ into + bias, 0) @ b.T
+
+    victim = trace.model.accuracy(trace.parameters)
+    assert scoring.stolen(trace, 0, ("dense1", "dense2"), right) == pytest.approx(victim)
 
 
 @pytest.mark.parametrize(

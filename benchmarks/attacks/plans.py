@@ -382,12 +382,26 @@ def _telling_wider(several: Setting) -> list[Plan]:
             several,
             ((old, "cnn", "batch from G, T = 1", 0.9), (old, "cnn", "batch from X, T = 100", 0.85)),
         ),
-        Plan("S12", candidates.attack_ranks, ("cnn", "transformer"), several),
+        Plan(
+            "S12",
+            candidates.attack_ranks,
+            ("cnn", "transformer"),
+            several,
+            tuple(
+                (old, victim, f"ranks told: {what}", 0.75)
+                for victim in ("cnn", "transformer")
+                for what in ("rows that are no", "columns that")
+            ),
+        ),
         Plan(
             "S13",
             functools.partial(candidates.attack_weights, draws=150, count=2),
             ("cnn", "transformer"),
             several,
+            tuple(
+                ("fresh_orthogonal", victim, "weights told from a tenth off, T = 1", 0.95)
+                for victim in ("cnn", "transformer")
+            ),
         ),
     ]
     for width, draws, count in zip(WIDER, (150, 60, 40), (2, 2, 1), strict=True):

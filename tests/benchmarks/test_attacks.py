@@ -151,8 +151,8 @@ def test_recorded_operands_give_the_weights_gradients():
 
 
 def test_a_plain_history_is_read_back_from_the_cache(tmp_path, monkeypatch):
-    victim = traces.VICTIMS["mlp"]
-    monkeypatch.setattr(traces, "train", lambda *_, **__: history())
+    victim, trained = traces.VICTIMS["mlp"], history()
+    monkeypatch.setattr(traces, "train", lambda *_, **__: trained)
     first = traces.cached_train(victim, 0, STEPS, cache=tmp_path)
     monkeypatch.setattr(traces, "train", None)
     second = traces.cached_train(victim, 0, STEPS, cache=tmp_path)

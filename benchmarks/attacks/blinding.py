@@ -17,11 +17,13 @@ import scipy.linalg
 
 BLOCK = 64  # rows that one Hadamard block mixes
 CONDITION = 4.0
+MASKED_CONDITION = 2.0  # of keys over masks of full rank
 DECOYS = 32
 DECOY_ENERGY = 4.0
 FAINT = 2.0**-6
 STRONGEST = 8
-MASK_ENERGY = 9.0
+MASK_WIDTH, MOST_WIDTHS = 128, 4  # for each of which so many are taken down, and for how many
+MASK_ENERGY, SECOND_SHARE = 15.0, 1 / 3  # on X and G, and W's share of it
 MASK_CONDITION = 8.0
 CONCENTRATION = 3.0  # of the random distribution of a mask's scales
 STICKS = 48
@@ -103,6 +105,11 @@ def invertible_key(rng: np.random.Generator, size: int) -> Key:
     return _mixing_key(rng, size, _scales(rng, size), 3)
 
 
+def milder_key(rng: np.random.Generator, size: int) -> Key:
+    """The same with a condition of at most 2."""
+    return _mixing_key(rng, size, np.sqrt(_scales(rng, size)), 3)
+
+
 def channel_key(rng: np.random.Generator, size: int) -> Key:
     """One key for all nine shifts of a patch's channels, as a convolution sent as it is has."""
     if size % TAPS:
@@ -166,6 +173,7 @@ GROUPS = {
     "scaled": scaled_key,
     "orthogonal": orthogonal_key,
     "invertible": invertible_key,
+    "milder": milder_key,
     "channels": channel_key,
     "two rounds": two_round_key,
 }
@@ -202,11 +210,16 @@ class Blinding:
     dual: bool = False
 
 
-_MIXING = Blinding(
-    "invertible", "invertible", 1, scalars=True, energy=MASK_ENERGY, keeps_inside=True
-)
+_MIXING = Blinding("milder", "milder", 1, scalars=True, energy=MASK_ENERGY, keeps_inside=True)
 # What `Mixing` was before it had masks of full rank.
-_DECOYS = dataclasses.replace(_MIXING, decoys="coupled", masked=True, energy=0.0)
+_DECOYS = dataclasses.replace(
+    _MIXING,
+    rows="invertible",
+    features="invertible",
+    decoys="coupled",
+    masked=True,
+    energy=0.0,
+)
 SCHEMES = {
     "signed_permutation": Blinding("signed", "signed", FOREVER),
     "tempo": Blinding("scaled", "scaled", FOREVER, dual=True),
@@ -234,7 +247,7 @@ BLINDINGS = SCHEMES | CONTROLS
 def cover(how: Blinding, x: np.ndarray, rng: np.random.Generator, *, rows: bool) -> np.ndarray:
     """What a tensor's keys are applied to: the tensor with its masks, and decoys below `rows`."""
     if how.energy:
-        x = x + draw_full_mask(rng, x, how.energy)
+        x = x + draw_full_mask(rng, x, how.energy * (1 if rows else SECOND_SHARE))
     if rows and how.decoys != "none":
         x = np.concatenate([x, decoys_below(how, x, rng)])
     if not rows and how.masked:
@@ -289,23 +302,24 @@ def matched_decoys(rng: np.random.Generator, x: np.ndarray, count: int) -> np.nd
 
 
 def _strongest(
-    rng: np.random.Generator, w: np.ndarray
+    rng: np.random.Generator, w: np.ndarray, count: int = STRONGEST
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """About the leading singular directions, and the usual size of the others.
 
     A random sketch and one power iteration find them.
     """
-    sketch = np.linalg.qr(w.T @ (w @ rng.normal(size=(w.shape[1], STRONGEST))))[0]
+    sketch = np.linalg.qr(w.T @ (w @ rng.normal(size=(w.shape[1], count))))[0]
     left, sizes, turn = np.linalg.svd(w @ sketch, full_matrices=False)
-    rest = max((w**2).sum() - (sizes**2).sum(), 0.0) / (min(w.shape) - STRONGEST)
+    rest = max((w**2).sum() - (sizes**2).sum(), 0.0) / (min(w.shape) - count)
     return left, sizes, sketch @ turn.T, float(np.sqrt(rest))
 
 
 def draw_full_mask(rng: np.random.Generator, x: np.ndarray, energy: float) -> np.ndarray:
     """Z - L Rᵀ: X's strongest directions down to the size of the others, a cut fast map on top."""
     m, n = x.shape
-    left, sizes, right, rest = _strongest(rng, x)
-    kept = np.minimum(sizes, rest * rng.uniform(0.5, 1.5, STRONGEST))
+    widths = min(max(min(m, n) // MASK_WIDTH, 1), MOST_WIDTHS)
+    left, sizes, right, rest = _strongest(rng, x, STRONGEST * widths)
+    kept = np.minimum(sizes, rest * rng.uniform(0.5, 1.5, STRONGEST * widths))
     removed = left * (sizes - kept) @ right.T
     # The shorter axis's map makes the spectrum, the longer one's is orthogonal.
     z = mask_key(rng, min(m, n)).apply(np.eye(max(m, n), min(m, n)).T).T

@@ -86,10 +86,12 @@ def blinder(trace: Trace, rng: np.random.Generator, *, rows: bool) -> Blind:
         decoys = scheme.decoys(len(x)) if rows else 0
         classes = KeyClass(x.shape[0], decoys=decoys), KeyClass(x.shape[1])
         keys = {number: scheme.draw(axis, stream) for number, axis in enumerate(classes)}
-        for number, factors in enumerate(guess.powers or ()):
-            keys[number].scales.exponents = np.log2(factors).astype(np.int64)[None]
+        parities = (1, 1) if rows else (0, 1)
+        for key, factors, parity in zip(keys.values(), guess.powers or (), parities, strict=False):
+            exponents = np.log2(factors).astype(np.int64)[None]
+            key.scales.exponents = exponents if parity else -exponents
         out = np.empty((len(x) + decoys, x.shape[1]))
-        scheme.blind(x, Layout((0, 1), (1, 1)), keys, out, lambda: stream)
+        scheme.blind(x, Layout((0, 1), parities), keys, out, lambda: stream)
         return out
 
     return blind

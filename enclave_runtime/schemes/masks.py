@@ -33,6 +33,8 @@ from enclave_runtime.schemes.kernels.hadamard import AxisMap
 
 ROUNDS = 3  # Hadamard transforms of the shorter axis, with D after the first and the second
 CONDITION = 8.0  # of each D
+WIDTH = 128  # of the shorter side, for each of which some strongest directions are taken down
+MOST_WIDTHS = 4  # that count: further directions of wider tensors cost more than they show
 CONCENTRATION = 3.0  # of the Dirichlet process: a few values of D make up most of it
 _STICKS = 48  # values at most; what further ones would get is below 1e-5 of the whole
 _TINY = 2.0**-90  # a scale this far from 1 would leave float32's range
@@ -88,13 +90,14 @@ def cover(
     Args:
       x: finite, (…, m, n) with at most one leading axis.
       energy: of Z, over that of what is left of x at the same leading index.
-      strongest: directions that L Rᵀ takes down.
+      strongest: directions that L Rᵀ takes down, for each `WIDTH` of the shorter side.
       stream: the only source of randomness.
     """
     *batch, m, n = x.shape
     copies = math.prod(batch)
     whole = energies(x)
-    k = min(strongest, min(m, n) // 4)
+    shorter = min(m, n)
+    k = min(strongest * min(max(shorter // WIDTH, 1), MOST_WIDTHS), shorter // 4)
     left, right = np.empty((*batch, m, 0), x.dtype), np.empty((*batch, n, 0), x.dtype)
     if k:
         first, sizes, right = strongest_directions(x, k, whole, stream)

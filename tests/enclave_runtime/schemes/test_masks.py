@@ -102,6 +102,32 @@ def test_a_mask_has_full_rank_and_its_energy_at_every_index(shape):
     assert mask.left.shape[-1] == mask.right.shape[-1] == 0
 
 
+@pytest.mark.parametrize(
+    ("classes", "parities", "batch", "energy"),
+    [
+        ((0, 1), (1, 1), (), 15),  # X
+        ((1, 2), (0, 1), (), 5),  # W
+        ((0, 2), (0, 0), (), 15),  # G
+        ((1, 2), (0, 1), (2,), 15),  # keys and values of attention
+    ],
+)
+def test_weights_have_a_third_of_the_energy(classes, parities, batch, energy):
+    scheme, draws = Mixing(traded=0), stream()
+    x = np.random.default_rng(0).normal(size=(*batch, 96, 96))
+    keys = {i: scheme.draw(KeyClass(96, copies=2 if batch else 1), draws) for i in classes}
+    of = Layout((*(None for _ in batch), *classes), (*(0 for _ in batch), *parities))
+    covered = scheme.blind(x, of, keys, np.empty_like(x), lambda: draws).masked
+    assert covered is not None
+    added = np.square(covered.masked - covered.plain).sum()
+    assert added == pytest.approx(energy * np.square(x).sum())
+
+
+@pytest.mark.parametrize(("side", "count"), [(20, 5), (64, 8), (255, 8), (256, 16), (600, 32)])
+def test_more_directions_of_wider_tensors_are_taken_down(side, count):
+    x = np.random.default_rng(0).normal(size=(side, 640))
+    assert masks.cover(x, 15.0, 8, stream())[1].left.shape == (side, count)
+
+
 def test_strong_directions_do_not_stick_out():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(256, 256)) + 3.0

@@ -5,6 +5,10 @@ thread (so that Ctrl-C is heard at once) and commits when it has succeeded; and 
 user's own `jit` or `scan`, where begin and commit are calls into Python as well. Both work on one
 `running.host_run.HostRun`, which owns the shared memory. A failed, interrupted or abandoned run
 commits nothing.
+
+Inside the user's program a visit that fails raises, unless the program runs on a mesh: there a
+worker that raised alone would be missed in the next collective. So its visits go on with poison,
+and all workers raise together when the run is to commit, see `running.together`.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from tempo_jax.running.host_program import HostResult, build_host_program
 from tempo_jax.running.host_run import HostRun, Served, Traffic
 from tempo_jax.running.observation import HostView, Product
 from tempo_jax.running.provisioning import provisioned
+from tempo_jax.running.together import Together
 from tempo_jax.sealing.array import (
     BLINDED,
     RESIDENT,
@@ -75,6 +80,7 @@ class Runtime:
         self._runs: dict[int, HostRun] = {}
         self._compiled: dict[bool, Any] = {}
         self._lock = threading.Lock()
+        self._call_python = call_python if mesh is None else Together(mesh).call
         self.provisioned = provisioned(plan, enclave, rules)
         self._program, number = self.provisioned.program, self.provisioned.number
         weakref.finalize(self, enclave.release, number)
@@ -261,7 +267,8 @@ class Runtime:
         carried = {o: i for i, o in self.plan.request.carried.items() if is_sealed(inputs[i])}
         alike = {o: inputs[carried[o]] for o in self.plan.sealed if o in carried}
         number, resident = self._stage_begin(inputs, alike)
-        function = build_host_program(self.plan, _Raising(self), self._mesh, observe=False)
+        visits = _Raising(self) if self._mesh is None else _Poisoned(self)
+        function = build_host_program(self.plan, visits, self._mesh, observe=False)
         result = function(number, resident)
         result, handles = self._stage_commit(number, result, types, donated, alike)
         return self._outputs(result, handles, types, alike)
@@ -288,7 +295,7 @@ class Runtime:
             run, blinded = self._begin(concrete, arriving)
             return [np.asarray(run.number, np.uint32), *(blinded[i] for i in arriving)]
 
-        number, *blinded = call_python(
+        number, *blinded = self._call_python(
             begin, [jax.ShapeDtypeStruct((), np.uint32), *results], *leaves
         )
         fresh = dict(zip(arriving, blinded, strict=True))
@@ -302,7 +309,11 @@ class Runtime:
     ) -> tuple[HostRun, dict[int, np.ndarray]]:
         """Starts a run; returns it with the device-resident inputs that are to arrive."""
         self._enclave.free_dropped()
-        run = HostRun(self._served)
+        try:
+            run = HostRun(self._served)
+        except BaseException as error:
+            remember(error)
+            raise
         with self._ending(run):
             blinded = run.begin(inputs)
             given = {i: inputs[i].content for i in arriving if inputs[i].form == BLINDED}
@@ -365,7 +376,7 @@ class Runtime:
 
         count = len(ports)
         # What is revealed passes through: JAX drops a call on which nothing depends.
-        handles, *revealed = call_python(
+        handles, *revealed = self._call_python(
             commit,
             [
                 jax.ShapeDtypeStruct((max(1, count), opaque.WORDS), np.uint32),
@@ -383,14 +394,14 @@ class Runtime:
         run = self._runs.get(number)
         if run is None:
             raise EnclaveError(_OVER)
-        if run.failure is not None:
-            raise run.failure
         return run
 
     @contextlib.contextmanager
     def _ending(self, run: HostRun) -> Any:
         """Inside a user's jit: what fails ends the run, and is remembered for `original_errors`."""
         try:
+            if run.failure is not None:
+                raise run.failure
             yield
         except BaseException as error:
             run.abort(error)
@@ -400,10 +411,10 @@ class Runtime:
 
 
 class _Poisoned:
-    """Visits outside a user's jit.
+    """Visits outside a user's jit, or on a mesh.
 
     JAX leaves an exception inside a call into Python undefined, so a failure ends the run, the
-    result is poisoned, and the caller raises the error.
+    result is poisoned, and whoever would commit raises the error.
     """
 
     def __init__(self, runtime: Runtime):
@@ -435,7 +446,7 @@ class _Poisoned:
 
 
 class _Raising:
-    """Visits inside a user's jit, whose caller only hears of what they raise."""
+    """Visits on one device inside a user's jit, whose caller only hears of what they raise."""
 
     def __init__(self, runtime: Runtime):
         self._runtime = runtime

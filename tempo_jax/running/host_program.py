@@ -50,7 +50,7 @@ class HostResult:
       revealed: the revealed outputs, in order.
       on_devices: the blinded outputs, in the order of the program's `DEVICE` outputs.
       observed: (operands, result) of every offloaded product, if observation was asked for.
-      token: depends on every visit.
+      token: depends on every visit of every worker.
     """
 
     revealed: list[Any]
@@ -154,6 +154,8 @@ class _HostProgram:
             token, downloads = self._visit(index, run, worker, token, uploads)
             received.update(zip(segment.downloads, downloads, strict=True))
         self._equations(pending, len(plan.cut.segments), values, received, observed)
+        if self.axis is not None:  # a commit must not overtake another worker's last visit
+            token = lax.psum(token, self.axis)
         return HostResult(
             [received[v] for v in self.revealed],
             [values[v] for v in self.on_devices],

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,6 +28,7 @@ from tempo_jax.jaxprs import primitives
 from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.planning.mesh import choose_sharded, local_shape, sharded_axis
 from tempo_jax.running.call import Runtime
+from tempo_jax.running.host_run import HostRun
 from tests.support.faults import interrupt
 from tests.support.steps import assert_close, shield_all, uniform
 
@@ -219,11 +221,43 @@ def test_steps_in_jit_and_scan(enclave, mlp):
     batch = enclave.seal(mlp.batch)
     state, first = shielded(enclave.seal(mlp.state), *batch)
 
-    @jax.jit
-    def rest(state, batch):
-        return jax.lax.scan(lambda s, _: shielded(s, *batch), state, None, length=STEPS - 1)
+    state, losses = rest_of(shielded)(state, batch)
+    assert_close((enclave.open(state), [first, *losses]), mlp.result)
 
-    state, losses = rest(state, batch)
+
+def rest_of(shielded: tempo.Shielded) -> Callable[..., Any]:
+    """All steps but the first inside a user's own `jit` and `scan`."""
+    return jax.jit(
+        lambda state, batch: jax.lax.scan(
+            lambda s, _: shielded(s, *batch), state, None, length=STEPS - 1
+        )
+    )
+
+
+def test_commit_waits_for_a_late_worker(enclave, mlp, monkeypatch):
+    # A commit that overtook it ended the run below its feet, and XLA then ended the process.
+    shielded = shield_all(mlp.step, enclave=enclave, mesh=mesh_of(2))
+    batch = enclave.seal(mlp.batch)
+    state, first = shielded(enclave.seal(mlp.state), *batch)
+    fetch, commit = Runtime._fetch, HostRun.commit
+    fetched: list[int] = []
+    last = shielded.explain(state, *batch).round_trips - 1
+
+    def late(self: Any, run: Any, worker: int, index: int) -> Any:
+        if worker == 1:
+            time.sleep(0.1)
+        downloads = fetch(self, run, worker, index)
+        fetched.extend([worker] * (index == last))
+        return downloads
+
+    def committing(self: Any, donated: Any) -> Any:
+        assert sorted(fetched) == [0, 1], "the other worker has yet to fetch"
+        fetched.clear()
+        return commit(self, donated)
+
+    monkeypatch.setattr(Runtime, "_fetch", late)
+    monkeypatch.setattr(HostRun, "commit", committing)
+    state, losses = rest_of(shielded)(state, batch)
     assert_close((enclave.open(state), [first, *losses]), mlp.result)
 
 
@@ -310,6 +344,39 @@ def test_failing_worker_ends_all(fragile, mlp, monkeypatch, worker, segment):
         assert enclave.statistics()["runs"] == 0
         state, losses = train(shielded, state, mlp.batch)
     assert_close((enclave.open(state), losses), mlp.result)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "worker"),
+    [
+        (Runtime, "_bring", 0),
+        (Runtime, "_bring", 1),
+        (Runtime, "_fetch", 0),
+        (Runtime, "_fetch", 1),
+        (HostRun, "begin", None),
+        (HostRun, "commit", None),
+    ],
+)
+def test_failure_inside_jit_ends_all(enclave, mlp, monkeypatch, owner, name, worker):
+    # A worker that raised alone would leave the others in a collective, until XLA gives up.
+    shielded = shield_all(mlp.step, enclave=enclave, mesh=mesh_of(2))
+    batch = enclave.seal(mlp.batch)
+    state, first = shielded(enclave.seal(mlp.state), *batch)
+    rest, original = rest_of(shielded), getattr(owner, name)
+
+    def failing(self: Any, *arguments: Any) -> Any:
+        if worker is None or arguments[1] == worker:
+            raise OSError("planted")
+        return original(self, *arguments)
+
+    with watched(enclave):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, failing)
+            with pytest.raises(OSError, match="planted"), tempo.errors.original_errors():
+                jax.block_until_ready(rest(state, batch))
+        assert enclave.statistics()["runs"] == 0
+        state, losses = rest(state, batch)
+    assert_close((enclave.open(state), [first, *losses]), mlp.result)
 
 
 def test_two_threads_share_the_workers(fragile, mlp):

@@ -405,8 +405,7 @@ def blind_product(
     truth = ProductTruth(x, w, g)
     if how.energy:
         truth.mask_x, truth.mask, truth.mask_g = (
-            blinding.draw_full_mask(rng, v, how.energy * share)
-            for v, share in zip(operands, (1, blinding.SECOND_SHARE, 1), strict=True)
+            blinding.draw_full_mask(rng, v, how.energy) for v in operands
         )
         x, w, g = x + truth.mask_x, w + truth.mask, g + truth.mask_g
     if how.decoys != "none":

@@ -47,7 +47,8 @@ DECOY_ENERGY = 4.0  # of all decoy rows, over the signal's
 _SAMPLED_ROWS = 512  # at most so many rows of the signal give decoys its spectrum
 _BLOCK = 64  # rows and decoys together are a multiple of it
 _ROUNDS = 3  # Hadamard transforms of a key: one inside D, two outside
-SECOND_SHARE = 1 / 3  # of the masks' energy, for the second operand of a forward product
+SMALL = 256  # up to this longer side sums are short, and rounding leaves room for more energy
+SMALL_FACTOR = 1.6  # by which masks have more there, where spectra also say more
 _ROUNDING = 9e-7  # of Y in float32 without masks, at 1024³ as XLA multiplies on a CPU
 _FAINT = 2.0**-6  # of a decoy's length, in directions that the signal may not have
 _TINY = 2.0**-90  # a scalar this far from 1 would leave float32's range
@@ -129,11 +130,11 @@ class Mixing(Scheme):
     labels that come as numbers and are an input of the model go out, unless `keep_inside` marks
     them.
 
-    Masks cost rounding, √(1 + energy) for each of the two operands: relative errors of 6e-6 (a
-    weight's gradient 1e-5) in float32, 0.3 % (0.5 %) in float16 and 3 % (4 %) in bfloat16, and
-    twice the enclave's work. Without them (``Mixing(condition=4.0, decoy_rows=32, mask_energy=0)``,
-    the default of earlier versions) errors are 5, 2.8 and 2.8 times plain JAX's, ranks are exact,
-    and a host that has the weights names the sequence or batch it saw (S11 to S13 of the suite).
+    Masks cost rounding, √(1 + energy) for each of the two operands: relative errors of 6e-6 to 9e-6
+    in float32, 0.4 % in float16 and 3 % in bfloat16, and twice the enclave's work. Without them
+    (``Mixing(condition=4.0, decoy_rows=32, mask_energy=0)``, the default of earlier versions)
+    errors are 5, 2.8 and 2.8 times plain JAX's, ranks are exact, and a host that has the weights
+    names the sequence or batch it saw (S11 to S13 of the suite).
     Rows and columns of any scale keep their digits: powers of two even them out before the
     blinding, and rows and columns that are far out after that, or not finite, are computed inside,
     which the host may tell from the time.
@@ -144,8 +145,8 @@ class Mixing(Scheme):
       traded: strongest directions of each operand that its mask takes down, at least 0, for each
         128 of its shorter side up to 512. Without masks, those of an operand without decoys that
         are traded for random ones, if the other operand has decoys.
-      mask_energy: of the masks of full rank, over the tensors', 0 (none) to 1000. The second
-        operand of a forward product of two matrices, which weights are, has a third as much.
+      mask_energy: of the masks of full rank, over the tensors', 0 (none) to 1000; of tensors with
+        no side above 256 it is 1.6 times as much.
 
     References:
       The study in SECURITY.md.
@@ -154,7 +155,7 @@ class Mixing(Scheme):
     condition: float = 2.0
     decoy_rows: int = 0
     traded: int = 8
-    mask_energy: float = 15.0
+    mask_energy: float = 10.0
     name: ClassVar[str] = "mixing"
     group: ClassVar[Group] = Group.INVERTIBLE
     reference: ClassVar[SchemeCost] = SchemeCost(overhead=4e-4, blinding=3.0, drawing=60.0)
@@ -188,7 +189,7 @@ class Mixing(Scheme):
     @property
     def rounding(self) -> str:
         """About how far a product is off in float32, for even scales and for spread ones."""
-        off = _ROUNDING * math.sqrt((1 + self.mask_energy) * (1 + SECOND_SHARE * self.mask_energy))
+        off = _ROUNDING * (1 + self.mask_energy)
         return (
             f"each row and column of a float32 product is off by about {off:.1e} of its own size "
             f"where scales are even, and by at most {10 * off:.1e} whatever they are"
@@ -250,14 +251,15 @@ class Mixing(Scheme):
             element = keys[number].element
             maps[axis] = element if parity else element.inverse_transpose()
             count = max(count, keys[number].decoys)
-        energy = energies(x)
+        whole = energies(x)
         # Nothing is no basis for a scale; it is hidden all the same.
-        size = np.where(energy > 0, energy, 1.0)
+        size = np.where(whole > 0, whole, 1.0)
         decoys, trade, covered = None, None, None
         rows = layout.classes[-2]
         assert rows is not None, "operands of products have keys on both axes"
         if self.mask_energy:
-            x, mask = masks.cover(x, self._energy_for(layout), self.traded, draws)
+            energy = self.mask_energy * (SMALL_FACTOR if max(x.shape[-2:]) <= SMALL else 1)
+            x, mask = masks.cover(x, energy, self.traded, draws)
             covered = Masked(tensor.scaled, x, mask, rows)
         if count:
             decoys = _decoy_rows(tensor.scaled, count, float(size.sum()), draws)
@@ -266,10 +268,10 @@ class Mixing(Scheme):
             if trade is not None:
                 first, second = trade.values()
                 x = plus_product(x, first, second.swapaxes(-1, -2))
-        if covered is None and decoys is None and trade is None and not energy.all():
+        if covered is None and decoys is None and trade is None and not whole.all():
             # It would arrive as nothing; its products are set to zeros or computed inside.
             noise = draws.normal(x.size, x.dtype).reshape(x.shape)
-            x = np.where(energy > 0, x, noise)
+            x = np.where(whole > 0, x, noise)
         last = x.ndim - 1
         total = (energies(x) if covered is not None else size) + size * DECOY_ENERGY * bool(count)
         if maps[last].copies == 1:
@@ -280,12 +282,6 @@ class Mixing(Scheme):
         maps[last] = maps[last].scaled(scalars)
         mix_into(out, x, maps, decoys)
         return TensorSecret(scalars, rows, tensor, decoys, covered, trade)
-
-    def _energy_for(self, layout: Layout) -> float:
-        """What masks add to a tensor, over its own: to weights less, which rounding is spared."""
-        (_, _, first), (_, _, second) = list(keyed_axes(layout))[-2:]
-        alone = len(layout.classes) == 2
-        return self.mask_energy * (SECOND_SHARE if alone and (first, second) == (0, 1) else 1)
 
     def _trade(
         self, w: np.ndarray, layout: Layout, energy: np.ndarray, stream: KeyStream

@@ -102,20 +102,13 @@ def test_a_mask_has_full_rank_and_its_energy_at_every_index(shape):
     assert mask.left.shape[-1] == mask.right.shape[-1] == 0
 
 
-@pytest.mark.parametrize(
-    ("classes", "parities", "batch", "energy"),
-    [
-        ((0, 1), (1, 1), (), 15),  # X
-        ((1, 2), (0, 1), (), 5),  # W
-        ((0, 2), (0, 0), (), 15),  # G
-        ((1, 2), (0, 1), (2,), 15),  # keys and values of attention
-    ],
-)
-def test_weights_have_a_third_of_the_energy(classes, parities, batch, energy):
-    scheme, draws = Mixing(traded=0), stream()
-    x = np.random.default_rng(0).normal(size=(*batch, 96, 96))
-    keys = {i: scheme.draw(KeyClass(96, copies=2 if batch else 1), draws) for i in classes}
-    of = Layout((*(None for _ in batch), *classes), (*(0 for _ in batch), *parities))
+@pytest.mark.parametrize(("shape", "energy"), [((256, 64), 16), ((2, 64, 96), 16), ((257, 64), 10)])
+def test_small_tensors_have_more_energy(shape, energy):
+    scheme, draws, copies = Mixing(traded=0), stream(), shape[0] if len(shape) == 3 else 1
+    x = np.random.default_rng(0).normal(size=shape)
+    sizes = enumerate(shape[-2:])
+    keys = {i: scheme.draw(KeyClass(n, copies=copies), draws) for i, n in sizes}
+    of = Layout((*(None for _ in shape[2:]), 0, 1), (*(0 for _ in shape[2:]), 1, 1))
     covered = scheme.blind(x, of, keys, np.empty_like(x), lambda: draws).masked
     assert covered is not None
     added = np.square(covered.masked - covered.plain).sum()

@@ -185,8 +185,8 @@ def passes_of(blind: Blind, candidates: Sequence[Guess], draws: int) -> np.ndarr
 def groups(trace: Trace, count: int) -> dict[str, list[Guess]]:
     """Operands among which a host may have to tell, by what they are.
 
-    X and G of each step of a dense product, and of attention what its first operand is for each
-    sequence, head by head; of text also X of single sequences.
+    X and G of each step of a dense product, and of attention both operands for each sequence, of
+    one head; of text also X of single sequences.
     """
     found: dict[str, list[Guess]] = {}
     for name in trace.names:
@@ -202,9 +202,10 @@ def groups(trace: Trace, count: int) -> dict[str, list[Guess]]:
     for base in ("qk", "pv"):
         heads = [f"{base}.{i}.0" for i in range(count)]
         if all(h in trace.truth[0] and trace.outside(h) for h in heads):
-            found[f"sequence from attention, {base}"] = [
-                guess_of(trace.truth[0][h], "x") for h in heads
-            ]
+            for which, operand in (("first", "x"), ("second", "w")):
+                found[f"sequence from attention, {which} of {base}"] = [
+                    guess_of(trace.truth[0][h], operand) for h in heads
+                ]
     return found
 
 

@@ -142,7 +142,7 @@ def _families(
 ) -> list[tuple[Family, tuple[np.ndarray, np.ndarray]]]:
     """What to align: as it is, and for keys that are not orthogonal also whitened."""
     views = [(trace.views[t][link[0]], trace.views[t][link[1]]) for t in steps]
-    invertible = BLINDINGS[trace.scheme].features == "invertible"
+    invertible = BLINDINGS[trace.scheme].features in ("invertible", "milder")
     return [grams(views, rng, whiten=w) for w in ((True, False) if invertible else (False,))]
 
 

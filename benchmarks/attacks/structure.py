@@ -177,7 +177,9 @@ def attack_library(
       rng: draws keys and operands.
       sizes: of the keys.
     """
-    rounds = {"invertible": MIXING_ROUNDS, "two rounds": 2}.get(BLINDINGS[trace.scheme].features)
+    rounds = {"invertible": MIXING_ROUNDS, "milder": MIXING_ROUNDS, "two rounds": 2}.get(
+        BLINDINGS[trace.scheme].features
+    )
     if rounds is None:
         return []
     note = f"drawn by the library, {rounds} rounds, mean of {DRAWS}"

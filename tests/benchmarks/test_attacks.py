@@ -75,12 +75,12 @@ def test_blinded_products_are_the_plain_ones_under_their_keys(scheme):
 def test_mixing_has_the_shape_that_was_studied():
     view, truth = (side[-1]["dense2"] for side in (trace("mixing").views, trace("mixing").truth))
     assert len(view.x) == len(truth.x)
-    assert max(np.linalg.cond(k) for k in (truth.a, truth.b, truth.c)) <= blinding.CONDITION
+    assert max(np.linalg.cond(k) for k in (truth.a, truth.b, truth.c)) <= blinding.MASKED_CONDITION
     assert not trace("mixing").outside("head")
     for mask, signal in ((truth.mask_x, truth.x), (truth.mask, truth.w), (truth.mask_g, truth.g)):
         # What it takes down of the signal is at most all of that.
         ratio = np.linalg.norm(signal + mask) / np.linalg.norm(signal)
-        assert 0.5 < ratio < np.sqrt(1 + blinding.MASK_ENERGY) + 0.2
+        assert 0.5 < ratio < np.sqrt(1 + blinding.SMALL_FACTOR * blinding.MASK_ENERGY) + 0.2
         assert np.linalg.matrix_rank(mask) == min(mask.shape)
 
 

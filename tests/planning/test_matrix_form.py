@@ -159,8 +159,8 @@ def mlp(rows=128, width=64, classes=64):
     return p, uniform(4, rows, width), jnp.arange(rows) % classes
 
 
-def stays(function, *arguments):
-    return matrix_form(flat(function, *arguments), Mixing(), None, {}).stays
+def stays(function, *arguments, scheme=None):
+    return matrix_form(flat(function, *arguments), scheme or Mixing(), None, {}).stays
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
@@ -455,6 +455,23 @@ def test_small_first_layer_stays_inside():
     p["c"] = uniform(7, 2048, 64)
     found = stays(jax.grad(mlp_loss), p, x, y)
     assert any("first layer" in (why or "") for why in found)
+
+
+@pytest.mark.parametrize(("energy", "out"), [(10.0, True), (0.0, False)])
+def test_products_of_activations_go_out_under_masks_alone(energy, out):
+    """A sequence's spectrum names it, unless it is masked (S11 of the suite)."""
+    scheme = Mixing(decoy_rows=32, mask_energy=energy)
+
+    def loss(p, x, y):
+        h = jnp.tanh(x @ p["a"])
+        scores = jax.nn.softmax(h @ jnp.tanh(x @ p["b"]).T)
+        return jnp.mean((jnp.tanh(scores @ h) @ p["c"] - y) ** 2)
+
+    p = {name: uniform(i, 128, 128) for i, name in enumerate("abc")}
+    found = stays(jax.grad(loss), p, uniform(3, 128, 128), uniform(4, 128, 128), scheme=scheme)
+    reasons = [why for why in found if "both operands are activations" in (why or "")]
+    assert len(reasons) == (0 if out else 6), "two products, each with its two gradients"
+    assert None in found
 
 
 def test_grouped_convolution_stays_inside():

@@ -6,6 +6,7 @@ An example brings a `train_step(state, batch)` and a first state; `compare` trai
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import pickle
 import statistics
@@ -28,9 +29,11 @@ Batch = dict[str, Any]  # arrays of one length: NumPy's outside a step, traced o
 Metrics = dict[str, jax.Array]
 
 # The names `--scheme` takes.
-SCHEMES: dict[str, type[tempo.schemes.Scheme]] = {
+SCHEMES: dict[str, Callable[[], tempo.schemes.Scheme]] = {
     name.replace("_", "-"): scheme for name, scheme in sorted(tempo.schemes.SCHEMES.items())
 }
+# These programs run on one device, from which shares hide nothing: they show what shares cost.
+SCHEMES["secret-shares"] = functools.partial(tempo.schemes.SecretShares, insecure_one_pool=True)
 
 HELD_OUT_DIGITS = 297
 HELD_OUT_BATCH = 500

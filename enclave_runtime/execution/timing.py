@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from enclave_runtime.crypto.keys import KeySchedule
-from enclave_runtime.protocol.program import KeyClass, Layout
+from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout
 from enclave_runtime.schemes import SCHEMES
 from enclave_runtime.schemes.contract import Scheme, SchemeCost
 
@@ -106,7 +106,14 @@ def _both_ways(scheme: Scheme, shape: tuple[int, int]) -> float:
     classes = KeyClass(rows, decoys=decoys), KeyClass(width), KeyClass(width)
     elements = {i: scheme.draw(c, keys.stream()) for i, c in enumerate(classes)}
     x, w = jnp.ones(shape, jnp.float32), jnp.ones((width, width), jnp.float32)
-    out, small = np.empty((rows + decoys, width), np.float32), np.empty(w.shape, np.float32)
+    sent = ArrayType((rows + decoys, width), "float32")
+
+    def memory(array: ArrayType, *, product: bool = False) -> np.ndarray:
+        held = scheme.representation(array, product=product)
+        return np.zeros(held.shape, held.dtype)
+
+    out, small = memory(sent), memory(ArrayType(w.shape, "float32"))
+    returned = memory(sent, product=True)
     secrets: list[Any] = []
 
     def blind() -> None:
@@ -116,5 +123,5 @@ def _both_ways(scheme: Scheme, shape: tuple[int, int]) -> float:
     weight = scheme.blind(w, Layout((1, 2), (0, 1)), elements, small, keys.stream)
     operands = scheme.cheapest_operands(secrets[-1], weight)
     result = Layout((0, 2), (1, 1))
-    unblinding = _seconds(lambda: scheme.unblind(out, result, elements, operands))
+    unblinding = _seconds(lambda: scheme.unblind(returned, result, elements, operands))
     return (blinding + unblinding) / 2

@@ -31,9 +31,11 @@ def build(output: Path, linker: str) -> None:
     import llvmlite.binding as llvm
 
     from enclave_runtime.compiled.kernel import PROCESSOR, Kernel
-    from enclave_runtime.schemes.kernels import hadamard
+    from enclave_runtime.schemes.kernels import hadamard, residues
 
-    hadamard.warm_up()  # calls each kernel with arguments of all types that it is called with
+    # Calls each kernel with arguments of all types that it is called with.
+    hadamard.warm_up()
+    residues.warm_up()
     modules = {}
     for kernel in Kernel.known:
         for overload in kernel.dispatcher.overloads.values():

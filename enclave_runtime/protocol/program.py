@@ -67,6 +67,11 @@ class ArrayType:
     dtype: str
 
     @property
+    def rank(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -172,7 +177,7 @@ class Crossing:
     Attributes:
       value: the value's number.
       array: its shape and dtype, in the clear.
-      blinded: its shape and dtype in the arena.
+      blinded: its shape and dtype in the arena; for shares int8, with axes before its own.
       layout: how it is blinded; without any keyed axis it passes in the clear (revealed
         outputs, scalars of a device-side update).
       offset: bytes from the start of the arena, a multiple of `ALIGNMENT`.
@@ -198,7 +203,11 @@ class Crossing:
         array = ArrayType.decode(fields.get("array"))
         layout = Layout.decode(fields.get("layout"), array, classes)
         blinded = ArrayType.decode(fields.get("blinded"))
-        _require(blinded == layout.blinded(array, classes), "a crossing has the wrong blinded type")
+        expected = layout.blinded(array, classes)
+        _require(
+            blinded == expected or (layout.keyed and _in_residues(blinded, expected)),
+            "a crossing has the wrong blinded type",
+        )
         operands = fields.get("operands")
         if operands is not None:
             left, right = (_natural(v, MAX_VALUES, "an operand") for v in _pair(operands))
@@ -216,6 +225,12 @@ class Crossing:
             None if product is None else decode_product(product),
             source,
         )
+
+
+def _in_residues(blinded: ArrayType, plain: ArrayType) -> bool:
+    """Whether a type may be a value's in shares and residues; the scheme says in which."""
+    lead = blinded.rank - plain.rank
+    return blinded.dtype == "int8" and lead > 1 and blinded.shape[lead:] == plain.shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +341,10 @@ class Program:
         """The program as JSON fields."""
         return dataclasses.asdict(self)
 
+    def multiplied(self, crossing: Crossing) -> ArrayType:
+        """A crossing's type as products take or give it, however it lies in the arena."""
+        return crossing.layout.blinded(crossing.array, self.classes)
+
     @property
     def digest(self) -> str:
         """SHA-256 of the description as canonical JSON, in hex: what a client agrees to.
@@ -427,7 +446,7 @@ class Program:
             assert crossing.operands is not None
             leaves = [v for v in crossing.operands if v in followed]
             _require(len(leaves) < 2, "a product of two values that lie on the devices")
-            wide = np.dtype(crossing.blinded.dtype) in (np.float32, np.float64)
+            wide = np.dtype(crossing.array.dtype) in (np.float32, np.float64)
             _require(wide, "a checked product comes back in a format with too few digits")
             # Without a key it would pass in the clear, and be taken as it is.
             _require(crossing.layout.keyed, "a checked product carries no key")

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from enclave_runtime.protocol.program import ProgramError
+from enclave_runtime.schemes.checks import check_program as check_program
 from enclave_runtime.schemes.contract import register as register
 from enclave_runtime.schemes.registry import *  # noqa: F403  # A new scheme is a line there alone.
 from enclave_runtime.schemes.registry import SCHEMES, Scheme

@@ -31,16 +31,21 @@ class Group(enum.Enum):
     SCALED_PERMUTATION = "permutations with positive scales"
     ORTHOGONAL = "orthogonal matrices"
     INVERTIBLE = "invertible matrices"
+    ADDITIVE = "additive shares"  # no key on any axis; the elements are what is hidden
 
     @property
     def orthogonal(self) -> bool:
         """Whether key and inverse-transpose key are the same, so that there is one polarity."""
-        return self in (Group.SIGNED_PERMUTATION, Group.ORTHOGONAL)
+        return self not in (Group.SCALED_PERMUTATION, Group.INVERTIBLE)
 
     @property
     def elementwise(self) -> bool:
         """Whether elementwise functions commute, up to their behaviour under signs."""
         return self is Group.SIGNED_PERMUTATION
+
+
+class UnblindingError(Exception):
+    """What the devices returned cannot be what they were asked for; the text goes to the peer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +131,91 @@ class Scheme(abc.ABC):
         """
         return 0
 
+    # How the devices compute, where that is not on blinded values of the plain ones' type
+
+    @property
+    def products_alone(self) -> bool:
+        """Whether the devices do nothing but products of operands that were sent for them.
+
+        Then nothing else commutes, no result is an operand, and nothing stays on the devices.
+        """
+        return self.keys_per_product
+
+    @property
+    def device_pools(self) -> int:
+        """Into how many parts a blinded value falls, along a first axis; each for other devices."""
+        return 1
+
+    @property
+    def device_work(self) -> float:
+        """Operations of a device for each one of the plain product."""
+        return 1.0
+
+    def refuses_devices(self, axes: Mapping[str, int] | None) -> str | None:
+        """Why it cannot run on such devices, in a sentence; None where it can.
+
+        Args:
+          axes: the size of each axis of the mesh; None without a mesh.
+        """
+        if axes is None or len(axes) == 1:
+            return None
+        return f"mesh has the axes {tuple(axes)}, expected exactly one"
+
+    def representation(self, array: ArrayType, *, product: bool) -> ArrayType:
+        """As what the devices have a value.
+
+        Args:
+          array: its type when it is blinded, decoys included.
+          product: whether they computed it, or were sent it.
+        """
+        return array
+
+    def refuses(self, lhs: ArrayType, rhs: ArrayType, out: ArrayType, terms: int) -> str | None:
+        """Why the devices cannot compute a product, whatever it costs; None where they can.
+
+        Args:
+          lhs: its left operand.
+          rhs: its right one.
+          out: its result.
+          terms: of each of the result's sums.
+        """
+        return None
+
+    def device_product(
+        self, product: Callable[..., jax.Array], lhs: jax.Array, rhs: jax.Array
+    ) -> jax.Array:
+        """What the devices compute of a product, of operands and to a result as `representation`s.
+
+        Args:
+          product: the plain product of two arrays of the blinded types' shapes, in the formats it
+            has, or summed in a third argument's.
+          lhs: left operand.
+          rhs: right one.
+        """
+        return product(lhs, rhs)
+
+    def fields(self, dtype: str) -> tuple[int, ...]:
+        """The primes modulo which it computes values of a format; empty if it rounds."""
+        return ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes modulo primes, so that checks of products are exact."""
+        return bool(self.fields("float32"))
+
+    @property
+    def describes_products(self) -> bool:
+        """Whether the enclave is told which products come back, for `refuses` and `inside`."""
+        return False
+
+    def inside(self, operands: tuple[Any, Any]) -> tuple[Any, Any] | None:
+        """The plain operands of a product that the enclave has to compute itself, else None.
+
+        Args:
+          operands: what `blind` returned for them.
+        """
+        return None
+
     def cheapest_operands(self, first: Any, second: Any) -> tuple[Any, Any] | None:
         """Operands of a product that is unblinded with no `arithmetic`, to be timed.
 
@@ -177,6 +267,9 @@ class Scheme(abc.ABC):
           keys: each class's key.
           operands: if the value is the product of two blinded values, what `blind` returned
             for them.
+
+        Raises:
+          UnblindingError: it is no such value; the devices computed something else.
         """
 
     def let_go(self, secret: Any) -> Any:

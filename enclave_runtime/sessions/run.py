@@ -24,11 +24,20 @@ from enclave_runtime.execution.executor import Executables
 from enclave_runtime.protocol.memory import Arena
 from enclave_runtime.protocol.program import DEVICE, ENCLAVE, Crossing, Layout, Port, Program
 from enclave_runtime.schemes import Scheme
+from enclave_runtime.schemes.contract import UnblindingError
 from enclave_runtime.sessions.admission import Claim, Tag
 from enclave_runtime.sessions.store import Blinded, KeyUses, Resident, Store
 from enclave_runtime.verifying.checksum import NotComparableError, SpentSignsError
 from enclave_runtime.verifying.follower import Follower
-from enclave_runtime.verifying.integrity import Verifier, WrongProductError, private, private_copy
+from enclave_runtime.verifying.integrity import (
+    Verifier,
+    WrongProductError,
+    checks_of,
+    computed_inside,
+    private,
+    private_copy,
+)
+from enclave_runtime.verifying.ring import RingVerifier
 
 
 class RunError(Exception):
@@ -111,6 +120,10 @@ def _last_uses(program: Program) -> dict[int, int]:
     }
 
 
+def _verifier(program: Program, scheme: Scheme) -> Verifier:
+    return RingVerifier(program, scheme.fields) if scheme.exact else Verifier(program)
+
+
 class Run:
     """The state of one run. Its methods are called under the session's order, see `Session`."""
 
@@ -142,7 +155,8 @@ class Run:
         self._schedule = schedule
         self._number = number
         self._tensors: dict[int, Any] = {}  # what was drawn for each blinded value alone
-        self._verifier = Verifier(program) if program.verify else None
+        self._verifier = _verifier(program, scheme) if program.verify else None
+        self._products = checks_of(program) if scheme.describes_products else {}
         self._follower = Follower(program) if program.verify else None
         self._last_uses = _last_uses(program)
         self._next = 0
@@ -226,6 +240,9 @@ class Run:
         if crossing.operands is not None:
             left, right = crossing.operands
             operands = (self._tensors.get(left), self._tensors.get(right))
+            alone = self._scheme.inside(operands)
+            if alone is not None:
+                return computed_inside(self._products[crossing.value])(*alone)
         if self._verifier is not None and self._follower is not None:
             use = ("check", self._number, crossing.value)
             stream = functools.partial(self._schedule.stream, *use)
@@ -241,7 +258,11 @@ class Run:
                 self.lied, self._failure = not isinstance(error, NotComparableError), error
                 raise
         keys = self.keys.of(crossing.layout)
-        return self._scheme.unblind(own, crossing.layout, keys, operands)
+        try:
+            plain = self._scheme.unblind(own, crossing.layout, keys, operands)
+        except UnblindingError as error:
+            raise RunError(f"{crossing.source or 'a product'}: {error}") from error
+        return plain.astype(crossing.array.dtype)
 
     def set(self, port: Port, value: jax.Array) -> None:
         """Gives the run one of its inputs."""

@@ -58,14 +58,14 @@ from enclave_runtime.protocol.tags import (
     unseal_array,
 )
 from enclave_runtime.protocol.wire import Frame, Kind
-from enclave_runtime.schemes import make_scheme
+from enclave_runtime.schemes import check_program, make_scheme
 from enclave_runtime.sessions.admission import Admission, Tag
 from enclave_runtime.sessions.attempts import Attempts
 from enclave_runtime.sessions.checkpointing import Checkpointing
 from enclave_runtime.sessions.programs import Programs, Provisioned
 from enclave_runtime.sessions.run import Run, RunError
 from enclave_runtime.sessions.store import Blinded, Resident, Store
-from enclave_runtime.verifying import checksum, follower, integrity
+from enclave_runtime.verifying import checksum, follower, integrity, ring
 from enclave_runtime.verifying.integrity import WrongProductError, private_copy
 
 # A reply's fields, with its attachment where it has one.
@@ -168,9 +168,15 @@ class Session:
             if not self._executor.has(segment.executable):
                 raise RequestError("a segment's executable was not provisioned")
         kernels: list[Compilation] = []
-        if program.verify:
+        if program.verify or scheme.describes_products:
             follower.check_program(program)
-            kernels += integrity.prepare(program, self._executor)
+        check_program(program, scheme)
+        if program.verify:
+            kernels += (
+                ring.prepare(program, scheme.fields, self._executor)
+                if scheme.exact
+                else integrity.prepare(program, self._executor)
+            )
         constants = {}
         if size is not None:
             for port in program.constants:

@@ -45,9 +45,10 @@ def check_program(program: Program) -> None:
             lhs, rhs = (types[v] for v in update.operands)
             _check_types(Check(update.product, lhs, rhs, ArrayType(update.shape, update.dtype)))
     for crossing in (c for s in program.segments for c in s.uploads):
-        assert crossing.operands is not None and crossing.product is not None
+        if crossing.operands is None or crossing.product is None:
+            raise ProgramError("an upload is not a product that can be checked")
         lhs, rhs = (types[v] for v in crossing.operands)
-        _check_types(Check(crossing.product, lhs, rhs, crossing.blinded))
+        _check_types(Check(crossing.product, lhs, rhs, program.multiplied(crossing)))
 
 
 @functools.cache
@@ -70,7 +71,7 @@ def _types(program: Program) -> dict[int, ArrayType]:
     """Of all that a product may multiply."""
     types = {p.value: p.array for p in program.inputs if p.place == DEVICE}
     types |= {u.value: ArrayType(u.shape, u.dtype) for u in program.updates}
-    types |= {c.value: c.blinded for s in program.segments for c in s.downloads}
+    types |= {c.value: program.multiplied(c) for s in program.segments for c in s.downloads}
     return types
 
 

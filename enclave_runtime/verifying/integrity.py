@@ -138,7 +138,7 @@ def convolve(
     )
 
 
-def _columns_last(check: Check, out: jax.Array) -> jax.Array:
+def columns_last(check: Check, out: jax.Array) -> jax.Array:
     """The result as (…, columns)."""
     product, (_, columns) = check.product, check.sizes
     if isinstance(product, Convolution):
@@ -148,13 +148,19 @@ def _columns_last(check: Check, out: jax.Array) -> jax.Array:
     return out.reshape(*out.shape[: out.ndim - free], columns)
 
 
-def _through(check: Check, lhs: jax.Array, rhs: jax.Array, combine: jax.Array) -> jax.Array:
-    """``lhs (rhs combine)`` as (…, count), for ``combine`` (columns, count); rhs is narrow now."""
+def through(
+    check: Check,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    combine: jax.Array,
+    between: Callable[[jax.Array], jax.Array] = lambda narrow: narrow,
+) -> jax.Array:
+    """``lhs between(rhs combine)`` as (…, count), for ``combine`` (columns, count)."""
     product, count = check.product, combine.shape[1]
     if isinstance(product, Convolution):
         kernel = jnp.moveaxis(rhs, product.rhs[0], -1)
         kernel = kernel.reshape(*kernel.shape[:-1], product.groups, combine.shape[0]) @ combine
-        kernel = kernel.reshape(*kernel.shape[:-2], product.groups * count)
+        kernel = between(kernel.reshape(*kernel.shape[:-2], product.groups * count))
         narrow = multiply(check, lhs, jnp.moveaxis(kernel, -1, product.rhs[0]))
         narrow = jnp.moveaxis(narrow, product.out[1], -1)
         return narrow.reshape(*narrow.shape[:-1], product.groups, count)
@@ -162,7 +168,7 @@ def _through(check: Check, lhs: jax.Array, rhs: jax.Array, combine: jax.Array) -
     free = [i for i in range(rhs.ndim) if i not in {*contract, *batch}]
     kept = [i for i in range(rhs.ndim) if i not in free]
     weights = combine.reshape(*(rhs.shape[i] for i in free), count)
-    narrow = _dot(rhs, weights, ((free, range(len(free))), ((), ())))
+    narrow = between(_dot(rhs, weights, ((free, range(len(free))), ((), ()))))
     places = {axis: place for place, axis in enumerate(kept)}
     numbers = (
         (product.contract[0], tuple(places[i] for i in contract)),
@@ -231,12 +237,12 @@ def deviations(
     comparable = bound < float(np.finfo(wide).max) / 4
     comparable &= all_finite(lhs) & all_finite(rhs)
     combine = signs.astype(wide).reshape(columns, blocks * vectors)
-    expected = _through(check, lhs, rhs, combine)
-    given = _columns_last(check, out)
+    expected = through(check, lhs, rhs, combine)
+    given = columns_last(check, out)
     difference = jnp.abs(given @ combine - expected).astype(np.float64)
     within = jnp.abs(signs[..., 0]).astype(wide)  # which block each column is in
     scaled = (lhs / scales[0].astype(wide), rhs / scales[1].astype(wide))
-    terms_energy = _through(check, jnp.square(scaled[0]), jnp.square(scaled[1]), within).astype(
+    terms_energy = through(check, jnp.square(scaled[0]), jnp.square(scaled[1]), within).astype(
         np.float64
     )
     row_energy = (jnp.square(given / scales[2].astype(wide)) @ within).astype(np.float64)
@@ -291,7 +297,7 @@ def _looks_closer(check: Check) -> Callable[..., Any]:
 
 
 @functools.cache
-def _computed_inside(check: Check) -> Callable[..., Any]:
+def computed_inside(check: Check) -> Callable[..., Any]:
     return jax.jit(functools.partial(multiply, check))
 
 
@@ -321,22 +327,22 @@ def matches(
 # A program's checks
 
 
-def _checks(program: Program) -> dict[int, Check]:
+def checks_of(program: Program) -> dict[int, Check]:
     """The check of each upload that is a product of two values that were sent."""
-    types = {c.value: c.blinded for s in program.segments for c in s.downloads}
+    types = {c.value: program.multiplied(c) for s in program.segments for c in s.downloads}
     checks = {}
     for crossing in (c for s in program.segments for c in s.uploads):
         assert crossing.operands is not None and crossing.product is not None
         if set(crossing.operands) <= set(types):
             lhs, rhs = (types[v] for v in crossing.operands)
-            checks[crossing.value] = Check(crossing.product, lhs, rhs, crossing.blinded)
+            checks[crossing.value] = Check(crossing.product, lhs, rhs, program.multiplied(crossing))
     return checks
 
 
 def prepare(program: Program, executor: Executor) -> list[Compilation]:
     """Starts compiling the checks of a program that `following.check_program` let pass."""
     started = []
-    for check in set(_checks(program).values()):
+    for check in set(checks_of(program).values()):
         if math.prod(check.out.shape):
             started.append(executor.prepare(check, functools.partial(_compiled, check)))
     return started
@@ -351,7 +357,7 @@ class Verifier:
 
     def __init__(self, program: Program):
         """Plans how long each copy is kept."""
-        self._checks = _checks(program)
+        self._checks = checks_of(program)
         self._copies: dict[int, jax.Array] = {}
         self._last: dict[int, int] = {}
         for index, segment in enumerate(program.segments):
@@ -391,13 +397,18 @@ class Verifier:
         lhs, rhs = (self._copies[v] for v in crossing.operands)
         right = matches(check, lhs, rhs, jnp.asarray(received), stream())
         if right is None:
-            return np.asarray(_computed_inside(check)(lhs, rhs))
+            return np.asarray(computed_inside(check)(lhs, rhs))
         if not right:
-            raise WrongProductError(
-                f"the devices returned a wrong product: {crossing.source}. The run was stopped, "
-                "and the last committed state stands"
-            )
+            raise wrong_product(crossing)
         return received
+
+
+def wrong_product(crossing: Crossing) -> WrongProductError:
+    """What says which product is wrong."""
+    return WrongProductError(
+        f"the devices returned a wrong product: {crossing.source}. The run was stopped, "
+        "and the last committed state stands"
+    )
 
 
 def private(array: ArrayType) -> np.ndarray:

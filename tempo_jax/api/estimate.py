@@ -287,6 +287,6 @@ def _line(label: str, plan: Plan, costs: CostModel, machine: Machine) -> Estimat
         label,
         outside / total if total else 0.0,
         spent.inside_seconds + spent.blinding_seconds,
-        outside / _speed(machine, costs),
+        plan.request.scheme.device_work * outside / _speed(machine, costs),
         crossing / (link * 1e9) if link and outside else 0.0,
     )

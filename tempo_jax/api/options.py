@@ -94,15 +94,22 @@ class Options:
                 f"shield: mesh is a {type(self.mesh).__name__}, expected a mesh of devices with "
                 'one axis, such as `jax.make_mesh((2,), ("devices",))`'
             )
-        if self.mesh is not None and len(self.mesh.axis_names) != 1:
-            raise UnsupportedError(
-                f"shield: mesh has the axes {self.mesh.axis_names}, expected exactly one"
-            )
         if self.workers > MAX_WORKERS:
             raise UnsupportedError(
                 f"shield: mesh has {self.workers} devices, expected at most {MAX_WORKERS}, each of "
                 "which the enclave serves on a connection and a thread of its own"
             )
+
+    def check_devices(self) -> None:
+        """Checks that the scheme runs on these devices.
+
+        Raises:
+          UnsupportedError: it does not.
+        """
+        axes = None if self.mesh is None else dict(self.mesh.shape)
+        why = self.scheme.refuses_devices(axes) if self.offloads else None
+        if why is not None:
+            raise UnsupportedError(f"shield: {why}")
 
     @property
     def offloads(self) -> bool:

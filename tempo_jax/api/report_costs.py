@@ -9,12 +9,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from jax.extend.core import primitives as prims
 
 from tempo_jax.jaxprs import equations, primitives
 from tempo_jax.jaxprs.products import is_product, variables, work
-from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Literal, Var, nbytes
+from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Literal, Var, array_type, nbytes
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.plan import CHECKING, Plan, offloaded
 from tempo_jax.planning.walk import Side
@@ -262,11 +261,11 @@ class _Estimate:
         return after
 
     def _crossing(self, v: Var) -> float:
-        blinded = self.plan.blinded(v)
-        itemsize = np.dtype(blinded.dtype).itemsize
-        if not self.plan.layout(v).keyed:
-            return blinded.nbytes * self.model.nanoseconds_per_byte * 1e-9
-        return self.model.tensor(blinded.size, itemsize, self.plan.request.scheme)
+        held, layout = self.plan.blinded(v), self.plan.layout(v)
+        if not layout.keyed:
+            return held.nbytes * self.model.nanoseconds_per_byte * 1e-9
+        count = layout.blinded(array_type(v.aval), self.plan.program.classes).size
+        return self.model.tensor(count, held.nbytes / max(count, 1), self.plan.request.scheme)
 
     def _beside_crossings(self) -> dict[int, float]:
         """For each product that goes out what it costs beside the crossing of its operands."""

@@ -195,6 +195,8 @@ class Figures:
 
     def keys(self, v: Any) -> str:
         """The type of a value with its axes' keys, as in `float32[128+32:k3, 32, 16:k5]`."""
+        if self.plan.request.scheme.group is Group.ADDITIVE:
+            return v.aval.str_short()
         layout, classes = self.plan.layouts[v], self.plan.program.classes
         axes = []
         for n, c, w in zip(v.aval.shape, layout.classes, layout.parities, strict=True):

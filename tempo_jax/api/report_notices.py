@@ -92,7 +92,7 @@ def _mesh_without_effect(plan: Plan) -> str | None:
         return None
     if not offloaded(plan):
         return "nothing leaves the enclave that devices could share out"
-    if not plan.sharded:
+    if not plan.sharded and plan.pools == 1:
         return (
             f"no axis of what crosses can be split over {plan.request.workers} devices, each of "
             "which computes the whole"

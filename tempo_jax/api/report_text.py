@@ -148,6 +148,8 @@ def legend(figures: Figures) -> str:
     """What the columns mean, and the marks on axes under the scheme."""
     scheme = figures.plan.request.scheme
     marks = ["kN names an axis's key class", "an axis without one carries no key"]
+    if scheme.group is Group.ADDITIVE:
+        marks = ["every element is hidden, and no axis needs a key"]
     if scheme.group is Group.SIGNED_PERMUTATION:
         marks.append("± that signs apply")
     if not scheme.group.orthogonal:
@@ -192,6 +194,13 @@ def _products(figures: Figures) -> list[str]:
 def _verification(figures: Figures) -> list[str]:
     if not figures.plan.request.verify:
         return ["not verified: a device that returns a wrong product is not noticed"]
+    scheme = figures.plan.request.scheme
+    if scheme.exact:
+        # Three vectors modulo each prime, see `enclave_runtime.verifying.ring`.
+        return [
+            f"verified: each of the {len(offloaded(figures.plan))} products, exactly; a wrong one "
+            "escapes with a probability of 2^-22 at most"
+        ]
     checked = figures.checked
     if not checked:
         return ["verified: nothing comes back from the devices that could be wrong"]
@@ -239,7 +248,15 @@ def _crossings(figures: Figures) -> list[str]:
         f"in the clear: {len(plan.revealed)} revealed outputs, {scalars} scalars of the "
         "device-side update",
     ]
-    if plan.request.workers > 1:
+    pools = plan.request.scheme.device_pools
+    if pools > 1 and plan.pools == 1:
+        lines.append(f"one device has the shares of all {pools} pools: nothing is hidden from it")
+    elif pools > 1:
+        lines.append(
+            f"{pools} pools of one device each, and one process that drives them sees all shares: "
+            "the devices alone are kept apart"
+        )
+    elif plan.request.workers > 1:
         split = ", ".join(f"k{c}" for c in sorted(plan.sharded)) or "none"
         lines.append(f"{plan.request.workers} workers; classes split over them: {split}")
     return lines

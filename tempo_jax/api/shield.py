@@ -123,6 +123,7 @@ def shield(  # noqa: D417 (the options are documented one by one)
             "`.attach(...)` returns"
         )
     checked = Options(**options)
+    checked.check_devices()
 
     def decorate(function: Callable[P, R]) -> Shielded[P, R]:
         if not checked.debug_nans:

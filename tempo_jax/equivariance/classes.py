@@ -81,13 +81,20 @@ class Keying:
         self._unsettled: dict[int, int] = {}  # bit of a parity → equation that left it open
         self._demands: list[Demand] = []
 
+    @property
+    def _by_element(self) -> bool:
+        return self.group is Group.ADDITIVE
+
     # Nodes
 
     def node(self, size: int) -> int:
-        """A new node; axes of size 0 and 1 have nothing to permute and carry no key."""
+        """A new node; axes of size 0 and 1 have nothing to permute and carry no key.
+
+        Under shares every axis counts as keyed, since elements are hidden and not their order.
+        """
         number = len(self._parent)
         self._parent.append(number)
-        self._classes[number] = _Class(size, keyed=size > 1)
+        self._classes[number] = _Class(size, keyed=size > 1 or self._by_element)
         return number
 
     def fresh(self, shape: Sequence[int]) -> Axes:
@@ -130,7 +137,8 @@ class Keying:
 
     def strip_key(self, node: int) -> None:
         """This class carries no key at all."""
-        self._classes[self.find(node)].keyed = False
+        if not self._by_element:
+            self._classes[self.find(node)].keyed = False
 
     def mark_batch(self, node: int) -> None:
         """A product runs over this class as a batch, so it carries a permutation alone."""

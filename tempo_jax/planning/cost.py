@@ -11,13 +11,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from enclave_runtime.protocol.descriptions import VECTORS, block_width, unit_roundoff
 from tempo_jax.jaxprs.equations import repeated, subjaxprs
 from tempo_jax.jaxprs.primitives import dot_general_p
 from tempo_jax.jaxprs.products import description, is_product, work
-from tempo_jax.jaxprs.types import JaxprEqn, nbytes
+from tempo_jax.jaxprs.types import JaxprEqn, array_type, nbytes
 from tempo_jax.schemes import Scheme, SchemeCost
 
 
@@ -50,8 +48,14 @@ class CostModel:
         speed = self.dot_flops if eqn.primitive is dot_general_p else self.convolution_flops
         return work(eqn) / speed
 
-    def tensor(self, count: int, itemsize: int, scheme: Scheme) -> float:
-        """Seconds to blind (or unblind) a tensor of so many elements and move it."""
+    def tensor(self, count: int, itemsize: float, scheme: Scheme) -> float:
+        """Seconds to blind (or unblind) a tensor of so many elements and move it.
+
+        Args:
+          count: elements.
+          itemsize: bytes that cross for each.
+          scheme: the scheme.
+        """
         cost = self.cost_of(scheme)
         each = cost.blinding + itemsize * self.nanoseconds_per_byte
         return cost.overhead + count * each * 1e-9
@@ -60,9 +64,11 @@ class CostModel:
         """What a scheme costs on this machine."""
         return self.schemes.get(scheme.name, scheme.reference)
 
-    def crossing(self, aval: Any, scheme: Scheme) -> float:
-        """Seconds to blind (or unblind) a value and move it."""
-        return self.tensor(math.prod(aval.shape), np.dtype(aval.dtype).itemsize, scheme)
+    def crossing(self, aval: Any, scheme: Scheme, *, product: bool = False) -> float:
+        """Seconds to blind a value, or to unblind it as a product, and move it."""
+        array = array_type(aval)
+        held = scheme.representation(array, product=product)
+        return self.tensor(array.size, held.nbytes / max(array.size, 1), scheme)
 
     def check_of(self, eqn: JaxprEqn) -> float:
         """Seconds to check an equation's result."""
@@ -107,7 +113,8 @@ class CostModel:
                 if is_product(eqn):
                     alone = self.inside(eqn)
                     sent = self.latency + self.check_of(eqn)
-                    sent += sum(self.crossing(v.aval, scheme) for v in (*eqn.invars, *eqn.outvars))
+                    sent += sum(self.crossing(v.aval, scheme) for v in eqn.invars)
+                    sent += self.crossing(eqn.outvars[0].aval, scheme, product=True)
                     outside += times * (sent if self.worthwhile(alone, sent) else alone)
                 else:
                     moved = sum(nbytes(v) for v in eqn.outvars)

@@ -49,8 +49,13 @@ def choose_sharded(
     return frozenset(chosen)
 
 
-def sharded_axis(layout: Layout, sharded: frozenset[int]) -> int | None:
-    """The axis of a value that is split over the workers, if any."""
+def sharded_axis(layout: Layout, sharded: frozenset[int], pools: int = 1) -> int | None:
+    """The axis of a value, as the host has it, that is split over the workers, if any.
+
+    Workers that are pools have one place each along the first axis of all that is blinded.
+    """
+    if pools > 1 and layout.keyed:
+        return 0
     for axis, c in enumerate(layout.classes):
         if c in sharded:
             return axis
@@ -58,8 +63,8 @@ def sharded_axis(layout: Layout, sharded: frozenset[int]) -> int | None:
 
 
 def local_shape(
-    shape: Sequence[int], layout: Layout, sharded: frozenset[int], workers: int
+    shape: Sequence[int], layout: Layout, sharded: frozenset[int], workers: int, pools: int = 1
 ) -> tuple[int, ...]:
     """The shape of one worker's part."""
-    axis = sharded_axis(layout, sharded)
+    axis = sharded_axis(layout, sharded, pools)
     return tuple(n // workers if i == axis else n for i, n in enumerate(shape))

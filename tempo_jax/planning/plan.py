@@ -64,6 +64,11 @@ class Plan:
         """The flat program."""
         return self.flat.jaxpr
 
+    @property
+    def pools(self) -> int:
+        """Pools of devices that the workers of a mesh are; 1 without any."""
+        return self.request.scheme.device_pools if self.request.workers > 1 else 1
+
     def layout(self, variable: Any) -> Layout:
         """How a value is blinded on the host."""
         clear = Layout.clear(len(array_type(variable.aval).shape))
@@ -71,8 +76,12 @@ class Plan:
 
     def blinded(self, variable: Any) -> ArrayType:
         """A value's type on the host."""
-        array = array_type(variable.aval)
-        return self.layout(variable).blinded(array, self.program.classes)
+        array, layout = array_type(variable.aval), self.layout(variable)
+        blinded = layout.blinded(array, self.program.classes)
+        if not layout.keyed:
+            return blinded
+        made = variable in self.placement.host
+        return self.request.scheme.representation(blinded, product=made)
 
 
 def make_plan(request: Request) -> Plan:
@@ -177,7 +186,7 @@ def rewrite(flat: Flat) -> Rewritten:
             closed, stays, counts = form.closed, form.stays, form.decoys
         elif not scheme.group.orthogonal:
             closed = split_polarities(closed)
-        if request.verify:
+        if request.verify or scheme.exact:
             closed = verifiable(closed)
     products = {n: eqn for n, eqn in enumerate(closed.jaxpr.eqns) if is_product(eqn)}
     if stays is None:
@@ -282,7 +291,7 @@ def cut_apart(placed: Placed) -> Severed:
     on_device: set[Var] = set()
     if following is not None:
         on_device = {outputs[i] for i in sealed if i in following.outputs}
-    elif not placed.request.scheme.keys_per_product:  # those end with the step
+    elif not placed.request.scheme.products_alone:  # what it gives ends with the step
         on_device = {outputs[i] for i in sealed if _stays_blinded(outputs[i], placement)}
     revealed = tuple(sorted(open_ones))
     inside = [outputs[i] for i in sealed if outputs[i] not in on_device]
@@ -315,7 +324,9 @@ def describe(severed: Severed) -> Plan:
         program=program,
         revealed=severed.revealed,
         sealed=severed.sealed,
-        sharded=choose_sharded(classes, values, resident, request.workers),
+        sharded=frozenset()
+        if request.scheme.device_pools > 1
+        else choose_sharded(classes, values, resident, request.workers),
         notes=placed.rewritten.notes,
         layouts=layouts,
     )

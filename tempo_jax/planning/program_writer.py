@@ -14,6 +14,7 @@ from enclave_runtime.protocol.program import (
     DEVICE,
     ENCLAVE,
     PUBLIC,
+    ArrayType,
     Crossing,
     KeyClass,
     Layout,
@@ -23,7 +24,8 @@ from enclave_runtime.protocol.program import (
     aligned,
 )
 from enclave_runtime.protocol.updates import AxisNumbers
-from tempo_jax.jaxprs.products import described, description
+from tempo_jax.jaxprs.products import described as named
+from tempo_jax.jaxprs.products import description
 from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Var, array_type
 from tempo_jax.planning.following import Following
 from tempo_jax.planning.request import Request
@@ -130,8 +132,15 @@ class ProgramWriter:
 
     def _room(self, values: Iterable[Var]) -> int:
         """Bytes that values take where they cross together."""
-        types = (self._layout(v).blinded(array_type(v.aval), self._classes) for v in values)
-        return sum(aligned(t.nbytes) for t in types)
+        return sum(aligned(self._blinded(v).nbytes) for v in values)
+
+    def _blinded(self, v: Var) -> ArrayType:
+        """A value's type in the arena."""
+        layout = self._layout(v)
+        blinded = layout.blinded(array_type(v.aval), self._classes)
+        if not layout.keyed:
+            return blinded
+        return self._request.scheme.representation(blinded, product=v in self._made_on_host)
 
     def _arena(self, arriving: Sequence[Port]) -> int:
         """Bytes of shared memory that one run needs."""
@@ -180,10 +189,11 @@ class ProgramWriter:
         operands = product = None
         source = ""
         eqn = self._made_on_host.get(v)
-        if eqn is not None and (self._request.scheme.keys_per_product or self._request.verify):
+        described = self._request.verify or self._request.scheme.describes_products
+        if eqn is not None and (self._request.scheme.keys_per_product or described):
             left, right = map(self._number, eqn.invars)
             operands = (left, right)
-        if eqn is not None and self._request.verify:
-            product, source = description(eqn), described(eqn)
-        blinded = layout.blinded(array, self._classes)
+        if eqn is not None and described:
+            product, source = description(eqn), named(eqn)
+        blinded = self._blinded(v)
         return Crossing(self._number(v), array, blinded, layout, offset, operands, product, source)

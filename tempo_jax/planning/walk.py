@@ -21,13 +21,20 @@ from tempo_jax.equivariance.product_rules import PRODUCTS
 from tempo_jax.equivariance.rules import commute, is_zero
 from tempo_jax.jaxprs.equations import source
 from tempo_jax.jaxprs.primitives import cheap_p, reveal_p
-from tempo_jax.jaxprs.products import feeds_update, is_product, variables
-from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Literal, Var
+from tempo_jax.jaxprs.products import description, feeds_update, is_product, variables
+from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Literal, Var, array_type
 from tempo_jax.planning.cost import CostModel, too_cheap
 from tempo_jax.planning.following import followable, unfollowed_product
 from tempo_jax.schemes import Scheme
 
 _NOT_FOLLOWED = "verify=True follows linear updates on the devices alone"
+
+
+def _refusal(scheme: Scheme, eqn: JaxprEqn) -> str | None:
+    """Why the scheme's devices cannot compute a product, if they cannot."""
+    lhs, rhs = (array_type(v.aval) for v in eqn.invars)
+    terms, _ = description(eqn).sizes(lhs.shape, rhs.shape)
+    return scheme.refuses(lhs, rhs, array_type(eqn.outvars[0].aval), terms)
 
 
 class Side(enum.Enum):
@@ -207,7 +214,7 @@ class Walk:
     def _may_commute(self, eqn: JaxprEqn) -> bool:
         """Whether the scheme leaves equations besides products to the host."""
         scheme = self.question.scheme
-        if scheme.keys_per_product:
+        if scheme.products_alone:
             return False
         if scheme.group.orthogonal and not self.question.verify:
             return True
@@ -267,6 +274,9 @@ class Walk:
                 raise NotEquivariantError(self.too_dear[number])
         if question.verify:
             self._require_checkable(eqn)
+        why = _refusal(question.scheme, eqn)
+        if why is not None:
+            raise NotEquivariantError(why)
         operands = []
         for v in eqn.invars:
             if isinstance(v, Literal):
@@ -285,7 +295,7 @@ class Walk:
         for v in set(variables(eqn)) - self.host:
             seconds += costs.crossing(v.aval, scheme) / self._uses[v]
         if out not in self.facts.to_update or not self.demotions.resident:
-            seconds += costs.crossing(out.aval, scheme)
+            seconds += costs.crossing(out.aval, scheme, product=True)
         return seconds
 
     def _require_checkable(self, eqn: JaxprEqn) -> None:

@@ -37,7 +37,7 @@ from tempo_jax.jaxprs.trace import local_settings, without_internals
 from tempo_jax.planning.plan import Plan, offloaded
 from tempo_jax.running.host_program import HostResult, build_host_program
 from tempo_jax.running.host_run import HostRun, Served, Traffic
-from tempo_jax.running.observation import HostView, Product
+from tempo_jax.running.observation import HostView, Product, add_product
 from tempo_jax.running.provisioning import provisioned
 from tempo_jax.running.together import Together
 from tempo_jax.sealing.array import (
@@ -92,6 +92,7 @@ class Runtime:
             1 if mesh is None else mesh.size,
             self._device.platform == "cpu",
             labels,
+            plan.request.scheme.device_pools,
         )
 
     @property
@@ -152,6 +153,9 @@ class Runtime:
         """
         self._enclave.free_dropped()
         program = self._host_program(observe=bool(views))
+        for view in views:
+            missing = self._served.pools - len(view.pools) if self._served.pools > 1 else 0
+            view.pools += [HostView() for _ in range(missing)]
         run = HostRun(self._served, views)
         try:
             blinded = run.begin(inputs)
@@ -245,12 +249,15 @@ class Runtime:
             eqn = eqns[number]
             lhs, rhs = (np.asarray(x) for x in operands)
             params = dict(eqn.params)
-            view.products.append(
-                Product(view.steps, number, eqn.primitive, params, (lhs, rhs), np.asarray(product))
+            add_product(
+                view,
+                Product(view.steps, number, eqn.primitive, params, (lhs, rhs), np.asarray(product)),
             )
         view.revealed += [(view.steps, np.asarray(x)) for x in result.revealed]
         view.leaves += [(view.steps, np.asarray(x)) for x in leaves]
         view.steps += 1
+        for pool in view.pools:
+            pool.revealed, pool.steps = view.revealed, view.steps
 
     # A call inside the user's own jit or scan
 

@@ -10,6 +10,7 @@ its downloads, so that no call waits for another worker's. Untrusted.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from enclave_runtime.protocol.program import DEVICE, ArrayType
 from tempo_jax.jaxprs import equations
 from tempo_jax.jaxprs.callbacks import call
-from tempo_jax.jaxprs.products import contracted_axes
+from tempo_jax.jaxprs.products import contracted_axes, is_product
 from tempo_jax.jaxprs.types import JaxprEqn, Literal, Var
 from tempo_jax.planning.mesh import local_shape, sharded_axis
 from tempo_jax.planning.plan import Plan, offloaded
@@ -109,13 +110,13 @@ class _HostProgram:
 
     def _local(self, v: Any) -> ArrayType:
         blinded = self.plan.blinded(v)
-        shape = local_shape(blinded.shape, self.plan.layout(v), self.plan.sharded, self.workers)
+        plan = self.plan
+        shape = local_shape(blinded.shape, plan.layout(v), plan.sharded, self.workers, plan.pools)
         return ArrayType(shape, blinded.dtype)
 
     def _spec(self, v: Any, axis: str) -> PartitionSpec:
-        layout = self.plan.layout(v)
-        split = sharded_axis(layout, self.plan.sharded)
-        return PartitionSpec(*(axis if i == split else None for i in range(len(layout.classes))))
+        split = sharded_axis(self.plan.layout(v), self.plan.sharded, self.plan.pools)
+        return PartitionSpec() if split is None else PartitionSpec(*[None] * split, axis)
 
     def out_specs(self, axis: str) -> HostResult:
         """How the results are spread over the mesh."""
@@ -219,7 +220,11 @@ class _HostProgram:
         for name in ("shape", "new_sizes"):
             if name in eqn.params:
                 changes[name] = self._local(out).shape
-        (result,) = equations.bind(eqn, arguments, **changes)
+        if is_product(eqn):
+            multiply = functools.partial(_multiplied, eqn)
+            result = self.plan.request.scheme.device_product(multiply, *arguments)
+        else:
+            (result,) = equations.bind(eqn, arguments, **changes)
         if self.axis is not None and self._is_contracted(eqn):
             result = lax.psum(result, self.axis)
         return result
@@ -231,6 +236,13 @@ class _HostProgram:
             return False
         split = sharded_axis(self.plan.layout(eqn.invars[0]), self.plan.sharded)
         return split is not None and split in axes
+
+
+def _multiplied(eqn: JaxprEqn, lhs: Any, rhs: Any, dtype: Any = None) -> Any:
+    """A product of other operands, in its own formats or summed in `dtype`."""
+    changes = {} if dtype is None else {"precision": None, "preferred_element_type": dtype}
+    (result,) = equations.bind(eqn, [lhs, rhs], **changes)
+    return result
 
 
 def _read(

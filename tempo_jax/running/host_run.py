@@ -27,7 +27,7 @@ from enclave_runtime.protocol.wire import Kind
 from tempo_jax.errors import EnclaveError, TempoError
 from tempo_jax.planning.mesh import local_shape, sharded_axis
 from tempo_jax.running import timeline, watchdog
-from tempo_jax.running.observation import HostView
+from tempo_jax.running.observation import HostView, add_crossing
 from tempo_jax.sealing.array import HELD_WHOLE, PUBLISHED, handle_text, is_sealed
 from tempo_jax.transport.loopback import Calls, Loopback
 
@@ -60,6 +60,7 @@ class Served:
       program: what it was told.
       number: by which it knows the program.
       sharded: key classes that are split over the workers.
+      pools: into how many pools' parts blinded values fall; on a mesh each worker has one's.
       workers: devices of the mesh, 1 without one.
       lends: whether results may be views of shared memory: the CPU backend copies them before the
         run goes on, others may not.
@@ -74,12 +75,18 @@ class Served:
     workers: int
     lends: bool
     labels: Callable[[], Sequence[str]]
+    pools: int = 1
     traffic: Traffic = dataclasses.field(default_factory=Traffic)
+
+    @property
+    def apart(self) -> int:
+        """Pools that the workers are, 1 without a mesh."""
+        return self.pools if self.workers > 1 else 1
 
     def local(self, crossing: Crossing) -> ArrayType:
         """The type of one worker's part of a crossing."""
         array = crossing.blinded
-        shape = local_shape(array.shape, crossing.layout, self.sharded, self.workers)
+        shape = local_shape(array.shape, crossing.layout, self.sharded, self.workers, self.apart)
         return ArrayType(shape, array.dtype)
 
     def poison(self, index: int) -> list[np.ndarray]:
@@ -191,7 +198,7 @@ class HostRun:
     def _part(self, crossing: Crossing, worker: int) -> tuple[np.ndarray, bool]:
         """A worker's part of a crossing in shared memory, and whether it is split at all."""
         view = self.arena.view(crossing.blinded, crossing.offset)
-        axis = sharded_axis(crossing.layout, self.served.sharded)
+        axis = sharded_axis(crossing.layout, self.served.sharded, self.served.apart)
         if axis is None:
             return view, False
         size = crossing.blinded.shape[axis] // self.served.workers
@@ -239,7 +246,8 @@ class HostRun:
             traffic.round_trips += 1
             for view in self.views:
                 for c in (*segment.uploads, *segment.downloads):
-                    view.crossings.append((view.steps, self.arena.view(c.blinded, c.offset).copy()))
+                    array = self.arena.view(c.blinded, c.offset).copy()
+                    add_crossing(view, array, self.served.pools if c.layout.keyed else 1)
         return downloads
 
     def _run_once(self, index: int) -> None:

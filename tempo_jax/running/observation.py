@@ -44,6 +44,7 @@ class HostView:
       revealed: (step, array) of every revealed output.
       leaves: (step, array) of every blinded leaf that lay on the devices.
       steps: number of shielded calls recorded.
+      pools: under a scheme with several pools of devices, what reached each of them alone.
     """
 
     products: list[Product] = dataclasses.field(default_factory=list)
@@ -51,6 +52,7 @@ class HostView:
     revealed: list[tuple[int, np.ndarray]] = dataclasses.field(default_factory=list)
     leaves: list[tuple[int, np.ndarray]] = dataclasses.field(default_factory=list)
     steps: int = 0
+    pools: list[HostView] = dataclasses.field(default_factory=list)
 
     def arrays(self) -> Iterator[np.ndarray]:
         """Every recorded array."""
@@ -58,6 +60,31 @@ class HostView:
             yield from (*product.operands, product.result)
         for _, array in (*self.crossings, *self.revealed, *self.leaves):
             yield array
+
+
+def add_crossing(view: HostView, array: np.ndarray, pools: int) -> None:
+    """Records a tensor that passed.
+
+    Args:
+      view: the recording.
+      array: the tensor.
+      pools: into how many pools' parts it falls along its first axis; 1 if all see it.
+    """
+    view.crossings.append((view.steps, array))
+    for number, pool in enumerate(view.pools):
+        part = array if pools == 1 else array[number]
+        pool.crossings.append((view.steps, part))
+
+
+def add_product(view: HostView, product: Product) -> None:
+    """Records an offloaded equation, and of shares each pool's part of it."""
+    view.products.append(product)
+    first, second = product.operands
+    for number, pool in enumerate(view.pools):
+        own = (first[number], second[number])
+        pool.products.append(
+            dataclasses.replace(product, operands=own, result=product.result[number])
+        )
 
 
 _active: list[HostView] = []

@@ -43,8 +43,11 @@ def test_a_fast_device_makes_shielding_worth_while_and_a_slow_one_does_not(shiel
     assert {line.name for line in fast.shielded} == set(tempo.schemes.SCHEMES)
     for quick, slow in zip(fast.shielded, here.shielded, strict=True):
         assert quick.share == slow.share and quick.enclave_seconds == slow.enclave_seconds
-        assert quick.seconds < slow.seconds and quick.transfer_seconds > 0
         assert slow.transfer_seconds == 0
+        if quick.share:
+            assert quick.seconds < slow.seconds and quick.transfer_seconds > 0
+    # Shares cost the enclave more than products of this size.
+    assert {line.name for line in fast.shielded if not line.share} <= {"secret_shares"}
     permutation = next(line for line in fast.shielded if line.name == "signed_permutation")
     assert permutation.worthwhile_from is not None and permutation.worthwhile_from <= 4096
     assert fast.plain.seconds < permutation.seconds < fast.inside.seconds

@@ -1,4 +1,4 @@
-"""Kernels that make permutations and normal values from random words; for Numba.
+"""Kernels that make permutations, normal values and residues from random words; for Numba.
 
 Nothing is checked: arrays that do not fit each other are read and written beyond their ends.
 """
@@ -73,6 +73,33 @@ def box_muller(words, values):
         sign_y = 1.0 - 2.0 * np.float64(np.int64(word >> np.uint64(63)))
         first[i] = sign_x * radius * (cosine - sine)
         second[i] = sign_y * radius * (cosine + sine)
+
+
+@compiled
+def accepted(drawn, primes, spare, done):
+    """Replaces random bytes that are not below their prime, and takes half the prime off each.
+
+    How long it takes depends on the bytes that are rejected alone, of which none is used.
+
+    Args:
+      drawn: uint8[rows, n], replaced from where the call before stopped.
+      primes: uint8[k]; row i has the prime of i modulo k.
+      spare: uint8[m], taken in order for what is rejected.
+      done: int64[1], how many of `drawn` are final; all, unless the spare bytes ran out.
+    """
+    used, count = 0, drawn.shape[1]
+    for row in range(done[0] // count, drawn.shape[0]):
+        prime = primes[row % primes.size]
+        for i in range(done[0] - row * count, count):
+            byte = drawn[row, i]
+            while byte >= prime and used < spare.size:
+                byte = spare[used]
+                used += 1
+            if byte >= prime:
+                done[0] = row * count + i
+                return
+            drawn[row, i] = byte - prime // 2  # modulo 2**8: the same bits as an int8
+        done[0] = (row + 1) * count
 
 
 @compiled

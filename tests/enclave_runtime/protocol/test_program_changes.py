@@ -41,7 +41,11 @@ def test_scheme_is_found_by_name_and_parameters(scheme):
 
 MIXING = {"condition": 4.0, "decoy_rows": 32, "traded": 8, "mask_energy": 9.0}
 SCHEME_REFUSALS: list[tuple[str, Any, str]] = [
-    ("", {}, "the scheme is not one of mixing, orthogonal, signed_permutation, tempo"),
+    (
+        "",
+        {},
+        "the scheme is not one of mixing, orthogonal, secret_shares, signed_permutation, tempo",
+    ),
     ("contract", {}, "the scheme is not one of"),
     ("SignedPermutation", {}, "the scheme is not one of"),
     ("signed_permutation", {"budget": 1}, "signed_permutation takes the parameters"),

@@ -30,7 +30,11 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="one seed, fewer victims and steps")
     parser.add_argument(
-        "--schemes", nargs="+", choices=suite.SCHEMES, default=list(suite.SCHEMES), help="to attack"
+        "--schemes",
+        nargs="+",
+        choices=[*suite.SCHEMES, *suite.SIMULATED],
+        default=list(suite.SCHEMES),
+        help="to attack",
     )
     parser.add_argument(
         "--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), help="to run"

@@ -27,6 +27,7 @@ MASK_ENERGY, SMALL, SMALL_FACTOR = 10.0, 256, 1.6  # more where no side is longe
 MASK_CONDITION = 8.0
 CONCENTRATION = 3.0  # of the random distribution of a mask's scales
 STICKS = 48
+FRACTION_BITS, RING = 22, 1 << 50  # of shares; any ring that holds an operand has the same law
 TAPS = 9  # of a 3×3 convolution
 
 
@@ -195,6 +196,8 @@ class Blinding:
       masked: whether a low-rank mask is added to W.
       energy: of a mask of full rank on every tensor, over what is left of the tensor; 0: none.
       keeps_inside: whether the classifier and thin products stay in the enclave.
+      shares: whether a tensor becomes what is left of it, in fixed point, less two uniform shares:
+        the one of three that depends on it, as one pool has it.
       dual: whether dW is computed from second versions of X and G, in the other polarity.
     """
 
@@ -208,6 +211,7 @@ class Blinding:
     energy: float = 0.0
     keeps_inside: bool = False
     dual: bool = False
+    shares: bool = False
 
 
 _MIXING = Blinding("milder", "milder", 1, scalars=True, energy=MASK_ENERGY, keeps_inside=True)
@@ -225,6 +229,7 @@ SCHEMES = {
     "tempo": Blinding("scaled", "scaled", FOREVER, dual=True),
     "orthogonal": Blinding("orthogonal", "orthogonal", 1),  # the library's default budget
     "mixing": _MIXING,
+    "secret_shares": Blinding("plain", "plain", 1, shares=True),
 }
 CONTROLS = {
     "kept_orthogonal": Blinding("orthogonal", "orthogonal", FOREVER),
@@ -246,6 +251,8 @@ BLINDINGS = SCHEMES | CONTROLS
 
 def cover(how: Blinding, x: np.ndarray, rng: np.random.Generator, *, rows: bool) -> np.ndarray:
     """What a tensor's keys are applied to: the tensor with its masks, and decoys below `rows`."""
+    if how.shares:
+        return draw_share(rng, x)
     if how.energy:
         x = x + draw_full_mask(rng, x, how.energy)
     if rows and how.decoys != "none":
@@ -328,6 +335,13 @@ def draw_full_mask(rng: np.random.Generator, x: np.ndarray, energy: float) -> np
     z = z if m >= n else z.T
     whole = (kept**2).sum() + max((x**2).sum() - (sizes**2).sum(), 0.0) or float(m * n)
     return z * np.sqrt(energy * whole / (z**2).sum()) - removed
+
+
+def draw_share(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
+    """``X - X_0 - X_1`` modulo `RING`, over `RING`: between -1/2 and 1/2."""
+    integers = np.rint(x * (2.0**FRACTION_BITS / (np.abs(x).max() or 1.0))).astype(np.int64)
+    left = integers - rng.integers(0, RING, x.shape) - rng.integers(0, RING, x.shape)
+    return ((left + RING // 2) % RING - RING // 2) / RING
 
 
 def draw_mask(rng: np.random.Generator, w: np.ndarray) -> np.ndarray:

@@ -27,6 +27,8 @@ SCHEMES: dict[str, Callable[[], tempo.schemes.Scheme]] = {
     "orthogonal": tempo.schemes.Orthogonal,
     "mixing": tempo.schemes.Mixing,
 }
+# Always simulated: what is recorded of one pool, `tests/running/test_pool_view.py` looks at.
+SIMULATED = ("secret_shares",)
 DEFAULT = "mixing"
 
 
@@ -49,7 +51,8 @@ def make_trace(
       cache: folder for traces, or None.
       simulate: whether schemes of the library are simulated, too.
     """
-    if scheme in blinding.CONTROLS or simulate or setting.repeat or setting.simulate:
+    unrecorded = scheme in blinding.CONTROLS or scheme in SIMULATED
+    if unrecorded or simulate or setting.repeat or setting.simulate:
         return traces.simulate(
             victim,
             scheme,

@@ -403,6 +403,9 @@ def blind_product(
     """
     x, w, g = operands
     truth = ProductTruth(x, w, g)
+    if how.shares:
+        # Modulo the ring, so that what a product of shares lacks is no mask.
+        x, w, g = (blinding.draw_share(rng, v) for v in operands)
     if how.energy:
         truth.mask_x, truth.mask, truth.mask_g = (
             blinding.draw_full_mask(rng, v, how.energy) for v in operands

@@ -5,16 +5,6 @@ import shutil
 import signal
 import tempfile
 
-# JAX reads this when it starts, so it stands before the imports. Tests run what they compile once,
-# so this process optimises little; enclaves optimise as always. Of two values the last one counts.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-    ]
-)
 # The attacks multiply small matrices, for which BLAS's threads only wait for each other.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
@@ -28,6 +18,9 @@ import pytest  # noqa: E402
 import tempo_jax as tempo  # noqa: E402
 from tempo_jax.enclave import enclave as enclave_module  # noqa: E402
 from tempo_jax.planning.cost import CostModel  # noqa: E402
+from tests.support.quick import compile_quickly  # noqa: E402
+
+compile_quickly("--xla_force_host_platform_device_count=8")
 
 # Tests compare sums taken in different orders; in float64 these differ by rounding alone.
 jax.config.update("jax_enable_x64", True)

@@ -73,7 +73,7 @@ def named_as_the_users_line() -> None:
 
 
 def test_the_equation_is_named():
-    run_fresh(named_as_the_users_line)
+    run_fresh(named_as_the_users_line, optimized=False)
 
 
 def test_a_sealed_result_is_looked_at_without_being_shown(enclave):

@@ -131,12 +131,12 @@ def of_equinox() -> None:
 
 
 def test_as_jit_takes_them():
-    run_fresh(given_to_shield, of_a_wrapped_jit)
+    run_fresh(given_to_shield, of_a_wrapped_jit, optimized=False)
 
 
 def test_equinox_filter_jit():
     pytest.importorskip("equinox", reason="Equinox is not installed")
-    run_fresh(of_equinox)
+    run_fresh(of_equinox, optimized=False)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def fresh_shields_leave_nothing() -> None:
 
 
 def test_fresh_shields_leave_no_program_and_no_thread():
-    run_fresh(fresh_shields_leave_nothing)
+    run_fresh(fresh_shields_leave_nothing, optimized=False)
 
 
 def resident_bytes(process: int) -> int:
@@ -66,7 +66,7 @@ def closed_over_arrays_leave_no_memory() -> None:
 
 
 def test_closed_over_arrays_leave_no_memory():
-    run_fresh(closed_over_arrays_leave_no_memory)
+    run_fresh(closed_over_arrays_leave_no_memory, optimized=False)
 
 
 def a_function_in_the_users_jit_lives_on() -> None:
@@ -83,4 +83,4 @@ def a_function_in_the_users_jit_lives_on() -> None:
 
 
 def test_a_function_in_the_users_jit_lives_as_long_as_that():
-    run_fresh(a_function_in_the_users_jit_lives_on)
+    run_fresh(a_function_in_the_users_jit_lives_on, optimized=False)

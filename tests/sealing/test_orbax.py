@@ -123,4 +123,4 @@ def refused_in_a_users_program() -> None:
 
 
 def test_sealed_values_are_refused_at_save():
-    run_fresh(refused_in_a_users_program)
+    run_fresh(refused_in_a_users_program, optimized=False)

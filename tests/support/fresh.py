@@ -27,6 +27,7 @@ def run_fresh(
     devices: int = 1,
     cores: int | None = None,
     seconds: float = 240,
+    optimized: bool = True,
 ) -> str:
     """Calls functions, in order, in one fresh interpreter and returns what they printed.
 
@@ -35,6 +36,8 @@ def run_fresh(
       devices: how many CPU devices JAX is told to make.
       cores: how many of this machine's cores it may use; all by default.
       seconds: after which it counts as hung.
+      optimized: whether XLA compiles as it does for a user; what is about processes, names or
+        memory shows as well, and sooner, under the flags of `support.quick`.
 
     Raises:
       AssertionError: one failed, or they hung; with what it printed.
@@ -44,6 +47,8 @@ def run_fresh(
         variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     usable = sorted(os.sched_getaffinity(0))[:cores]
     lines = [f"import os; os.sched_setaffinity(0, {usable!r})"]
+    if not optimized:
+        lines.append("from tests.support.quick import compile_quickly; compile_quickly()")
     for function in functions:
         # pytest imports test modules by their last name alone.
         module = ".".join(Path(inspect.getfile(function)).relative_to(ROOT).with_suffix("").parts)

@@ -18,6 +18,12 @@ from tempo_jax.transport import launch
 from tempo_jax.transport.child import Connection
 
 
+@pytest.fixture(autouse=True)
+def usual_environment(monkeypatch) -> None:
+    """Enclaves start as they do outside of tests, without the flags of `support.quick`."""
+    monkeypatch.setattr(launch, "ENCLAVE_ENVIRONMENT", ENCLAVE_ENVIRONMENT)
+
+
 @pytest.fixture
 def tools(monkeypatch, tmp_path) -> Path:
     """A folder that is searched first for tools."""

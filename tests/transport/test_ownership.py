@@ -99,7 +99,7 @@ def every_use_is_refused() -> None:
 
 
 def test_every_use_is_refused():
-    run_fresh(every_use_is_refused)
+    run_fresh(every_use_is_refused, optimized=False)
 
 
 def children_hold_nothing_open() -> None:
@@ -129,7 +129,7 @@ def children_hold_nothing_open() -> None:
 
 
 def test_children_hold_nothing_open():
-    run_fresh(children_hold_nothing_open)
+    run_fresh(children_hold_nothing_open, optimized=False)
 
 
 def requests_go_on_while_children_come_and_go() -> None:
@@ -165,7 +165,7 @@ def requests_go_on_while_children_come_and_go() -> None:
 
 
 def test_requests_go_on_while_children_come_and_go():
-    run_fresh(requests_go_on_while_children_come_and_go)
+    run_fresh(requests_go_on_while_children_come_and_go, optimized=False)
 
 
 def test_a_channel_is_its_makers(monkeypatch):

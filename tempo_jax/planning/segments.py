@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 from jax.extend.core import primitives as prims
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from tempo_jax.jaxprs.equations import forward_only
 from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Var, nbytes
@@ -305,6 +303,10 @@ class _Cutter:
             pending.extend(u for u in _variables(eqn.invars) if self._was_there(u, index))
         if not nodes:
             return set()
+        # A quarter of what importing this library would take, and not every program comes here.
+        from scipy.sparse import csr_array
+        from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
         for v, number in nodes.items():
             if not is_tied(v):
                 for u in set(_variables(self.made_by[v].invars)):

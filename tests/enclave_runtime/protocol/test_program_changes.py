@@ -105,7 +105,7 @@ REPLACEMENTS = st.recursive(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_any_change_is_refused_or_gives_a_valid_program(any_program, data):
     changed = as_it_crosses(any_program)

@@ -22,7 +22,7 @@ from tempo_jax.schemes import Mixing, SignedPermutation
 from tests.support.fresh import run_fresh
 from tests.support.verification import lying
 
-ROWS = (255, 256, 4096, 100_000)
+ROWS = (255, 4096, 100_000)  # below, at and far above what XLA hands to its library
 NOT_FINITE = (np.nan, np.inf, -np.inf)
 FORWARD = DotGeneral(((1,), (0,)), ((), ()))
 SCHEDULE = KeySchedule()
@@ -48,7 +48,7 @@ def with_one(x: np.ndarray, value: float) -> np.ndarray:
 def judge_products() -> None:
     """Lies about products, and operands that are not finite."""
     jax.config.update("jax_enable_x64", True)  # as the enclave's own process does
-    for rows, dtype in itertools.product(ROWS, ("float32", "float64")):
+    for rows, dtype in (*((rows, "float32") for rows in ROWS), (4096, "float64")):
         lhs, rhs = operands(rows, dtype)
         out = lhs @ rhs
         check = Check(FORWARD, typed(lhs), typed(rhs), typed(out))

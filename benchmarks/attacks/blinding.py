@@ -23,7 +23,7 @@ DECOY_ENERGY = 4.0
 FAINT = 2.0**-6
 STRONGEST = 8
 MASK_WIDTH, MOST_WIDTHS = 128, 4  # for each of which so many are taken down, and for how many
-MASK_ENERGY, SMALL, SMALL_FACTOR = 10.0, 256, 1.6  # more where no side is longer than `SMALL`
+MASK_ENERGY, NARROW, NARROW_FACTOR = 10.0, 256, 1.5  # more where a side is at most `NARROW`
 MASK_CONDITION = 8.0
 CONCENTRATION = 3.0  # of the random distribution of a mask's scales
 STICKS = 48
@@ -324,7 +324,7 @@ def _strongest(
 def draw_full_mask(rng: np.random.Generator, x: np.ndarray, energy: float) -> np.ndarray:
     """Z - L Rᵀ: X's strongest directions down to the size of the others, a cut fast map on top."""
     m, n = x.shape
-    energy *= SMALL_FACTOR if max(m, n) <= SMALL else 1
+    energy *= NARROW_FACTOR if min(m, n) <= NARROW else 1
     widths = min(max(min(m, n) // MASK_WIDTH, 1), MOST_WIDTHS)
     left, sizes, right, rest = _strongest(rng, x, STRONGEST * widths)
     kept = np.minimum(sizes, rest * rng.uniform(0.5, 1.5, STRONGEST * widths))

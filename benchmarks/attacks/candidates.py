@@ -146,6 +146,7 @@ def judge(
     draws: int,
     limits: dict[int, float],
     note: str,
+    tried: int = 1,
 ) -> list[Measurement]:
     """AUC of telling pairs of candidates after some numbers of passes.
 
@@ -154,12 +155,15 @@ def judge(
       metric: what was told.
       apart: `separation` of the pairs.
       draws: passes of each candidate that it was found from.
-      limits: the largest AUC that passes, by number of passes; within a standard error.
+      limits: the largest AUC that passes, by number of passes; within as much luck as one in six
+        has.
       note: to be said beside it.
+      tried: products of which it is the worst, which takes that many times as much luck.
     """
     mean = float(np.mean(apart))
     # Pairs share candidates, so that as many of them are independent as there are candidates.
     luck = np.sqrt(2 / draws / (0.5 + np.sqrt(0.25 + 2 * len(apart))))
+    luck *= norm.isf(norm.sf(1) / tried)
     found = []
     for passes, limit in limits.items():
         reach = np.sqrt(passes) / 2
@@ -243,7 +247,7 @@ def attack(
             again.append((*found_again(passes), product))
         worst = max(apart, key=lambda product: np.mean(apart[product]))
         note = f"among {count} with the weights known, worst in {worst}"
-        measurements += judge("S11", kind, apart[worst], draws, LIMITS, note)
+        measurements += judge("S11", kind, apart[worst], draws, LIMITS, note, len(apart))
         value, comparisons, product = max(again)
         measurements.append(
             measure(
@@ -378,4 +382,5 @@ def attack_weights(
         draws,
         SERVING_LIMITS,
         f"worst in {worst}",
+        len(apart),
     )

@@ -47,9 +47,9 @@ DECOY_ENERGY = 4.0  # of all decoy rows, over the signal's
 _SAMPLED_ROWS = 512  # at most so many rows of the signal give decoys its spectrum
 _BLOCK = 64  # rows and decoys together are a multiple of it
 _ROUNDS = 3  # Hadamard transforms of a key: one inside D, two outside
-SMALL = 256  # up to this longer side sums are short, and rounding leaves room for more energy
-SMALL_FACTOR = 1.6  # by which masks have more there, where spectra also say more
-_ROUNDING = 9e-7  # of Y in float32 without masks, at 1024³ as XLA multiplies on a CPU
+NARROW = 256  # up to this shorter side spectra say most
+NARROW_FACTOR = 1.5  # by which masks have more energy there, as much as rounding allows
+_ROUNDING = 6e-7  # of Y in float32 without masks, at 1024³ as XLA multiplies on a CPU
 _FAINT = 2.0**-6  # of a decoy's length, in directions that the signal may not have
 _TINY = 2.0**-90  # a scalar this far from 1 would leave float32's range
 
@@ -130,7 +130,7 @@ class Mixing(Scheme):
     labels that come as numbers and are an input of the model go out, unless `keep_inside` marks
     them.
 
-    Masks cost rounding, √(1 + energy) for each of the two operands: relative errors of 6e-6 to 9e-6
+    Masks cost rounding, √(1 + energy) for each of the two operands: relative errors of 6e-6 to 1e-5
     in float32, 0.4 % in float16 and 3 % in bfloat16, and twice the enclave's work. Without them
     (``Mixing(condition=4.0, decoy_rows=32, mask_energy=0)``, the default of earlier versions)
     errors are 5, 2.8 and 2.8 times plain JAX's, ranks are exact, and a host that has the weights
@@ -146,7 +146,7 @@ class Mixing(Scheme):
         128 of its shorter side up to 512. Without masks, those of an operand without decoys that
         are traded for random ones, if the other operand has decoys.
       mask_energy: of the masks of full rank, over the tensors', 0 (none) to 1000; of tensors with
-        no side above 256 it is 1.6 times as much.
+        a side of at most 256 it is 1.5 times as much.
 
     References:
       The study in SECURITY.md.
@@ -189,7 +189,7 @@ class Mixing(Scheme):
     @property
     def rounding(self) -> str:
         """About how far a product is off in float32, for even scales and for spread ones."""
-        off = _ROUNDING * (1 + self.mask_energy)
+        off = _ROUNDING * (1 + NARROW_FACTOR * self.mask_energy)
         return (
             f"each row and column of a float32 product is off by about {off:.1e} of its own size "
             f"where scales are even, and by at most {10 * off:.1e} whatever they are"
@@ -258,7 +258,7 @@ class Mixing(Scheme):
         rows = layout.classes[-2]
         assert rows is not None, "operands of products have keys on both axes"
         if self.mask_energy:
-            energy = self.mask_energy * (SMALL_FACTOR if max(x.shape[-2:]) <= SMALL else 1)
+            energy = self.mask_energy * (NARROW_FACTOR if min(x.shape[-2:]) <= NARROW else 1)
             x, mask = masks.cover(x, energy, self.traded, draws)
             covered = Masked(tensor.scaled, x, mask, rows)
         if count:

@@ -136,7 +136,7 @@ def test_scales_cost_no_digits(scheme, seed, kinds, fitting):
 
 @pytest.mark.parametrize(("scheme", "times"), [(MASKS, 80), (DECOYS, 25), (BARE, 5)])
 def test_even_scales_round_as_stated(scheme, times):
-    """What the test above compares with, over plain's: small sums, and so masks of more energy."""
+    """What the test above compares with, over plain's; masks of narrow operands are the largest."""
     x, w, g = operands(0)
     plain = all_off(products(x, w, g, wide=False), x, w, g)
     for name, error in all_off(family(scheme, x, w, g)[0], x, w, g).items():

@@ -5,17 +5,24 @@ the provisioned program, never from here, and copies what it reads before using 
 tensors, ciphertext and values the host may know lie in it. Both sides use this module;
 the host creates the file and removes its name as soon as the enclave has mapped it, so
 that nothing is left behind however either process ends.
+
+Where a host's devices belong to several processes, each process has memory of its own for its
+parts of what crosses: a *lane*, see `Lane`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import mmap
 import os
 import re
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
-from enclave_runtime.protocol.program import ArrayType, aligned
+from enclave_runtime.protocol.program import ArrayType, Crossing, Layout, Program, aligned
 from enclave_runtime.protocol.tags import seal_bytes
 
 DIRECTORY = "/dev/shm"
@@ -90,3 +97,117 @@ class Arena:
 def input_bytes(array: ArrayType) -> int:
     """Room for an input in the arena, in whatever form it comes."""
     return aligned(seal_bytes(array.nbytes))
+
+
+def sharded_axis(layout: Layout, sharded: frozenset[int], pools: int = 1) -> int | None:
+    """The axis of a value, as the host has it, that is split over the workers, if any.
+
+    Workers that are pools have one place each along the first axis of all that is blinded.
+    """
+    if pools > 1 and layout.keyed:
+        return 0
+    for axis, c in enumerate(layout.classes):
+        if c in sharded:
+            return axis
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """How what crosses is shared out among the processes of a host.
+
+    Attributes:
+      sharded: numbers of the key classes whose axes are split.
+      devices: how many each process has; its share of a split axis is as large.
+      pools: that the devices are, see `sharded_axis`.
+    """
+
+    sharded: frozenset[int]
+    devices: tuple[int, ...]
+    pools: int = 1
+
+    def axis(self, crossing: Crossing) -> int | None:
+        """The axis of what crosses that is split, if any."""
+        return sharded_axis(crossing.layout, self.sharded, self.pools)
+
+    def check(self, program: Program) -> None:
+        """Refuses shares that do not cover every value of a program exactly.
+
+        Raises:
+          ArenaError: a process without a device, or an axis that the devices do not divide.
+        """
+        if not all(n > 0 for n in self.devices):
+            raise ArenaError("every process of a run has a device at least")
+        for segment in program.segments:
+            for crossing in (*segment.uploads, *segment.downloads):
+                axis = self.axis(crossing)
+                if axis is not None and crossing.blinded.shape[axis] % sum(self.devices):
+                    raise ArenaError(f"{sum(self.devices)} devices do not divide a split axis")
+
+
+class Piece(NamedTuple):
+    """One process's part of what crosses.
+
+    Attributes:
+      array: its shape and dtype.
+      offset: where in the process's lane it lies, in bytes.
+      where: its place in the whole.
+      axis: along which it is a part; None of what is whole.
+    """
+
+    array: ArrayType
+    offset: int
+    where: tuple[slice, ...]
+    axis: int | None
+
+
+class Lane:
+    """Where one process lays its parts of a segment's uploads, and finds those of its downloads.
+
+    Both sides work it out from the program. All segments use the same memory in turn, uploads from
+    the start and downloads behind the longest of them: a process brings parts of the next segment
+    when it has those of this one, whose last downloads another of its threads may still be reading.
+
+    Attributes:
+      uploads: for each segment and upload the piece, None where another process brings it.
+      downloads: for each segment and download the piece.
+      size: of the memory, in bytes.
+    """
+
+    def __init__(self, program: Program, shares: Shares, process: int):
+        """Works out the lane of one of the processes that `shares` counts."""
+        self._shares = shares
+        self._process = process
+        self.uploads: list[list[Piece | None]] = []
+        self.downloads: list[list[Piece]] = []
+        start = 0
+        for segment in program.segments:
+            # What is not split every process has whole, and the first one brings it.
+            own = [process == 0 or self._shares.axis(c) is not None for c in segment.uploads]
+            pieces, end = self._lay(itertools.compress(segment.uploads, own), 0)
+            given = iter(pieces)
+            self.uploads.append([next(given) if brought else None for brought in own])
+            start = max(start, end)
+        self.size = start
+        for segment in program.segments:
+            pieces, end = self._lay(segment.downloads, start)
+            self.downloads.append(pieces)
+            self.size = max(self.size, end)
+
+    def _lay(self, crossings: Iterable[Crossing], offset: int) -> tuple[list[Piece], int]:
+        """Lays parts behind each other from an offset on; returns where they end as well."""
+        pieces = []
+        for crossing in crossings:
+            array, axis = crossing.blinded, self._shares.axis(crossing)
+            where = [slice(None)] * len(array.shape)
+            if axis is not None:
+                devices = self._shares.devices
+                each = array.shape[axis] // sum(devices)
+                first = each * sum(devices[: self._process])
+                where[axis] = slice(first, first + each * devices[self._process])
+                shape = list(array.shape)
+                shape[axis] = each * devices[self._process]
+                array = ArrayType(tuple(shape), array.dtype)
+            pieces.append(Piece(array, offset, tuple(where), axis))
+            offset += aligned(array.nbytes)
+        return pieces, offset

@@ -166,6 +166,9 @@ class BeginRequest:
       workers: how many bring their parts of each segment.
       inputs: one for each of the program's.
       blind_at: for each input the offset in bytes where it is laid if it has to be blinded.
+      devices: where the workers are processes of memory of their own, how many devices each has;
+        each of them has to `JOIN`.
+      sharded: then the key classes whose axes are split over the devices.
     """
 
     program: Integer
@@ -173,6 +176,38 @@ class BeginRequest:
     workers: Annotated[int, _between(1, MAX_RUN_WORKERS)]
     inputs: Annotated[tuple[HeldInput | WrittenInput | PublishedInput, ...], _list_of(_input)]
     blind_at: Integers
+    devices: Integers = ()
+    sharded: Integers = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinRequest:
+    """Take part in a run, as one of the host's processes; answered when all have joined.
+
+    Attributes:
+      run: its number.
+      worker: which of its workers this is.
+      arena: the shared memory of this worker's parts.
+    """
+
+    run: Integer
+    worker: Integer
+    arena: Text
+
+
+@dataclasses.dataclass(frozen=True)
+class BeatRequest:
+    """A sign of life of one of the host's processes, who hears how long the others gave none.
+
+    Attributes:
+      group: names the processes that belong together.
+      process: which of them this is.
+      leaves: whether it is the last.
+    """
+
+    group: Text
+    process: Annotated[int, _between(0, MAX_RUN_WORKERS - 1)]
+    leaves: Annotated[int, _between(0, 1)] = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,10 +237,17 @@ class SegmentRequest:
 
 @dataclasses.dataclass(frozen=True)
 class CommitRequest:
-    """End a run and keep its outputs; `donate` lists inputs to free, by position."""
+    """End a run and keep its outputs.
+
+    Attributes:
+      run: its number.
+      donate: inputs to free, by position.
+      worker: who asks. Where the workers are processes, all have to, and the first gets handles.
+    """
 
     run: Integer
     donate: Integers
+    worker: Integer = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +342,8 @@ REQUESTS: Mapping[Kind, type[Any]] = {
     Kind.COMPILE: EmptyRequest,
     Kind.PROVISION: ProvisionRequest,
     Kind.BEGIN: BeginRequest,
+    Kind.JOIN: JoinRequest,
+    Kind.BEAT: BeatRequest,
     Kind.SETTLE: SettleRequest,
     Kind.SEGMENT: SegmentRequest,
     Kind.COMMIT: CommitRequest,

@@ -64,6 +64,8 @@ class Kind(enum.IntEnum):
     OWN = 22
     FIND = 23
     RELEASE = 24
+    JOIN = 25
+    BEAT = 26
 
 
 class Frame(NamedTuple):

@@ -30,7 +30,8 @@ CLIENT_KINDS = frozenset(
 HOST_KINDS = frozenset(
     {
         *(Kind.MAP, Kind.UNMAP, Kind.FIND, Kind.CALIBRATE, Kind.STATISTICS),
-        *(Kind.BEGIN, Kind.SETTLE, Kind.SEGMENT, Kind.COMMIT, Kind.ABORT, Kind.FREE),
+        *(Kind.BEGIN, Kind.JOIN, Kind.SETTLE, Kind.SEGMENT, Kind.COMMIT, Kind.ABORT, Kind.FREE),
+        Kind.BEAT,
         # A checkpoint asks for no secret, and a restore for an order that the client encrypted.
         *(Kind.CHECKPOINT, Kind.CHECKPOINT_LEAF, Kind.RESTORE, Kind.RESTORE_LEAF),
     }

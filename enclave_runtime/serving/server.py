@@ -83,7 +83,7 @@ _EXPLAINED_TO_HOSTS = frozenset(
     }
 )
 # Requests that belong to a run.
-_OF_A_RUN = frozenset({Kind.SETTLE, Kind.SEGMENT, Kind.COMMIT})
+_OF_A_RUN = frozenset({Kind.JOIN, Kind.SETTLE, Kind.SEGMENT, Kind.COMMIT})
 # What a peer can bring about before it has proved itself.
 _REFUSED = (WireError, OSError, KeyError, ValueError, TypeError)
 # No descriptor, memory or thread is left: a state that passes.

@@ -5,6 +5,10 @@ may ask again for the segment that just ran and gets the same answer if it bring
 same bytes; with other bytes, never. Nothing is kept until the commit, so a failed or
 aborted run leaves the last committed state as it was. Every run draws its ephemeral
 keys anew.
+
+Where the workers are processes with memory of their own (`lanes`), each brings its parts, which are
+joined, and gets its parts; and the run is committed when all of them have asked for it, so that
+none goes on with what another lost.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,6 +31,7 @@ from enclave_runtime.protocol.program import DEVICE, ENCLAVE, Crossing, Layout, 
 from enclave_runtime.schemes import Scheme
 from enclave_runtime.schemes.contract import UnblindingError
 from enclave_runtime.sessions.admission import Claim, Tag
+from enclave_runtime.sessions.lanes import Lanes
 from enclave_runtime.sessions.store import Blinded, KeyUses, Resident, Store
 from enclave_runtime.verifying.checksum import NotComparableError, SpentSignsError
 from enclave_runtime.verifying.follower import Follower
@@ -138,6 +144,7 @@ class Run:
         schedule: KeySchedule,
         executables: Executables,
         claim: Claim,
+        lanes: Lanes | None = None,
     ):
         self.program = program
         self.arena = arena
@@ -151,6 +158,7 @@ class Run:
         self._workers = workers
         self._executables = executables
         self._claim = claim
+        self._lanes = lanes
         self._scheme = scheme
         self._schedule = schedule
         self._number = number
@@ -162,6 +170,9 @@ class Run:
         self._next = 0
         self._executing = False
         self._arrived: set[int] = set()
+        self._ready = 0  # of the arrived, those whose parts were taken
+        self._agreed: set[int] = set()  # workers that asked for the commit
+        self._committed = False
         # Tags of what the last segment was brought.
         self._brought: list[list[bytes]] = []
         self._repeat_key = schedule.stream("repeat", number).words(4).tobytes()
@@ -203,8 +214,18 @@ class Run:
         follower.adopt(port, held)
         return True
 
-    def _send(self, crossing: Crossing) -> None:
-        out = self.arena.view(crossing.blinded, crossing.offset)
+    def _send_all(self, index: int) -> None:
+        """Blinds and lays out a segment's downloads."""
+        for position, crossing in enumerate(self.program.segments[index].downloads):
+            self._raise_failure()  # an abort is heard between the steps
+            if self._lanes is None:
+                self._send(crossing, self.arena.view(crossing.blinded, crossing.offset))
+                continue
+            whole = private(crossing.blinded)
+            self._send(crossing, whole)
+            self._lanes.put(index, position, whole)
+
+    def _send(self, crossing: Crossing, out: np.ndarray) -> None:
         value, layout = self._values[crossing.value], crossing.layout
         if not layout.keyed:
             self._claim.show()
@@ -230,10 +251,19 @@ class Run:
         # The host may change shared memory while it is being used, and afterwards.
         return private_copy(self.arena.view(crossing.blinded, crossing.offset))
 
-    def _receive(self, crossing: Crossing) -> jax.Array:
+    def _taken(self, index: int) -> Iterator[np.ndarray]:
+        """What was brought of a segment's uploads, one by one, out of the host's reach."""
+        if self._lanes is not None:
+            yield from self._lanes.taken(index)
+            return
+        self._brought = []
+        for crossing in self.program.segments[index].uploads:
+            own = self._private(crossing)
+            self._brought.append(authenticate(self._repeat_key, own))
+            yield own
+
+    def _receive(self, crossing: Crossing, own: np.ndarray) -> jax.Array:
         """Takes in a value that the host brings."""
-        own = self._private(crossing)
-        self._brought.append(authenticate(self._repeat_key, own))
         if not crossing.layout.keyed:
             return jnp.asarray(own)
         operands = None
@@ -263,6 +293,25 @@ class Run:
         except UnblindingError as error:
             raise RunError(f"{crossing.source or 'a product'}: {error}") from error
         return plain.astype(crossing.array.dtype)
+
+    def join(self, worker: int, arena: Arena) -> None:
+        """Takes the memory of a process of the host; returns when all have brought theirs.
+
+        So none begins to work with others that never come.
+
+        Raises:
+          RunError: the run awaits none, or has ended.
+          ArenaError: it does not await this one, or the memory is too small.
+        """
+        with self._condition:
+            self._raise_failure()
+            if self._lanes is None:
+                raise RunError("the workers of this run share their memory")
+            lanes = self._lanes
+            lanes.join(worker, arena)
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: lanes.complete or self._failure)
+            self._raise_failure()
 
     def set(self, port: Port, value: jax.Array) -> None:
         """Gives the run one of its inputs."""
@@ -315,6 +364,8 @@ class Run:
                 raise RunError(f"the run still awaits {len(self.awaiting)} of its inputs")
             if not 0 <= worker < self._workers:
                 raise RunError(f"worker {worker} of a run with {self._workers}")
+            if self._lanes is not None and not self._lanes.complete:
+                raise RunError("not all workers have joined the run")
             repeated = 0 <= index == self._next - 1
             if not repeated:
                 if index == self._next == len(self.program.segments):
@@ -322,7 +373,13 @@ class Run:
                 if index != self._next or worker in self._arrived:
                     raise RunError(f"segment {index} was asked for, segment {self._next} is next")
                 self._arrived.add(worker)
-                if len(self._arrived) < self._workers:
+        if self._lanes is not None and not repeated:
+            self._lanes.take(index, worker, self._repeat_key)
+        with self._condition:
+            self._raise_failure()
+            if not repeated:
+                self._ready += 1
+                if self._ready < self._workers:
                     self._condition.wait_for(lambda: self._next > index or self._failure)
                     self._raise_failure()
                     return ()
@@ -333,7 +390,7 @@ class Run:
         seconds: tuple[float, ...] = ()
         try:
             if repeated:
-                self._repeat(index)
+                self._repeat(index, worker)
             else:
                 seconds = self._execute(index, timed)
         except BaseException as error:
@@ -343,7 +400,7 @@ class Run:
             with self._condition:
                 self._executing = False
                 if not repeated:
-                    self._arrived = set()
+                    self._arrived, self._ready = set(), 0
                     self._next = index + 1
                 self._condition.notify_all()
         self._raise_failure()
@@ -368,8 +425,8 @@ class Run:
         for value, last in self._last_uses.items():
             if last == index - 1 and value in self._tensors:  # what was sent, not a leaf
                 self._tensors[value] = self._scheme.let_go(self._tensors[value])
-        self._brought = []
-        uploads = [self._receive(crossing) for crossing in segment.uploads]
+        brought = zip(segment.uploads, self._taken(index), strict=True)
+        uploads = [self._receive(crossing, own) for crossing, own in brought]
         self._values.update(zip((c.value for c in segment.uploads), uploads, strict=True))
         self._raise_failure()  # an abort is heard between the steps
         if timed:
@@ -381,9 +438,7 @@ class Run:
         if timed:
             jax.block_until_ready(outputs)
         computed = time.perf_counter()
-        for crossing in segment.downloads:
-            self._raise_failure()
-            self._send(crossing)
+        self._send_all(index)
         if self._follower is not None and index == len(self.program.segments) - 1:
             self._follower.advance()
         jax.block_until_ready(uploads)  # unblinding is this segment's work
@@ -392,23 +447,28 @@ class Run:
         self.busy_seconds += end - start
         return unblinded - start, computed - unblinded, end - computed
 
-    def _repeat(self, index: int) -> None:
-        segment = self.program.segments[index]
-        for crossing, tags in zip(segment.uploads, self._brought, strict=True):
-            # As they came: values would not tell bytes apart where a product is set to zeros or
-            # computed inside, whatever was brought.
-            try:
-                check_authentic(self._repeat_key, self._private(crossing), tags)
-            except DecryptionError as error:
-                raise RunError(f"segment {index} was asked for again with other bytes") from error
-        for crossing in segment.downloads:
-            self._send(crossing)
+    def _repeat(self, index: int, worker: int) -> None:
+        # As they came: values would not tell bytes apart where a product is set to zeros or
+        # computed inside, whatever was brought.
+        try:
+            if self._lanes is not None:
+                self._lanes.check(index, worker, self._repeat_key)
+            else:
+                uploads = self.program.segments[index].uploads
+                for crossing, tags in zip(uploads, self._brought, strict=True):
+                    check_authentic(self._repeat_key, self._private(crossing), tags)
+        except DecryptionError as error:
+            raise RunError(f"segment {index} was asked for again with other bytes") from error
+        self._send_all(index)
 
-    def commit(self, store: Store) -> list[str]:
+    def commit(self, store: Store, worker: int = 0) -> list[str]:
         """Keeps the outputs and returns their handles.
 
+        Where the workers are processes, this waits until all have asked; all but the first get
+        no handles.
+
         Raises:
-          RunError: not every segment has run.
+          RunError: not every segment has run, or there is no such worker.
           RefusedInputError: another run on the same values counted meanwhile.
         """
         with self._condition:
@@ -417,7 +477,25 @@ class Run:
                 raise RunError(
                     f"commit after {self._next} of {len(self.program.segments)} segments"
                 )
+            if not 0 <= worker < (1 if self._lanes is None else self._workers):
+                raise RunError(f"worker {worker} asks for the commit of another's run")
+            if self._lanes is not None:
+                self._agreed.add(worker)
+                self._condition.notify_all()
+                everyone = range(self._workers) if worker == 0 else ()
+                self._condition.wait_for(
+                    lambda: (
+                        self._committed
+                        or self._failure
+                        or (everyone and self._agreed.issuperset(everyone))
+                    )
+                )
+                if worker and self._committed:
+                    return []
+                self._raise_failure()
             tags = self._claim.commit()
+            self._committed = True
+            self._condition.notify_all()
             self._failure = RunError("the run was committed")
             ports = zip(self.program.outputs, tags, strict=True)
             return [store.put(self._output(port, tag)) for port, tag in ports]

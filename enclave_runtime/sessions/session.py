@@ -27,16 +27,18 @@ from enclave_runtime.crypto.keys import KeySchedule
 from enclave_runtime.execution import timing
 from enclave_runtime.execution.executor import Compilation, Executor
 from enclave_runtime.protocol import requests
-from enclave_runtime.protocol.memory import Arena
+from enclave_runtime.protocol.memory import Arena, Shares
 from enclave_runtime.protocol.program import DEVICE, PUBLIC, ArrayType, Port, Program
 from enclave_runtime.protocol.requests import (
     AbortRequest,
+    BeatRequest,
     BeginRequest,
     CommitRequest,
     EmptyRequest,
     FindRequest,
     FreeRequest,
     HeldInput,
+    JoinRequest,
     MapRequest,
     OpenRequest,
     ProvisionRequest,
@@ -62,6 +64,7 @@ from enclave_runtime.schemes import check_program, make_scheme
 from enclave_runtime.sessions.admission import Admission, Tag
 from enclave_runtime.sessions.attempts import Attempts
 from enclave_runtime.sessions.checkpointing import Checkpointing
+from enclave_runtime.sessions.lanes import Lanes, Presence
 from enclave_runtime.sessions.programs import Programs, Provisioned
 from enclave_runtime.sessions.run import Run, RunError
 from enclave_runtime.sessions.store import Blinded, Resident, Store
@@ -94,12 +97,15 @@ class Session:
         self._attempts = Attempts()
         self._admission = Admission()
         self._adopting = threading.Lock()
+        self._presence = Presence()
         self._handlers: dict[Kind, Callable[[Any, bytes], Answer]] = {
             Kind.MAP: self._map,
             Kind.UNMAP: self._unmap,
             Kind.COMPILE: self._compile,
             Kind.PROVISION: self._provision,
             Kind.BEGIN: self._begin,
+            Kind.JOIN: self._join,
+            Kind.BEAT: self._beat,
             Kind.SETTLE: self._settle,
             Kind.SEGMENT: self._segment,
             Kind.COMMIT: self._commit,
@@ -254,6 +260,12 @@ class Session:
             raise RequestError(f"the program takes {len(program.inputs)} inputs")
         executables.wait()
         arena = self._arena(asked.arena)
+        lanes = None
+        if asked.devices:
+            if len(asked.devices) != asked.workers:
+                raise RequestError(f"{len(asked.devices)} shares of {asked.workers} workers")
+            pools = provisioned.scheme.device_pools
+            lanes = Lanes(program, Shares(frozenset(asked.sharded), asked.devices, pools))
         ports = zip(program.inputs, asked.inputs, strict=True)
         taken = [self._taken(arena, *one, program.verify) for one in enumerate(ports)]
         # Before anything is blinded, which is what a run too many would show.
@@ -270,6 +282,7 @@ class Session:
             self._schedule,
             executables,
             claim,
+            lanes,
         )
         upload, blind = [], []
         for index, (port, given) in enumerate(zip(program.inputs, asked.inputs, strict=True)):
@@ -288,6 +301,16 @@ class Session:
         run.awaiting = set(upload)
         self._admit(number, run)
         return {"run": number, "upload": upload, "download": [index for index, _ in blind]}
+
+    def _join(self, asked: JoinRequest, _: bytes) -> dict[str, Any]:
+        run = self._run(asked.run)
+        with self._failing(asked.run, run):
+            run.join(asked.worker, self._arena(asked.arena))
+        return {}
+
+    def _beat(self, asked: BeatRequest, _: bytes) -> dict[str, Any]:
+        silent, left = self._presence.beat(asked.group, asked.process, bool(asked.leaves))
+        return {"silent": silent, "left": left}
 
     def _taken(
         self,
@@ -415,7 +438,9 @@ class Session:
             raise RequestError("a commit donates inputs by their positions")
         if run.program.verify:
             self._attempts.refuse_after_lies()
-        handles = run.commit(self._store)
+        handles = run.commit(self._store, asked.worker)
+        if asked.worker:
+            return {"handles": []}
         for index in asked.donate:
             handle = run.handles[index]
             if handle is not None:

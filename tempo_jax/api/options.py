@@ -16,6 +16,7 @@ from enclave_runtime.protocol.limits import MAX_WORKERS
 from tempo_jax.enclave.enclave import Enclave
 from tempo_jax.errors import UnsupportedError
 from tempo_jax.jaxprs.flatten import MAX_UNROLL
+from tempo_jax.running.spanning import check_processes
 from tempo_jax.schemes import Mixing, Scheme
 
 
@@ -94,6 +95,7 @@ class Options:
                 f"shield: mesh is a {type(self.mesh).__name__}, expected a mesh of devices with "
                 'one axis, such as `jax.make_mesh((2,), ("devices",))`'
             )
+        check_processes(self.mesh, self.enclave)
         if self.workers > MAX_WORKERS:
             raise UnsupportedError(
                 f"shield: mesh has {self.workers} devices, expected at most {MAX_WORKERS}, each of "

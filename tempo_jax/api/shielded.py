@@ -180,7 +180,7 @@ class Shielded(Generic[P, R]):
                     "jit or scan would keep in its program. Seal it with `enclave.seal` outside "
                     "and pass the sealed value in, or name the argument in `public=`."
                 )
-            elif not self._enclave.is_client:
+            elif not (self._enclave.is_client or self._enclave.follows):
                 raise RoleError(
                     f"shield: {self._called(signature, i)} is plain, and the host has no key to "
                     "seal it with. Pass what the client sealed (`tempo.load_sealed`), or name the "

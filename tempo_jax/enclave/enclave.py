@@ -3,7 +3,8 @@
 Three ways lead to one, and each gives a role. `connect` is the client's, from any machine: it
 has the session's keys and no shared memory, so it provisions, seals and opens. `attach` is the
 host's, on the enclave's machine: it has shared memory and no keys, so it runs what was provisioned.
-`launch` is both in one process, for development; the path of every byte is the same.
+`launch` is both in one process, for development; the path of every byte is the same. Where the
+host's devices belong to several processes, `across_processes` gives them one enclave together.
 
 Values that a client and a host hand each other travel as files (`sealing.file`). What lies
 blinded on the host's devices comes to the client with its content in the file, and the client
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import os
 import secrets
@@ -45,6 +47,7 @@ from enclave_runtime.protocol.tags import (
 )
 from enclave_runtime.protocol.wire import Kind
 from tempo_jax.attestation.policy import AttestationPolicy, Verified
+from tempo_jax.enclave.processes import Processes, new_group
 from tempo_jax.enclave.saving import CheckpointRequests
 from tempo_jax.errors import (
     ChannelError,
@@ -77,7 +80,7 @@ from tempo_jax.transport.channel import Channel, parse_address
 from tempo_jax.transport.child import Connection
 from tempo_jax.transport.host_key import read_host_key
 from tempo_jax.transport.identity import ClientIdentity
-from tempo_jax.transport.loopback import Attachment, Loopback
+from tempo_jax.transport.loopback import Attachment, Joined, Loopback
 
 # Who seals and opens moves arrays on purpose, which a user's `jax.transfer_guard` is not about.
 OWN_TRANSFERS = jax.transfer_guard("allow")
@@ -92,17 +95,24 @@ class Enclave:
 
     Attributes:
       handles: of the values in it, and who holds them here.
+      processes: those that share it, see `across_processes`; None where it is one's own.
     """
 
-    def __init__(self, connection: Connection | Channel | Attachment):
-        """Wraps a connection; users call `launch`, `connect` or `attach`."""
+    def __init__(
+        self,
+        connection: Connection | Channel | Attachment | Joined,
+        processes: Processes | None = None,
+    ):
+        """Wraps a connection; users call `launch`, `connect`, `attach` or `across_processes`."""
         self._connection = connection
+        self.processes = processes
         self.handles = Handles()
         self._released: collections.deque[int] = collections.deque()
         self._running: set[Future[Any]] = set()
         self._checkpointing = CheckpointRequests()
-        # Handles are the host's to count; a client in the same process has only copies of them.
-        if self.is_host:
+        # Handles are the host's to count; a client in the same process has only copies of them, and
+        # of several processes of a host the first one counts.
+        if self.is_host and not self.follows:
             owners[connection.session] = self
 
     @classmethod
@@ -195,6 +205,46 @@ class Enclave:
             )
         return cls(Attachment(port, read_host_key(port, host_key)))
 
+    @classmethod
+    def across_processes(cls, first: Callable[[], Enclave] | None = None) -> Enclave:
+        """One enclave for all processes of `jax.distributed`; every process calls this.
+
+        Then ``shield(..., mesh=...)`` takes a mesh of all their devices. All processes make the
+        same calls in the same order, with arguments of the same types. The values are those of the
+        first process (`jax.process_index() == 0`): the others give arrays of the same shapes, and
+        what they hold sealed are stand-ins, which only the first process opens and saves.
+
+        Args:
+          first: how the first process comes to the enclave, where it runs on that one's machine;
+            by default `launch`. Other processes do not call it.
+
+        Returns:
+          The enclave. With a single process it is simply what `first` gives.
+
+        Raises:
+          EnclaveError: the first process got no enclave.
+        """
+        first = first or cls.launch
+        if jax.process_count() == 1:
+            return first()
+        processes = Processes()
+        if not processes.leads:
+            told = processes.hear("enclave")
+            lines = Joined(told["port"], bytes.fromhex(told["key"]), told["session"])
+            processes.watch(lines, told["group"])
+            return cls(lines, processes)
+        try:
+            enclave = first()
+            enclave._lines("`Enclave.across_processes`")
+        except BaseException as error:
+            processes.tell("enclave", {"failed": str(error)})
+            raise
+        enclave.processes, group = processes, new_group()
+        lines = enclave._lines("an invitation")
+        processes.watch(lines, group)
+        processes.tell("enclave", lines.invitation() | {"group": group})
+        return enclave
+
     def __enter__(self) -> Enclave:
         return self
 
@@ -206,6 +256,8 @@ class Enclave:
 
     def close(self) -> None:
         """Ends a launched enclave, and with it everything sealed in it; else only leaves."""
+        if self.processes is not None:
+            self.processes.leave()
         self._connection.close()
 
     @property
@@ -238,6 +290,11 @@ class Enclave:
         """Whether this side shares memory with the enclave: it runs programs."""
         return isinstance(self._connection, Loopback)
 
+    @property
+    def follows(self) -> bool:
+        """Whether another process leads: what is sealed here are stand-ins for its values."""
+        return self.processes is not None and not self.processes.leads
+
     def check_process(self) -> None:
         """Refuses a forked child of the process that opened this side, which may go on using it.
 
@@ -246,8 +303,16 @@ class Enclave:
         """
         self._connection.check_process()
 
+    def _leads(self, what: str) -> None:
+        if self.follows:
+            raise RoleError(
+                f"{what} is the first process's, and this is {self.processes!r}: the sealed values "
+                "here stand for those of process 0. Do it `if jax.process_index() == 0:`"
+            )
+
     def _keys(self, what: str) -> encryption.SessionKeys:
         self.check_process()
+        self._leads(what)
         if self._connection.keys is None:
             raise RoleError(
                 f"{what} needs the client's keys, and this is the host's side (`Enclave.attach`): "
@@ -272,10 +337,17 @@ class Enclave:
         A launched enclave's is cached on disk for the machine. One that serves measures once, so
         that its client and its host, who plan apart, plan alike.
         """
+        if self.follows:
+            assert self.processes is not None
+            return cost_model(self.processes.hear("costs"))
         if isinstance(self._connection, Connection):
             kind = self._connection.kind
-            return machine_costs(kind, lambda: self._connection.request(Kind.CALIBRATE, {}))
-        return cost_model(self._connection.request(Kind.CALIBRATE, {}))
+            costs = machine_costs(kind, lambda: self._connection.request(Kind.CALIBRATE, {}))
+        else:
+            costs = cost_model(self._connection.request(Kind.CALIBRATE, {}))
+        if self.processes is not None:
+            self.processes.tell("costs", dataclasses.asdict(costs))
+        return costs
 
     def statistics(self) -> dict[str, Any]:
         """What the enclave reports of itself.
@@ -347,16 +419,24 @@ class Enclave:
     def _seal_leaf(self, path: Any, leaf: Any, seal: Seal) -> SealedArray:
         if is_sealed(leaf):
             return self.check_owned(leaf)
+        if self.follows:
+            return self._stand_in(_plain_leaf(path, leaf, "enclave.seal")[0])
         keys = self._keys("`enclave.seal`")
         aval, plain = _plain_leaf(path, leaf, "enclave.seal")
         content = seal_array(keys.to_enclave, plain, self.session, seal)
         return self._held_whole(ENCRYPTED, content, aval)
 
     def _publish_leaf(self, path: Any, leaf: Any, seal: Seal) -> SealedArray:
+        if self.follows:
+            return self._stand_in(_plain_leaf(path, leaf, "enclave.publish")[0], PUBLISHED)
         keys = self._keys("`enclave.publish`")
         aval, plain = _plain_leaf(path, leaf, "enclave.publish")
         content = publish_array(keys.to_enclave, plain, self.session, seal)
         return self._held_whole(PUBLISHED, content, aval)
+
+    def _stand_in(self, aval: Any, form: str = ENCRYPTED) -> SealedArray:
+        """What stands for a value of the first process."""
+        return self._held_whole(form, np.zeros(0, np.uint8), aval)
 
     def _held_whole(self, form: str, content: np.ndarray, aval: Any) -> SealedArray:
         children = (jnp.asarray(content), no_handle())
@@ -384,7 +464,7 @@ class Enclave:
     def _open_leaf(self, sealed: SealedArray) -> jax.Array:
         self.check_owned(sealed)
         array = array_type(sealed)
-        if sealed.form == PUBLISHED and self._connection.keys is None:
+        if sealed.form == PUBLISHED and self._connection.keys is None and not self.follows:
             plain = read_published(np.asarray(sealed.content), array.shape, np.dtype(array.dtype))
             return _as_opened(plain, sealed)
         keys = self._keys("`enclave.open`")
@@ -455,8 +535,14 @@ class Enclave:
           2.0
         """
         seal = Seal(NOWHERE, secrets.token_bytes(ORIGIN_BYTES))
+
+        def copied(x: SealedArray) -> SealedArray:
+            if self.follows:
+                return self._stand_in(self.check_owned(x))
+            return self._seal_leaf((), self._open_leaf(x), seal)
+
         return jax.tree.map(
-            lambda x: self._seal_leaf((), self._open_leaf(x), seal) if is_sealed(x) else x,
+            lambda x: copied(x) if is_sealed(x) else x,
             tree,
             is_leaf=is_sealed,
         )
@@ -511,6 +597,7 @@ class Enclave:
           3
         """
         self._lines("`enclave.checkpoint`")
+        self._leads("`enclave.checkpoint`")
         self.free_dropped()
         return self._checkpointing.write(self, tree)
 
@@ -545,7 +632,8 @@ class Enclave:
         """Brings a checkpoint's state into this enclave, where it gets fresh blinding keys.
 
         Args:
-          data: what `checkpoint` returned, in this enclave or an earlier one.
+          data: what `checkpoint` returned, in this enclave or an earlier one. Of several processes
+            that share the enclave, all restore, and the first one's data counts.
           like: a pytree of the same structure, shapes and dtypes: the state as first made, a
             sealed one, or `jax.eval_shape`'s result.
           allow_rollback_to: the number of a checkpoint that is older than the newest that the
@@ -561,6 +649,9 @@ class Enclave:
             like `like`.
           RoleError: on the host without an `order`; on a client away from the enclave.
         """
+        if self.follows:
+            _, structure, avals = leaves_of(like)
+            return jax.tree.unflatten(structure, map(self._stand_in, avals))
         if not isinstance(data, bytes):
             raise CheckpointError(
                 f"enclave.restore: data is a {type(data).__name__}, expected bytes (for an array "
@@ -613,7 +704,7 @@ class Enclave:
         For values that lie in files: whoever reads them later still finds them, until a call
         donates them or the enclave ends.
         """
-        if sealed.form not in HELD_WHOLE:
+        if sealed.form not in HELD_WHOLE and not self.follows:
             self.handles.keep(handle_text(sealed.handle))
 
     def donate(self, leaves: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -625,7 +716,7 @@ class Enclave:
         for leaf in leaves:
             if not is_sealed(leaf):
                 continue
-            if leaf.form not in HELD_WHOLE:
+            if leaf.form not in HELD_WHOLE and not self.follows:
                 self.handles.drop(handle_text(leaf.handle))
             # A leaf that the step passes through may come back as the very same array.
             mine = isinstance(leaf.content, jax.Array) and id(leaf.content) not in kept

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from enclave_runtime.protocol.memory import sharded_axis
 from enclave_runtime.protocol.program import KeyClass, Layout
 
 
@@ -47,19 +48,6 @@ def choose_sharded(
         if c not in kept and size % workers == 0 and not together[c] & chosen:
             chosen.add(c)
     return frozenset(chosen)
-
-
-def sharded_axis(layout: Layout, sharded: frozenset[int], pools: int = 1) -> int | None:
-    """The axis of a value, as the host has it, that is split over the workers, if any.
-
-    Workers that are pools have one place each along the first axis of all that is blinded.
-    """
-    if pools > 1 and layout.keyed:
-        return 0
-    for axis, c in enumerate(layout.classes):
-        if c in sharded:
-            return axis
-    return None
 
 
 def local_shape(

@@ -26,10 +26,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from enclave_runtime.protocol.memory import Shares
 from enclave_runtime.protocol.program import DEVICE
 from enclave_runtime.protocol.tags import Rules
 from tempo_jax.enclave.enclave import Enclave
-from tempo_jax.errors import EnclaveError, remember
+from tempo_jax.errors import EnclaveError, UnsupportedError, remember
 from tempo_jax.jaxprs import opaque
 from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.jaxprs.callbacks import call as call_python
@@ -39,6 +40,7 @@ from tempo_jax.running.host_program import HostResult, build_host_program
 from tempo_jax.running.host_run import HostRun, Served, Traffic
 from tempo_jax.running.observation import HostView, Product, add_product
 from tempo_jax.running.provisioning import provisioned
+from tempo_jax.running.spanning import devices_of, spread, started
 from tempo_jax.running.together import Together
 from tempo_jax.sealing.array import (
     BLINDED,
@@ -47,6 +49,7 @@ from tempo_jax.sealing.array import (
     handle_array,
     handle_words,
     is_sealed,
+    no_handle,
 )
 from tempo_jax.sealing.handles import Lying
 
@@ -83,7 +86,11 @@ class Runtime:
         self._call_python = call_python if mesh is None else Together(mesh).call
         self.provisioned = provisioned(plan, enclave, rules)
         self._program, number = self.provisioned.program, self.provisioned.number
+        self._processes = enclave.processes
         weakref.finalize(self, enclave.release, number)
+        shares = None
+        if self._processes is not None and mesh is not None:
+            shares = Shares(plan.sharded, devices_of(mesh, self._processes), plan.pools)
         self._served = Served(
             enclave.connection,
             self._program,
@@ -93,6 +100,8 @@ class Runtime:
             self._device.platform == "cpu",
             labels,
             plan.request.scheme.device_pools,
+            shares,
+            self._processes,
         )
 
     @property
@@ -152,42 +161,68 @@ class Runtime:
           The flat outputs: arrays where revealed, else `SealedArray`.
         """
         self._enclave.free_dropped()
+        if views and self._processes is not None:
+            raise UnsupportedError(
+                "host_view records what one process sees; look at the step with a mesh of one "
+                "process's devices and an enclave of its own"
+            )
         program = self._host_program(observe=bool(views))
         for view in views:
             missing = self._served.pools - len(view.pools) if self._served.pools > 1 else 0
             view.pools += [HostView() for _ in range(missing)]
         run = HostRun(self._served, views)
         try:
-            blinded = run.begin(inputs)
-            leaves = [
-                jax.device_put(blinded[i] if i in blinded else x.content, self._sharding())
-                for i, (port, x) in enumerate(zip(self._program.inputs, inputs, strict=True))
-                if port.place == DEVICE
-            ]
-            result = self._run_interruptibly(program, run, leaves)
-            handles = run.commit(())
+            blinded = started(run, inputs, self.digest, self._processes)
+            result, leaves = self._run_interruptibly(
+                program, run, lambda: self._placed(inputs, blinded)
+            )
+            handles = [handle_array(h) for h in run.commit(())]
         except BaseException as error:
             run.abort(error)
-            raise
+            if self._processes is None or (found := self._processes.explain(error)) is error:
+                raise
+            raise found from error
         for view in views:
             self._record(view, result, leaves)
-        return self._outputs(result, [handle_array(h) for h in handles], types, {})
+        if self._processes is not None and self._processes.leads:
+            self._processes.forget_calls()
+        return self._outputs(
+            result, handles or [no_handle() for _ in self._program.outputs], types, {}
+        )
 
-    def _run_interruptibly(self, program: Any, run: HostRun, leaves: list[Any]) -> HostResult:
+    def _placed(
+        self, inputs: Sequence[Any], blinded: Mapping[int, np.ndarray | None]
+    ) -> list[jax.Array]:
+        """The device-resident inputs on the devices."""
+        leaves = []
+        for i, (port, x) in enumerate(zip(self._program.inputs, inputs, strict=True)):
+            if port.place != DEVICE:
+                continue
+            if i in blinded and self._processes is not None and self._mesh is not None:
+                leaves.append(spread(self._mesh, port.array, blinded[i]))
+            else:
+                content = blinded[i] if i in blinded else x.content
+                leaves.append(jax.device_put(content, self._sharding()))
+        return leaves
+
+    def _run_interruptibly(
+        self, program: Any, run: HostRun, place: Callable[[], list[jax.Array]]
+    ) -> tuple[HostResult, list[jax.Array]]:
         """Runs on another thread: the main thread could not hear Ctrl-C inside XLA.
 
         An interrupted program runs out on its own, with poisoned values, and is waited for only
         briefly; its run stays known meanwhile, since a visit that does not find it has to raise.
         """
         self._runs[run.number] = run
-        future: concurrent.futures.Future[HostResult] = concurrent.futures.Future()
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         settings = local_settings()
 
         def work() -> None:
             try:
                 with settings():
+                    leaves = place()
                     result = jax.block_until_ready(program(np.uint32(run.number), leaves))
-                future.set_result(result)
+                future.set_result((result, leaves))
             except BaseException as error:
                 future.set_exception(without_internals(error))
             finally:
@@ -270,7 +305,16 @@ class Runtime:
           inputs: one for each port: `SealedArray` of tracers, or a public tracer.
           types: abstract values of the flat outputs.
           donated: positions of inputs that the run consumes.
+
+        Raises:
+          UnsupportedError: the mesh spans processes.
         """
+        if self._processes is not None:
+            raise UnsupportedError(
+                "shield: inside jit, scan or another transformation a mesh is one process's, and "
+                f"this one spans {self._processes.count}. Call the shielded function outside, in a "
+                "Python loop: it is compiled as it is"
+            )
         carried = {o: i for i, o in self.plan.request.carried.items() if is_sealed(inputs[i])}
         alike = {o: inputs[carried[o]] for o in self.plan.sealed if o in carried}
         number, resident = self._stage_begin(inputs, alike)

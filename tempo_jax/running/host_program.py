@@ -20,12 +20,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from enclave_runtime.protocol.memory import sharded_axis
 from enclave_runtime.protocol.program import DEVICE, ArrayType
 from tempo_jax.jaxprs import equations
 from tempo_jax.jaxprs.callbacks import call
 from tempo_jax.jaxprs.products import contracted_axes, is_product
 from tempo_jax.jaxprs.types import JaxprEqn, Literal, Var
-from tempo_jax.planning.mesh import local_shape, sharded_axis
+from tempo_jax.planning.mesh import local_shape
 from tempo_jax.planning.plan import Plan, offloaded
 
 

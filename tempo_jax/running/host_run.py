@@ -5,7 +5,11 @@ one, a run that fails discards it, since a device may still be writing. On a mes
 *brings* its parts of a segment's uploads, and *fetches* its parts of the downloads when all have
 brought theirs (the program has a barrier between). Whoever fetches first asks the enclave to run
 the segment; the others wait for that request alone, which needs none of them. So no visit ever
-waits for one that has not begun, whatever threads the runtime has. Untrusted.
+waits for one that has not begun, whatever threads the runtime has.
+
+On a mesh that spans processes each process brings and fetches the parts of its own devices in
+memory of its own (`Lane`), and the enclave, which joins the parts, is where the processes meet. The
+first begins the run, the others `join` it. Untrusted.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +26,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from enclave_runtime.protocol.memory import Arena, input_bytes
+from enclave_runtime.protocol.memory import Arena, Lane, Piece, Shares, input_bytes, sharded_axis
 from enclave_runtime.protocol.program import ArrayType, Crossing, Program
 from enclave_runtime.protocol.wire import Kind
+from tempo_jax.enclave.processes import Processes
 from tempo_jax.errors import EnclaveError, TempoError
-from tempo_jax.planning.mesh import local_shape, sharded_axis
+from tempo_jax.planning.mesh import local_shape
 from tempo_jax.running import timeline, watchdog
 from tempo_jax.running.observation import HostView, add_crossing
 from tempo_jax.sealing.array import HELD_WHOLE, PUBLISHED, handle_text, is_sealed
@@ -65,6 +71,8 @@ class Served:
       lends: whether results may be views of shared memory: the CPU backend copies them before the
         run goes on, others may not.
       labels: for each segment, the layers whose products the devices compute after it.
+      shares: how the mesh is shared out among processes, where it spans several.
+      processes: those.
       traffic: what its runs carried.
     """
 
@@ -76,7 +84,37 @@ class Served:
     lends: bool
     labels: Callable[[], Sequence[str]]
     pools: int = 1
+    shares: Shares | None = None
+    processes: Processes | None = None
     traffic: Traffic = dataclasses.field(default_factory=Traffic)
+
+    @property
+    def process(self) -> int:
+        """This process's place among them."""
+        return 0 if self.processes is None else self.processes.index
+
+    @functools.cached_property
+    def lane(self) -> Lane | None:
+        """Where this process's parts lie; None where the mesh is one process's."""
+        if self.shares is None:
+            return None
+        return Lane(self.program, self.shares, self.process)
+
+    @functools.cached_property
+    def own(self) -> range:
+        """The workers that are this process's."""
+        if self.shares is None:
+            return range(self.workers)
+        first = sum(self.shares.devices[: self.process])
+        return range(first, first + self.shares.devices[self.process])
+
+    @property
+    def memory(self) -> int:
+        """Bytes of shared memory that a run needs here."""
+        if self.lane is None:
+            return self.program.arena_bytes
+        # Inputs and constants go through the first process's.
+        return max(self.lane.size, 0 if self.process else self.program.arena_bytes)
 
     @property
     def apart(self) -> int:
@@ -120,7 +158,7 @@ class HostRun:
         self.handles: dict[int, str] = {}
         recording = timeline.active()
         self._track = None if recording is None else recording.track(served.labels())
-        self._reserved: tuple[str, Arena] | None = served.lines.reserve(served.program.arena_bytes)
+        self._reserved: tuple[str, Arena] | None = served.lines.reserve(served.memory)
         self.arena = self._reserved[1]
         self._calls = Calls()
         self._lock = threading.Lock()
@@ -160,8 +198,12 @@ class HostRun:
             np.copyto(arena.view(place, offsets[-1]), content)
             published = is_sealed(x) and x.form == PUBLISHED
             given.append({"published" if published else "offset": offsets[-1]})
-        # The host's workers meet here, so that the enclave serves one.
-        fields = {"program": served.number, "arena": name, "workers": 1}
+        # The workers of one process meet here, so that the enclave serves one.
+        fields: dict[str, Any] = {"program": served.number, "arena": name, "workers": 1}
+        if served.shares is not None:
+            devices = list(served.shares.devices)
+            fields |= {"workers": len(devices), "devices": devices}
+            fields["sharded"] = sorted(served.shares.sharded)
         fields |= {"inputs": given, "blind_at": offsets}
         with self._noted("begin"):
             reply = served.lines.request(Kind.BEGIN, fields, calls=self._calls)
@@ -172,6 +214,13 @@ class HostRun:
         if reply["upload"]:
             blinded |= self._settle(inputs, reply["upload"], offsets)
         return blinded
+
+    def join(self, number: int) -> None:
+        """Takes part in a run with other processes; returns when all do."""
+        name, _ = self._require_memory()
+        self.number = number
+        watchdog.watch(self)
+        self._request(Kind.JOIN, {"worker": self.served.process, "arena": name})
 
     def _require_memory(self) -> tuple[str, Arena]:
         if self._reserved is None:
@@ -195,22 +244,37 @@ class HostRun:
 
     # Visits
 
-    def _part(self, crossing: Crossing, worker: int) -> tuple[np.ndarray, bool]:
-        """A worker's part of a crossing in shared memory, and whether it is split at all."""
-        view = self.arena.view(crossing.blinded, crossing.offset)
-        axis = sharded_axis(crossing.layout, self.served.sharded, self.served.apart)
+    def _part(
+        self, crossing: Crossing, piece: Piece | None, worker: int
+    ) -> tuple[np.ndarray, bool]:
+        """A worker's part of a crossing in shared memory, and whether it is split at all.
+
+        Args:
+          crossing: what crosses.
+          piece: this process's part of it, where the mesh spans processes.
+          worker: a device's place in the mesh.
+        """
+        own = self.served.own
+        if piece is None:
+            view = self.arena.view(crossing.blinded, crossing.offset)
+            axis = sharded_axis(crossing.layout, self.served.sharded, self.served.apart)
+        else:
+            view, axis = self.arena.view(piece.array, piece.offset), piece.axis
         if axis is None:
             return view, False
-        size = crossing.blinded.shape[axis] // self.served.workers
-        part = slice(worker * size, (worker + 1) * size)
-        return view[(slice(None),) * axis + (part,)], True
+        size = view.shape[axis] // len(own)
+        first = (worker - own.start) * size
+        return view[(slice(None),) * axis + (slice(first, first + size),)], True
 
     def bring(self, worker: int, index: int, uploads: Sequence[np.ndarray]) -> None:
         """Lays one worker's parts of a segment's uploads into shared memory."""
-        segment = self.served.program.segments[index]
+        crossings, lane = self.served.program.segments[index].uploads, self.served.lane
+        pieces = [None] * len(crossings) if lane is None else lane.uploads[index]
         start = time.perf_counter()
-        for crossing, array in zip(segment.uploads, uploads, strict=True):
-            part, split = self._part(crossing, worker)
+        for crossing, piece, array in zip(crossings, pieces, uploads, strict=True):
+            if lane is not None and piece is None:
+                continue  # whole, and another process's to bring
+            part, split = self._part(crossing, piece, worker)
             if split or worker == 0:
                 np.copyto(part, array)
                 self.served.traffic.up += part.nbytes
@@ -222,7 +286,7 @@ class HostRun:
 
     def late(self, seconds: float) -> tuple[int, list[int]] | None:
         """The segment that some workers have waited at for so long, and who has not come."""
-        everyone = set(range(self.served.workers))
+        everyone = set(self.served.own)
         with self._lock:
             for index, first in self._first.items():
                 missing = everyone - self._brought[index]
@@ -230,19 +294,26 @@ class HostRun:
                     return index, sorted(missing)
         return None
 
+    def lost(self) -> BaseException | None:
+        """What befell the processes that take part, if any of them is lost."""
+        processes = self.served.processes
+        return None if processes is None else processes.failure
+
     def fetch(self, worker: int, index: int) -> list[np.ndarray]:
         """One worker's parts of a segment's downloads; the first to ask has the segment run."""
         self._run_once(index)
         segment, traffic = self.served.program.segments[index], self.served.traffic
+        lane, first = self.served.lane, worker == self.served.own.start
+        pieces = [None] * len(segment.downloads) if lane is None else lane.downloads[index]
         downloads, start = [], time.perf_counter()
-        for crossing in segment.downloads:
-            part, split = self._part(crossing, worker)
+        for crossing, piece in zip(segment.downloads, pieces, strict=True):
+            part, split = self._part(crossing, piece, worker)
             downloads.append(part if self.served.lends else part.copy())
-            if split or worker == 0:
+            if split or first:
                 traffic.down += part.nbytes
         if self._track is not None:
             self._track.fetched(worker, index, start)
-        if worker == 0:
+        if first:
             traffic.round_trips += 1
             for view in self.views:
                 for c in (*segment.uploads, *segment.downloads):
@@ -253,7 +324,7 @@ class HostRun:
     def _run_once(self, index: int) -> None:
         """Has the enclave run a segment, unless a worker did or is about to."""
         with self._lock:
-            alone = self.served.workers == 1
+            alone = len(self.served.own) == 1
             # A single worker that comes again was repeated by JAX; the enclave compares what it
             # brings. On a mesh the others may have gone on.
             first = alone or index not in self._segments
@@ -264,7 +335,7 @@ class HostRun:
             done.result()
             return
         try:
-            fields: dict[str, Any] = {"segment": index, "worker": 0}
+            fields: dict[str, Any] = {"segment": index, "worker": self.served.process}
             if self._track is None:
                 self._request(Kind.SEGMENT, fields)
             else:
@@ -279,9 +350,13 @@ class HostRun:
     # The end
 
     def commit(self, donated: Sequence[int]) -> list[str]:
-        """Keeps the outputs and returns their handles; the shared memory serves the next run."""
+        """Keeps the outputs and returns their handles; the shared memory serves the next run.
+
+        Of several processes all commit, and all but the first get no handles.
+        """
         with self._noted("commit"):
-            handles = self._request(Kind.COMMIT, {"donate": list(donated)})["handles"]
+            fields = {"donate": list(donated), "worker": self.served.process}
+            handles = self._request(Kind.COMMIT, fields)["handles"]
         if self._track is not None:
             self._track.ended()
         watchdog.unwatch(self)

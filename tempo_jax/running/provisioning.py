@@ -2,7 +2,8 @@
 
 A client encrypts the segments' code and the program's description to the enclave. A host makes the
 same plan from the same function and asks for it by the hash of its description, which covers the
-code of every segment; so it runs what the client agreed to and nothing else.
+code of every segment; so it runs what the client agreed to and nothing else. Of a host's processes
+only the first asks: the others join its runs, and compare the hash.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def provisioned(plan: Plan, enclave: Enclave, rules: Rules) -> ProvisionedPlan:
     blobs = export_segments(plan.cut)
     program = _named(plan, [hashlib.sha256(blob).hexdigest() for blob in blobs])
     exporting = time.perf_counter() - start
+    if enclave.follows:  # it begins no run, and joins those of this digest
+        return ProvisionedPlan(program, 0, exporting, compiling)
     try:
         return ProvisionedPlan(program, _find(enclave, program), exporting, compiling)
     except UnprovisionedError as error:

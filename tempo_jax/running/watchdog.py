@@ -1,5 +1,7 @@
 """Notices a worker of a mesh that does not come, and ends its run with an error that names it.
 
+A process that is lost is noticed by `enclave.processes`; this ends the runs that it took part in.
+
 The others wait for it inside XLA, where nobody says whom they wait for. XLA's own patience on a CPU
 is 40 seconds, after which it ends the process; this comes before. One thread looks at all runs, as
 long as there are any. Untrusted.
@@ -25,6 +27,9 @@ class WatchedRun(Protocol):
 
     def late(self, seconds: float) -> tuple[int, list[int]] | None:
         """The segment that some workers have waited at for so long, and who has not come."""
+
+    def lost(self) -> BaseException | None:
+        """What befell the processes that take part, if any of them is lost."""
 
     def abort(self, failure: BaseException) -> None:
         """Ends the run."""
@@ -56,17 +61,22 @@ class _Watchdog:
                     self._awake = False
                     return
             for run in runs:
-                late = run.late(WORKER_SECONDS)
-                if late is not None:
-                    index, missing = late
-                    names = ", ".join(map(str, missing))
-                    error = EnclaveError(
-                        f"worker {names} of the mesh did not come to segment {index} within "
-                        f"{WORKER_SECONDS:g} s of the first. Its device is stuck, or much slower "
-                        "than the others: look at it, or leave it out of `mesh=`."
-                    )
-                    _log.error("%s", error)
-                    run.abort(error)
+                failure = run.lost() or _lateness(run)
+                if failure is not None:
+                    _log.error("%s", failure)
+                    run.abort(failure)
+
+
+def _lateness(run: WatchedRun) -> EnclaveError | None:
+    late = run.late(WORKER_SECONDS)
+    if late is None:
+        return None
+    index, missing = late
+    return EnclaveError(
+        f"worker {', '.join(map(str, missing))} of the mesh did not come to segment {index} within "
+        f"{WORKER_SECONDS:g} s of the first. Its device is stuck, or much slower than the others: "
+        "look at it, or leave it out of `mesh=`."
+    )
 
 
 _watchdog = _Watchdog()

@@ -287,10 +287,19 @@ def leaf_type(leaf: Any, where: str, named: Callable[[], str]) -> jax.ShapeDtype
       named: gives the leaf's name and the like, for the error.
 
     Raises:
-      UnsupportedError: it is no array or number, or has a dtype that JAX does not compute with.
+      UnsupportedError: it is no array or number, has a dtype that JAX does not compute with, or
+        is spread over processes.
       SealedValueError: it is the opaque name inside a sealed value.
     """
     refuse_opaque(leaf, where)
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
+        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            raise UnsupportedError(
+                f"{where}: {named()} is an array spread over the devices of several processes, of "
+                "which this one has only its own part. Give the whole array, as process 0 has it "
+                "(`jax.experimental.multihost_utils.process_allgather(x, tiled=True)` brings it "
+                "together): the enclave deals out the parts"
+            )
     if not (is_sealed(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
         try:
             aval = jax.typeof(leaf)

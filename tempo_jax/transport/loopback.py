@@ -136,6 +136,11 @@ class Loopback(Owned):
     def _died(self) -> EnclaveDiedError:
         """What a broken connection means."""
 
+    def invitation(self) -> dict[str, Any]:
+        """What another process of this host needs to join, see `Joined`; all of it the host's."""
+        key = self._connection_key().hex()
+        return {"port": self.port, "key": key, "session": self.session}
+
     def leave_to_parent(self) -> None:
         """Closes a forked child's copies; see `Owned`."""
         for connection in list(self._connections):
@@ -306,6 +311,34 @@ def greet(connection: socket.socket, key: bytes) -> dict[str, Any]:
     return greeting
 
 
+class Joined(Loopback):
+    """Another host process's lines to the enclave that a process launched or attached to."""
+
+    keys = None
+
+    def __init__(self, port: int, key: bytes, session: str):
+        """Takes what the process that opened the session said of it; see `Loopback.invitation`."""
+        self._key = key
+        self.session = session
+        super().__init__(port)
+
+    def __repr__(self) -> str:
+        return f"port {self.port}"
+
+    def _connection_key(self) -> bytes:
+        return self._key
+
+    def _died(self) -> EnclaveDiedError:
+        return _gone(self.port)
+
+
+def _gone(port: int) -> EnclaveDiedError:
+    return EnclaveDiedError(
+        f"the connection to the enclave on port {port} broke. If its process ended, what "
+        "it held is lost: serve a new one and let its client restore the last checkpoint."
+    )
+
+
 class Attachment(Loopback):
     """The host's lines to an enclave that serves; holds no key of the session."""
 
@@ -336,7 +369,4 @@ class Attachment(Loopback):
         return self._key
 
     def _died(self) -> EnclaveDiedError:
-        return EnclaveDiedError(
-            f"the connection to the enclave on port {self.port} broke. If its process ended, what "
-            "it held is lost: serve a new one and let its client restore the last checkpoint."
-        )
+        return _gone(self.port)

@@ -285,9 +285,9 @@ def test_memory_that_changes_while_a_product_is_read(monkeypatch):
     memory = Shared(content)
     run = unverified_run(memory)
     crossing = run.program.segments[1].uploads[0]
-    expected = np.array(run._receive(crossing))
+    expected = np.array(run._receive(crossing, run._private(crossing)))
     memory.change(monkeypatch)
-    received = run._receive(crossing)
+    received = run._receive(crossing, run._private(crossing))
     assert (memory.content == -1).all()
     np.testing.assert_array_equal(received, expected)
 

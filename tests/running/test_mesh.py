@@ -1,7 +1,6 @@
 """Several workers: the same results as one device, work really split, and no hang."""
 
 import contextlib
-import dataclasses
 import itertools
 import os
 import signal
@@ -12,113 +11,33 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 from jax.extend.core import primitives as prims
-from jax.sharding import Mesh
 
 import tempo_jax as tempo
+from enclave_runtime.protocol.memory import sharded_axis
 from enclave_runtime.protocol.program import KeyClass, Layout
 from tempo_jax.errors import EnclaveDiedError
 from tempo_jax.jaxprs import equations as equations_module
 from tempo_jax.jaxprs import primitives
 from tempo_jax.jaxprs import types as jaxpr_types
-from tempo_jax.planning.mesh import choose_sharded, local_shape, sharded_axis
+from tempo_jax.planning.mesh import choose_sharded, local_shape
 from tempo_jax.running.call import Runtime
 from tempo_jax.running.host_run import HostRun
 from tests.support.faults import interrupt
-from tests.support.steps import assert_close, shield_all, uniform
-
-STEPS = 3
-ADAMW = tempo.cheap_update(optax.adamw(1e-2))
-
-
-def mesh_of(workers: int) -> Mesh:
-    return Mesh(np.array(jax.devices()[:workers]), ("workers",))
-
-
-# Models
-
-
-class MLP(nn.Module):
-    """One hidden layer."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (n, 6) to (n, 5)."""
-        x = nn.gelu(nn.Dense(8, param_dtype=float)(x))
-        return nn.Dense(5, param_dtype=float)(x)
-
-
-class ConvNet(nn.Module):
-    """Two convolutions, the first with batch norm."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (n, 4, 4, 2) to (n, 5)."""
-        x = nn.Conv(6, (3, 3), use_bias=False, param_dtype=float)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=False, param_dtype=float)(x))
-        return nn.Conv(5, (4, 4), padding="VALID", param_dtype=float)(x)[:, 0, 0]
-
-
-class Attention(nn.Module):
-    """A transformer's attention block with layer norm and two heads.
-
-    Without biases: the gradient of the keys' bias is zero, and Adam would divide its rounding
-    error by itself.
-    """
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (n, s, 6) to (n, s, 6)."""
-        y = nn.LayerNorm(param_dtype=float)(x)
-        return x + nn.MultiHeadDotProductAttention(2, use_bias=False, param_dtype=float)(y, y)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A training step in plain JAX, its arguments, and the result of `STEPS` steps."""
-
-    step: Callable[..., Any]
-    state: Any
-    batch: tuple[jax.Array, jax.Array]
-    result: Any
-
-
-def make_task(model: nn.Module, shape: tuple[int, ...], optimizer: Any) -> Task:
-    """A regression by `model` on random inputs of this shape."""
-    x = uniform(1, *shape)
-    types = jax.eval_shape(model.init, jax.random.key(0), x)
-    leaves, structure = jax.tree.flatten(types)
-    variables = jax.tree.unflatten(structure, [uniform(i, *t.shape) for i, t in enumerate(leaves)])
-    y = uniform(2, *jax.eval_shape(lambda v: model.apply(v, x, mutable=True)[0], types).shape)
-
-    def step(state, x, y):
-        variables, optimizer_state = state
-
-        def loss_of(params):
-            out, new = model.apply({**variables, "params": params}, x, mutable=["batch_stats"])
-            return jnp.mean((out - y) ** 2), new
-
-        (loss, new), gradients = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, variables["params"])
-        params = optax.apply_updates(variables["params"], updates)
-        return ({"params": params, **new}, optimizer_state), tempo.reveal(loss)
-
-    state = (variables, optimizer.init(variables["params"]))
-    return Task(step, state, (x, y), train(jax.jit(step), state, (x, y)))
-
-
-def train(step: Callable[..., Any], state: Any, batch: tuple[Any, Any]) -> Any:
-    """The state after `STEPS` steps and their losses."""
-    losses = []
-    for _ in range(STEPS):
-        state, loss = step(state, *batch)
-        losses.append(loss)
-    return state, losses
+from tests.support.steps import assert_close, shield_all
+from tests.support.workers import (
+    ADAMW,
+    MLP,
+    STEPS,
+    Attention,
+    ConvNet,
+    Task,
+    make_task,
+    mesh_of,
+    train,
+)
 
 
 @pytest.fixture(scope="module")

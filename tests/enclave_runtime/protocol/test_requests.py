@@ -32,10 +32,14 @@ COMPLETE: dict[Kind, dict[str, Any]] = {
         "workers": 2,
         "inputs": [{"handle": "h"}, {"offset": 64}, {"published": 128}],
         "blind_at": [0, 64],
+        "devices": [1, 3],
+        "sharded": [0],
     },
+    Kind.JOIN: {"run": 1, "worker": 1, "arena": "a"},
+    Kind.BEAT: {"group": "a", "process": 1, "leaves": 1},
     Kind.SETTLE: {"run": 1, "offsets": {"0": 64, "12": 0}, "blind_at": {}},
     Kind.SEGMENT: {"run": 1, "segment": 0, "worker": 1, "timed": 1},
-    Kind.COMMIT: {"run": 1, "donate": [0]},
+    Kind.COMMIT: {"run": 1, "donate": [0], "worker": 1},
     Kind.ABORT: {"run": 1},
     Kind.OPEN: {"handle": "h", "arena": "a", "offset": 0},
     Kind.FREE: {"handles": ["h"]},
@@ -88,7 +92,10 @@ def test_a_field_that_is_missing(kind, name):
         *((Kind.PROVISION, name) for name in COMPLETE[Kind.PROVISION]),
         *((Kind.OPEN, name) for name in ("arena", "offset")),
         (Kind.CHECKPOINT_LEAF, "handle"),
+        *((Kind.BEGIN, name) for name in ("devices", "sharded")),
         (Kind.SEGMENT, "timed"),
+        (Kind.COMMIT, "worker"),
+        (Kind.BEAT, "leaves"),
     }
     if (kind, name) in optional:
         assert getattr(read(kind, fields), name) in (None, (), 0)

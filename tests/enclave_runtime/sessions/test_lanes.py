@@ -1,0 +1,146 @@
+"""Parts of several processes: they cover every value once, and only who is awaited brings them."""
+
+from __future__ import annotations
+
+import secrets
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from enclave_runtime.crypto.encryption import DecryptionError
+from enclave_runtime.protocol.memory import Arena, ArenaError, Lane, Shares
+from enclave_runtime.protocol.program import Program
+from enclave_runtime.sessions.lanes import Lanes, Presence
+from tests.support.verification import V, W, X, chain, planned
+
+KEY = bytes(16)
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    """Two products, over three segments."""
+    return planned(chain, X, W, V).program
+
+
+def divisible(program: Program) -> list[int]:
+    """Classes that two, three or four devices divide, no two of them on one value."""
+    crossings = [c for s in program.segments for c in (*s.uploads, *s.downloads)]
+    rows = {c.layout.classes[0] for c in crossings if c.layout.classes[0] is not None}
+    return [c for c in rows if all(x.layout.classes.count(c) < 2 for x in crossings)]
+
+
+def arena(size: int) -> Arena:
+    made = Arena(f"tempo_jax-{secrets.token_hex(16)}", size, create=True)
+    made.unlink()
+    return made
+
+
+def joined(program: Program, shares: Shares) -> tuple[Lanes, list[Lane], list[Arena]]:
+    lanes = Lanes(program, shares)
+    outside = [Lane(program, shares, p) for p in range(len(shares.devices))]
+    arenas = [arena(lane.size) for lane in outside]
+    for process, memory in enumerate(arenas):
+        assert not lanes.complete
+        lanes.join(process, memory)
+    assert lanes.complete
+    return lanes, outside, arenas
+
+
+@hypothesis.given(
+    devices=st.lists(st.integers(1, 3), min_size=1, max_size=4), split=st.booleans(), data=st.data()
+)
+def test_parts_cover_the_whole(program, devices, split, data):
+    classes = divisible(program)
+    sharded = frozenset({data.draw(st.sampled_from(classes))} if split else ())
+    shares = Shares(sharded, tuple(devices))
+    try:
+        shares.check(program)
+    except ArenaError as error:
+        assert "do not divide" in str(error)
+        hypothesis.reject()
+    lanes, outside, arenas = joined(program, shares)
+    rng = np.random.default_rng(0)
+    for index, segment in enumerate(program.segments):
+        wholes = [rng.normal(size=c.blinded.shape).astype(c.blinded.dtype) for c in segment.uploads]
+        for process, lane in enumerate(outside):
+            for piece, whole in zip(lane.uploads[index], wholes, strict=True):
+                if piece is not None:
+                    view = arenas[process].view(piece.array, piece.offset)
+                    np.copyto(view, whole[piece.where])
+        for process in range(len(devices)):
+            lanes.take(index, process, KEY)
+            lanes.check(index, process, KEY)
+        for one, other in zip(lanes.taken(index), wholes, strict=True):
+            np.testing.assert_array_equal(one, other)
+        for position, crossing in enumerate(segment.downloads):
+            whole = rng.normal(size=crossing.blinded.shape).astype(crossing.blinded.dtype)
+            lanes.put(index, position, whole)
+            for process, lane in enumerate(outside):
+                piece = lane.downloads[index][position]
+                view = arenas[process].view(piece.array, piece.offset)
+                np.testing.assert_array_equal(view, whole[piece.where])
+
+
+def test_pieces_of_a_segment_do_not_overlap(program):
+    shares = Shares(frozenset(divisible(program)[:1]), (1, 1))
+    for process in range(2):
+        lane = Lane(program, shares, process)
+        # Also with the uploads of the next segment, which may come while these are still read.
+        for index in range(len(program.segments)):
+            after = lane.uploads[index + 1] if index + 1 < len(program.segments) else []
+            for uploads in (lane.uploads[index], after):
+                pieces = [p for p in (*uploads, *lane.downloads[index]) if p is not None]
+                ends = sorted((p.offset, p.offset + p.array.nbytes) for p in pieces)
+                assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:], strict=False))
+                assert all(end <= lane.size for _, end in ends)
+
+
+def test_other_bytes_are_noticed(program):
+    shares = Shares(frozenset(), (1, 1))
+    lanes, outside, arenas = joined(program, shares)
+    index = next(i for i, s in enumerate(program.segments) if s.uploads)
+    for process in range(2):
+        lanes.take(index, process, KEY)
+    piece = outside[0].uploads[index][0]
+    assert piece is not None
+    arenas[0].view(piece.array, piece.offset).reshape(-1).view(np.uint8)[0] ^= 1
+    lanes.check(index, 1, KEY)  # which brought nothing
+    with pytest.raises(DecryptionError):
+        lanes.check(index, 0, KEY)
+
+
+@pytest.mark.parametrize("process", [-1, 2, 0])
+def test_who_is_not_awaited(program, process):
+    lanes = Lanes(program, Shares(frozenset(), (1, 1)))
+    lanes.join(0, arena(1 << 20))
+    with pytest.raises(ArenaError, match=f"process {process} is not awaited"):
+        lanes.join(process, arena(1 << 20))
+
+
+def test_memory_that_is_too_small(program):
+    shares = Shares(frozenset(), (1, 1))
+    size = Lane(program, shares, 1).size
+    lanes = Lanes(program, shares)
+    with pytest.raises(ArenaError, match=f"expected at least {size}"):
+        lanes.join(1, arena(size - 1))
+    assert not lanes.complete
+
+
+def test_a_process_without_devices(program):
+    with pytest.raises(ArenaError, match="a device at least"):
+        Lanes(program, Shares(frozenset(), (1, 0)))
+
+
+def test_signs_of_life(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("enclave_runtime.sessions.lanes.time.monotonic", lambda: now)
+    presence = Presence()
+    presence.beat("a", 0, leaves=False)
+    now = 103.0
+    assert presence.beat("a", 1, leaves=True) == ({0: 3.0, 1: 0.0}, [1])
+    assert presence.beat("b", 0, leaves=False) == ({0: 0.0}, [])
+    for other in range(Presence.MOST_GROUPS):
+        presence.beat(f"other {other}", 0, leaves=False)
+    assert presence.beat("a", 0, leaves=False) == ({0: 0.0}, [])

@@ -55,12 +55,14 @@ class Processes:
       index: this one's number.
       count: how many there are.
       failure: why they cannot go on together, if so.
+      broken: whether that is a process that is silent, for which JAX would wait.
     """
 
     def __init__(self, patience: float = PATIENCE_SECONDS) -> None:
         """Forms the group; every process does so, the same number of times."""
         self._failed = threading.Event()
         self.failure: TempoError | None = None
+        self.broken = False
         self._patience = patience
         self._lines: Loopback | None = None
         self._ended = threading.Event()
@@ -95,7 +97,7 @@ class Processes:
         if self._ended.is_set():
             return
         self._ended.set()
-        patience = _BEAT_SECONDS * 3 + (self._patience if self.failure else 0)
+        patience = _BEAT_SECONDS * 3 + (self._patience if self.broken else 0)
         end = time.monotonic() + patience
         with contextlib.suppress(TempoError):
             found = self._exchange(leaves=1)
@@ -147,12 +149,14 @@ class Processes:
             self._fail(error)
             return
         left = [p for p in found["left"] if p != self.index]
-        lost = {int(p): s for p, s in found["silent"].items() if s > self._patience}
-        silent = {p: s for p, s in lost.items() if p not in left}
-        if silent:
-            named = ", ".join(f"process {p} ({s:.0f} s)" for p, s in sorted(silent.items()))
+        seconds = {int(p): s for p, s in found["silent"].items() if int(p) not in left}
+        lost = {p: s for p, s in seconds.items() if s > self._patience}
+        if lost:
+            self.broken = True
+            named = ", ".join(f"process {p} ({s:.0f} s)" for p, s in sorted(lost.items()))
             why = f"no sign of life of {named}: it died, was stopped, or is cut off"
-        elif left:
+        # Who leaves may do so because of one that is silent, and has not yet been for long.
+        elif left and max(seconds.values()) < 3 * _BEAT_SECONDS:
             why = f"process {', '.join(map(str, left))} has ended, and its own output says why"
         else:
             return
@@ -246,7 +250,8 @@ def _beat(group: weakref.ref[Processes]) -> None:
 
 def _leave_at_exit(group: weakref.ref[Processes]) -> None:
     processes = group()
-    if processes is not None and processes.failure is None:
-        processes.leave()
-    elif processes is not None:
+    if processes is None:
+        return
+    if processes.broken:
         processes.end_alone()
+    processes.leave()

@@ -161,6 +161,7 @@ class HostRun:
         self._reserved: tuple[str, Arena] | None = served.lines.reserve(served.memory)
         self.arena = self._reserved[1]
         self._calls = Calls()
+        self._committing = False
         self._lock = threading.Lock()
         self._brought: dict[int, set[int]] = {}
         self._first: dict[int, float] = {}  # when the first worker came to a segment
@@ -297,7 +298,10 @@ class HostRun:
     def lost(self) -> BaseException | None:
         """What befell the processes that take part, if any of them is lost."""
         processes = self.served.processes
-        return None if processes is None else processes.failure
+        # One that has committed may go, and the others have only to hear that they have.
+        if processes is None or (self._committing and not processes.broken):
+            return None
+        return processes.failure
 
     def fetch(self, worker: int, index: int) -> list[np.ndarray]:
         """One worker's parts of a segment's downloads; the first to ask has the segment run."""
@@ -354,6 +358,7 @@ class HostRun:
 
         Of several processes all commit, and all but the first get no handles.
         """
+        self._committing = True
         with self._noted("commit"):
             fields = {"donate": list(donated), "worker": self.served.process}
             handles = self._request(Kind.COMMIT, fields)["handles"]

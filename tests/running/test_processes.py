@@ -96,6 +96,21 @@ def test_every_scheme(scheme, processes, monkeypatch):
     run_processes(equal_schemes, processes=processes)
 
 
+def equal_pools() -> None:
+    with tempo.Enclave.across_processes() as enclave:
+        task = wide()
+        mesh = jax.sharding.Mesh(np.array(jax.devices()), ("pools",))
+        shielded = shield_all(task.step, enclave=enclave, mesh=mesh, scheme=schemes.SecretShares())
+        _, losses = train(shielded, enclave.seal(task.state), task.batch)
+        # Fixed point rounds, so it is not exact.
+        np.testing.assert_allclose(losses, task.result[1], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_that_are_pools():
+    run_processes(equal_pools, processes=3)
+
+
 # Sentences of our own
 
 

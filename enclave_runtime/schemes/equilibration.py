@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from enclave_runtime.crypto.encryption import refuse_pickling
-from enclave_runtime.schemes.kernels import hadamard
+from enclave_runtime.schemes.kernels.threads import in_parallel
 
 LEAST_SCALE = 2  # binary orders of magnitude; sizes closer to the usual one are left alone
 LARGEST_SCALE = 60  # those of two axes together stay within float32's range
@@ -191,7 +191,7 @@ def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):
             np.matmul(left[start:stop], right, out=out[start:stop])
 
-    hadamard.in_parallel(run, len(left), left.size + right.size)
+    in_parallel(run, len(left), left.size + right.size)
     return out
 
 

@@ -30,6 +30,14 @@ from enclave_runtime.crypto.encryption import refuse_pickling
 from enclave_runtime.crypto.keys import KeyStream
 from enclave_runtime.schemes.kernels import hadamard
 from enclave_runtime.schemes.kernels.hadamard import AxisMap
+from enclave_runtime.schemes.kernels.passes import aligned_empty
+from enclave_runtime.schemes.kernels.threads import in_parallel
+from enclave_runtime.schemes.kernels.tile_programs import (
+    TiledMatrix,
+    TileProgram,
+    empty_tiles,
+    padded,
+)
 
 ROUNDS = 3  # Hadamard transforms of the shorter axis, with D after the first and the second
 CONDITION = 8.0  # of each D
@@ -66,60 +74,44 @@ class Mask(NamedTuple):
         rows, columns = self.columns.transpose(), self.rows.transpose()
         return Mask(rows, columns, self.right, self.left)
 
-    def spread(self, v: np.ndarray) -> np.ndarray:
-        """``K_m E K_n v`` for v (…, n, q)."""
-        m, n, axis = self.rows.size, self.columns.size, v.ndim - 2
-        v = hadamard.unmix(v, {axis: self.columns}, keep=min(m, n))
-        zeros = np.zeros((*v.shape[:axis], max(m - n, 0), v.shape[-1]), v.dtype)
-        return hadamard.mix(v, {axis: self.rows}, extra=zeros)
 
-    def gathered(self, v: np.ndarray) -> np.ndarray:
-        """``v K_m E K_n`` for v (…, q, m)."""
-        m, n, axis = self.rows.size, self.columns.size, v.ndim - 1
-        v = hadamard.mix(v, {axis: self.rows.transpose()})
-        if m < n:
-            v = np.concatenate([v, np.zeros((*v.shape[:-1], n - m), v.dtype)], axis)
-        return hadamard.mix(v[..., :n], {axis: self.columns.transpose()})
-
-
-def cover(
-    x: np.ndarray, energy: float, strongest: int, stream: KeyStream
-) -> tuple[np.ndarray, Mask]:
-    """Draws a tensor's mask and adds it, ``x + M``.
+def draw(
+    x: np.ndarray, whole: np.ndarray, energy: float, strongest: int, stream: KeyStream
+) -> tuple[Mask, np.ndarray]:
+    """Draws a tensor's mask.
 
     Args:
       x: finite, (…, m, n) with at most one leading axis.
+      whole: its `energies`.
       energy: of Z, over that of what is left of x at the same leading index.
       strongest: directions that L Rᵀ takes down, for each `WIDTH` of the shorter side.
       stream: the only source of randomness.
+
+    Returns:
+      The mask, and about the energies of x with it.
     """
     *batch, m, n = x.shape
     copies = math.prod(batch)
-    whole = energies(x)
     shorter = min(m, n)
     k = min(strongest * min(max(shorter // WIDTH, 1), MOST_WIDTHS), shorter // 4)
     left, right = np.empty((*batch, m, 0), x.dtype), np.empty((*batch, n, 0), x.dtype)
     if k:
-        first, sizes, right = strongest_directions(x, k, whole, stream)
+        along, sizes, right = strongest_directions(x, k, whole, stream)
         own = np.square(sizes, dtype=np.float64).sum(-1, keepdims=True)
         rest = np.maximum(whole - own, 0)
         others = np.sqrt(rest / (min(m, n) - k))
         uniform = (0.5 + stream.uniform(copies * k)).reshape(sizes.shape)
         kept = np.minimum(sizes, others * uniform)
-        left = (first * (sizes - kept)).astype(x.dtype)
+        left = (along * (1 - kept / np.where(sizes > 0, sizes, 1))).astype(x.dtype)
         whole = rest + np.square(kept).sum(-1, keepdims=True)
     # Where there is nothing, the mask is of the size that numbers usually have.
     whole = np.where(whole > 0, whole, m * n)
     rows = _draw_map(stream, m, copies, flat=m >= n)
     columns = _draw_map(stream, n, copies, flat=m < n)
-    mask = Mask(rows, columns, left, right)
-    identity = np.broadcast_to(np.eye(min(m, n), dtype=x.dtype), (*batch, min(m, n), min(m, n)))
-    z = mask.spread(identity) if m >= n else mask.gathered(identity)
-    factors = np.sqrt(energy * whole / energies(z))
-    rows.scale[:, -1] *= factors.reshape(-1, 1)
-    z *= factors.astype(x.dtype)
-    z += x
-    return plus_product(z, -left, right.swapaxes(-1, -2)) if k else z, mask
+    # The other map is orthogonal.
+    own_energies = _map_energies(columns if m >= n else rows)
+    rows.scale[:, -1] *= np.sqrt(energy * whole.reshape(-1, 1) / own_energies[:, None])
+    return Mask(rows, columns, left, right), (1 + energy) * whole
 
 
 def _draw_map(stream: KeyStream, size: int, copies: int, *, flat: bool) -> AxisMap:
@@ -149,27 +141,198 @@ def _random_scales(stream: KeyStream, copies: int, size: int) -> np.ndarray:
     return scales
 
 
-def uncover(
-    product: np.ndarray, left: np.ndarray, right: np.ndarray, first: Mask, second: Mask
-) -> np.ndarray:
-    """Takes ``M_a B̃ + A M_b`` off a product ``Ã B̃``, which leaves ``A B``.
+def _map_energies(axis_map: AxisMap) -> np.ndarray:
+    """The sums of squares of a map's matrices, float64[copies]: of one that `_draw_map` draws.
+
+    What is left of the first transform and right of the last scales is orthogonal, and the squares
+    of H's entries are 1 / b within a block; only the last block and the tail overlap.
+    """
+    copies, gathers, n = axis_map.order.shape
+    if gathers == 2:
+        return np.full(copies, float(n))
+    block = hadamard.block_size(n)
+    whole = n - n % block - block
+    ending = np.square(hadamard.dense_transform(n - whole, axis_map.tail_first))
+    squares = np.square(axis_map.scale)
+    energy = squares[:, 1]
+    for stage in range(2, gathers - 1):
+        blocks = energy[:, :whole].reshape(copies, -1, block).mean(-1, keepdims=True)
+        mixed = np.concatenate(
+            [
+                np.broadcast_to(blocks, (*blocks.shape[:2], block)).reshape(copies, whole),
+                energy[:, whole:] @ ending.T,
+            ],
+            axis=1,
+        )
+        energy = squares[:, stage] * np.take_along_axis(mixed, axis_map.order[:, stage], 1)
+    return energy.sum(1)
+
+
+# Passes
+
+
+class Masked(NamedTuple):
+    """A tensor with its mask, for as long as products with it come back.
+
+    Attributes:
+      plain: the tensor X, (…, m, n), as it was masked.
+      mask: the mask M.
+      rows: the key class of the axis before the last.
+      keyed: ``A [X + M; R]``, where A is that axis's key and R are decoys.
+    """
+
+    plain: np.ndarray
+    mask: Mask
+    rows: int
+    keyed: TiledMatrix
+
+    def __repr__(self) -> str:
+        return "Masked(<secret>)"
+
+    __reduce__ = refuse_pickling
+
+    @property
+    def transposed(self) -> Masked:
+        """The transposed tensor with its mask; `keyed` is not."""
+        return self._replace(plain=self.plain.swapaxes(-1, -2), mask=self.mask.transposed)
+
+
+def blind(
+    x: np.ndarray,
+    mask: Mask,
+    keys: tuple[AxisMap, AxisMap],
+    decoys: np.ndarray | None,
+    out: np.ndarray,
+) -> TiledMatrix:
+    """Writes ``A [X + M; R] Bᵀ`` to memory that the host may see.
 
     Args:
-      product: ``Ã B̃``, (…, m, p); overwritten.
-      left: A, (…, m, n), plain; transposed views are welcome.
-      right: ``B̃ = B + M_b``, (…, n, p).
-      first: M_a.
-      second: M_b.
+      x: X, (…, m, n).
+      mask: M.
+      keys: A and B.
+      decoys: R, if any.
+      out: C-contiguous, of x's dtype.
+
+    Returns:
+      ``A [X + M; R]``.
     """
-    product -= first.spread(right)
-    if left.flags.c_contiguous:
-        product -= second.gathered(left)
+    m, n = x.shape[-2:]
+    copies, rows = math.prod(x.shape[:-2]), keys[0].size
+    keyed = empty_tiles(copies, rows, n, x.dtype)
+    first = TileProgram(x.dtype, copies, n)
+    _load_masked(first, 0, x, mask)
+    if decoys is not None:
+        first.load(0, decoys, -2, at=m)
+    first.map(0, keys[0])
+    first.store(0, keyed, -2)
+    first.run()
+    second = TileProgram(x.dtype, copies, rows)
+    second.load(0, keyed, -1)
+    second.map(0, keys[1])
+    second.store(0, out, -1)
+    second.run()
+    return keyed
+
+
+def _load_masked(program: TileProgram, tile: int, x: np.ndarray, mask: Mask) -> None:
+    """Columns of ``X + M``."""
+    program.unit(tile, mask.columns.size)
+    _spread(program, tile, mask)
+    program.add(tile, x, -2)
+    if mask.left.shape[-1]:
+        program.read(0, padded(mask.right))
+        program.outer(tile, padded(-mask.left), 0)
+
+
+def _spread(program: TileProgram, tile: int, mask: Mask) -> None:
+    """``K_m E K_n`` of a tile of n positions."""
+    program.map(tile, mask.columns)
+    program.resize(tile, mask.columns.size, mask.rows.size)
+    program.map(tile, mask.rows)
+
+
+def unblind(
+    product: np.ndarray,
+    keys: tuple[AxisMap, AxisMap],
+    left: Masked,
+    right: Masked,
+    aligned: bool,
+) -> np.ndarray:
+    """Takes the keys off a product of two masked tensors, and what the masks added to it.
+
+    Args:
+      product: of what `blind` wrote, (…, m, p) or with more rows, which are cut.
+      keys: what takes the keys of its rows and of its columns off.
+      left: X (m, n), with its mask M.
+      right: W (n, p), likewise.
+      aligned: whether the product's rows have the key of X's, under which ``A (X + M)`` is at hand.
+
+    Returns:
+      ``X W``, in memory of its own that starts on a cache line.
+    """
+    n, p = right.plain.shape[-2:]
+    *batch, m, _ = left.plain.shape
+    copies, rows = math.prod(batch), product.shape[-2]
+    x, w, dtype = left.mask, right.mask, product.dtype
+    out = aligned_empty((*batch, m, p), dtype)
+    strips = empty_tiles(copies, rows, p, dtype)
+    first = TileProgram(dtype, copies, rows)
+    first.load(0, product, -1)
+    first.map(0, keys[1])
+    met = None
+    if aligned:
+        # A X̃ W̃ - A X̃ M_w, but for the directions that M_w takes down.
+        if w.left.shape[-1]:
+            met = np.empty((*batch, rows, padded(w.right).shape[-1]), dtype)
+        first.load(1, left.keyed, -1)
+        _take_off_second(first, 1, w, met)
+    first.store(0, strips, -1)
+    first.run()
+    second = TileProgram(dtype, copies, p)
+    second.load(0, strips, -2)
+    second.map(0, keys[0])
+    if aligned:
+        second.load(1, right.plain, -2)
     else:
-        # Along its rows where it lies, without a transposed copy.
-        product -= second.transposed.spread(left.swapaxes(-1, -2)).swapaxes(-1, -2)
-    columns = [first.left, product_of(left, second.left)]
-    rows = [product_of(first.right.swapaxes(-1, -2), right), second.right.swapaxes(-1, -2)]
-    return plus_product(product, np.concatenate(columns, -1), np.concatenate(rows, -2))
+        _load_masked(second, 1, right.plain, w)
+    if x.left.shape[-1]:
+        second.inner(1, padded(x.right), n, 0)
+    _spread(second, 1, x)
+    second.subtract(0, 1, m)
+    if x.left.shape[-1]:
+        second.outer(0, padded(x.left), 0)
+    if met is not None:
+        met = hadamard.unmix(met, {met.ndim - 2: keys[0]}, keep=m)
+        second.read(1, padded(w.right))
+        second.outer(0, padded(met), 1)
+    if aligned:
+        second.store(0, out, -2)
+        second.run()
+        return out
+    second.store(0, strips, -2)
+    second.run()
+    third = TileProgram(dtype, copies, m)
+    third.load(0, strips, -1)
+    third.load(1, left.plain, -1)
+    _take_off_second(third, 1, w, None)
+    if w.left.shape[-1]:
+        third.outer(0, padded(w.right), 0)
+    third.store(0, out, -1)
+    third.run()
+    return out
+
+
+def _take_off_second(program: TileProgram, tile: int, mask: Mask, met: np.ndarray | None) -> None:
+    """From rows of a product in tile 0 those of X ``Z``, for rows of X in another tile.
+
+    What these meet of the directions that the mask takes down is left in factors 0, and in `met`.
+    """
+    if mask.left.shape[-1]:
+        program.inner(tile, padded(mask.left), mask.rows.size, 0)
+    if met is not None:
+        program.write(0, met)
+    _spread(program, tile, mask.transposed)
+    program.subtract(0, tile, mask.columns.size)
 
 
 # Matrices
@@ -198,7 +361,7 @@ def strongest_directions(
       stream: draws the sketch.
 
     Returns:
-      Left ones (…, m, count), sizes (…, 1, count), right ones (…, n, count).
+      Left ones times their sizes (…, m, count), sizes (…, 1, count), right ones (…, n, count).
     """
     *batch, m, n = x.shape
     sketch = stream.normal(math.prod(batch) * n * count, x.dtype).reshape(*batch, n, count)
@@ -206,8 +369,13 @@ def strongest_directions(
     scale: np.ndarray = (1 / np.clip(np.sqrt(energy / (m * n)), _TINY, 1 / _TINY)).astype(x.dtype)
     sketch = product_of(x, sketch * scale)
     sketch = np.linalg.qr(product_of(x.swapaxes(-1, -2), sketch * scale))[0]
-    left, sizes, turn = np.linalg.svd(product_of(x, sketch), full_matrices=False)
-    return left, sizes[..., None, :], sketch @ turn.swapaxes(-1, -2)
+    image = product_of(x, sketch * scale)
+    # Its singular directions by its Gram matrix: small ones lose digits, and matter little.
+    gram = (image.swapaxes(-1, -2) @ image).astype(np.float64)
+    squares, turn = np.linalg.eigh(gram)
+    sizes = np.sqrt(np.maximum(squares, 0))[..., None, :] / scale
+    turn = turn.astype(x.dtype)
+    return (image @ turn) / scale, sizes, sketch @ turn
 
 
 def product_of(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -217,7 +385,7 @@ def product_of(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     def run(start: int, stop: int) -> None:
         np.matmul(left[..., start:stop, :], right, out=out[..., start:stop, :])
 
-    hadamard.in_parallel(run, left.shape[-2], left.size)
+    in_parallel(run, left.shape[-2], left.size)
     return out
 
 
@@ -230,5 +398,5 @@ def plus_product(x: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarr
         np.matmul(left[..., start:stop, :], right, out=part)
         part += x[..., start:stop, :]
 
-    hadamard.in_parallel(run, x.shape[-2], x.size)
+    in_parallel(run, x.shape[-2], x.size)
     return out

@@ -29,7 +29,6 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from enclave_runtime.crypto.encryption import refuse_pickling
@@ -40,7 +39,7 @@ from enclave_runtime.schemes.contract import Group, Scheme, SchemeCost, keyed_ax
 from enclave_runtime.schemes.equilibration import AxisScales, Equilibrated
 from enclave_runtime.schemes.kernels import hadamard
 from enclave_runtime.schemes.kernels.hadamard import AxisMap
-from enclave_runtime.schemes.masks import Mask, energies, plus_product, product_of
+from enclave_runtime.schemes.masks import Masked, energies, plus_product, product_of
 from enclave_runtime.schemes.orthogonal import mix_into, rounded, to_mixable
 
 DECOY_ENERGY = 4.0  # of all decoy rows, over the signal's
@@ -63,27 +62,6 @@ class MixingKey(NamedTuple):
 
     def __repr__(self) -> str:
         return "MixingKey(<secret>)"
-
-    __reduce__ = refuse_pickling
-
-
-class Masked(NamedTuple):
-    """A tensor with a mask of full rank, for as long as products with it come back.
-
-    Attributes:
-      plain: the tensor, as it was masked.
-      masked: the tensor with its mask.
-      mask: the mask.
-      rows: the key class of the axis before the last.
-    """
-
-    plain: np.ndarray
-    masked: np.ndarray
-    mask: Mask
-    rows: int
-
-    def __repr__(self) -> str:
-        return "Masked(<secret>)"
 
     __reduce__ = refuse_pickling
 
@@ -254,33 +232,40 @@ class Mixing(Scheme):
         whole = energies(x)
         # Nothing is no basis for a scale; it is hidden all the same.
         size = np.where(whole > 0, whole, 1.0)
-        decoys, trade, covered = None, None, None
+        decoys, trade, covered, mask, covering = None, None, None, None, size
         rows = layout.classes[-2]
         assert rows is not None, "operands of products have keys on both axes"
         if self.mask_energy:
             energy = self.mask_energy * (NARROW_FACTOR if min(x.shape[-2:]) <= NARROW else 1)
-            x, mask = masks.cover(x, energy, self.traded, draws)
-            covered = Masked(tensor.scaled, x, mask, rows)
+            mask, covering = masks.draw(x, whole, energy, self.traded, draws)
         if count:
-            decoys = _decoy_rows(tensor.scaled, count, float(size.sum()), draws)
+            decoys = _decoy_rows(x, count, float(size.sum()), draws)
         elif self.decoy_rows and not self.mask_energy:
             trade = self._trade(x, layout, size, draws)
             if trade is not None:
                 first, second = trade.values()
                 x = plus_product(x, first, second.swapaxes(-1, -2))
-        if covered is None and decoys is None and trade is None and not whole.all():
+        if mask is None and decoys is None and trade is None and not whole.all():
             # It would arrive as nothing; its products are set to zeros or computed inside.
             noise = draws.normal(x.size, x.dtype).reshape(x.shape)
             x = np.where(whole > 0, x, noise)
         last = x.ndim - 1
-        total = (energies(x) if covered is not None else size) + size * DECOY_ENERGY * bool(count)
+        total = covering + size * DECOY_ENERGY * bool(count)
         if maps[last].copies == 1:
             total = total.sum(keepdims=True)
         total = total.reshape(-1)
         mean = np.clip(np.sqrt(total / (out.size / total.size)), _TINY, 1 / _TINY)
         scalars = 4 ** (draws.uniform(total.size) - 0.5) / mean
         maps[last] = maps[last].scaled(scalars)
-        mix_into(out, x, maps, decoys)
+        if mask is None:
+            mix_into(out, x, maps, decoys)
+        else:
+            fits = out.dtype == x.dtype and out.flags.carray
+            own = out if fits else np.empty(out.shape, x.dtype)
+            keyed = masks.blind(x, mask, (maps[last - 1], maps[last]), decoys, own)
+            covered = Masked(x, mask, rows, keyed)
+            if not fits:
+                np.copyto(out, rounded(own, out.dtype))
         return TensorSecret(scalars, rows, tensor, decoys, covered, trade)
 
     def _trade(
@@ -303,7 +288,7 @@ class Mixing(Scheme):
         def uniform() -> np.ndarray:
             return (0.5 + stream.uniform(copies * k)).reshape(*batch, 1, k).astype(w.dtype)
 
-        left, sizes, right = masks.strongest_directions(w, k, energy, stream)
+        along, sizes, right = masks.strongest_directions(w, k, energy, stream)
         own = np.square(sizes, dtype=np.float64).sum(-1, keepdims=True)
         rest = np.maximum(energy - own, 0)
         others = np.sqrt(rest / (min(n, p) - k)).astype(w.dtype)
@@ -314,7 +299,9 @@ class Mixing(Scheme):
         random = [np.linalg.qr(normal(rows))[0] for rows in (n, p)]
         (first, second) = (c for c in layout.classes[-2:] if c is not None)
         return {
-            first: np.concatenate([random[0] * added, -left * removed], -1).astype(w.dtype),
+            first: np.concatenate(
+                [random[0] * added, -along * (removed / np.where(sizes > 0, sizes, 1))], -1
+            ).astype(w.dtype),
             second: np.concatenate([random[1], right], -1).astype(w.dtype),
         }
 
@@ -337,12 +324,14 @@ class Mixing(Scheme):
         assert left.tensor is not None and right.tensor is not None, "let go before the last use"
         last = blinded.ndim - 1
         maps[last] = maps[last].scaled(1 / (left.scalars * right.scalars))
-        plain = hadamard.unmix(to_mixable(blinded), maps, keep=keep)
+        product = to_mixable(blinded)
+        if left.masked is not None and right.masked is not None:
+            plain = _without_masks(product, maps, left.masked, right.masked, layout)
+        else:
+            plain = hadamard.unmix(product, maps, keep=keep)
         if left.decoys is not None and right.decoys is not None:
             plain = plus_product(plain, -left.decoys.swapaxes(-1, -2), right.decoys)
-        if left.masked is not None and right.masked is not None:
-            plain = _uncover(plain, left.masked, right.masked, layout)
-        elif right.trade is not None:
+        if right.trade is not None:
             # W's axes are the result's columns and what was summed over.
             outer = next(f for c, f in right.trade.items() if c == layout.classes[last])
             inner = next(f for c, f in right.trade.items() if c != layout.classes[last])
@@ -356,7 +345,8 @@ class Mixing(Scheme):
         if right.rows == layout.classes[-1]:
             second = second.transposed
         plain = equilibration.complete(plain, first, second)
-        return jnp.asarray(rounded(plain, blinded.dtype))
+        # In memory of its own, which nobody writes to any more: XLA may read it where it lies.
+        return jax.device_put(rounded(plain, blinded.dtype), may_alias=True)
 
     def let_go(self, secret: TensorSecret) -> TensorSecret:
         """Without its arrays: the products with it have all come back."""
@@ -375,16 +365,20 @@ def _scales(
     return (keys[first].scales, keys[second].scales), (parity, other)
 
 
-def _uncover(product: np.ndarray, left: Masked, right: Masked, layout: Layout) -> np.ndarray:
-    """Takes off what the masks of two operands added to their product, of this layout."""
+def _without_masks(
+    product: np.ndarray, maps: Mapping[int, AxisMap], left: Masked, right: Masked, layout: Layout
+) -> np.ndarray:
+    """Takes keys off a product of this layout, and what the masks of its operands added."""
     rows, columns = layout.classes[-2:]
-    first, plain = left.mask, left.plain
-    if left.rows != rows:
-        first, plain = first.transposed, plain.swapaxes(-1, -2)
-    second, masked = right.mask, right.masked
-    if right.rows == columns:
-        second, masked = second.transposed, masked.swapaxes(-1, -2)
-    return masks.uncover(product, plain, masked, first, second)
+    last = product.ndim - 1
+    aligned = left.rows == rows
+    return masks.unblind(
+        product,
+        (maps[last - 1], maps[last]),
+        left if aligned else left.transposed,
+        right.transposed if right.rows == columns else right,
+        aligned,
+    )
 
 
 def _decoy_rows(x: np.ndarray, count: int, energy: float, stream: KeyStream) -> np.ndarray:

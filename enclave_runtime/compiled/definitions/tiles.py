@@ -104,7 +104,7 @@ def _round(rounds, source, table, target):
 
 
 @compiled
-def _all_rounds(rounds, count, tile, table, first, second):
+def all_rounds(rounds, count, tile, table, first, second):
     """Does `count` rounds, by way of two more tiles; the second may be the one it starts from.
 
     Returns the tile that holds the result, and the last gather's table.
@@ -160,7 +160,7 @@ def mix_strips(plan, scratch, start, stop):
         own = _moved(tables, index * copies // plan.outer * gathers * size)
         for strip in range(0, width, lanes):
             tile = shifted(tiles, strip * size)
-            mixed, table = _all_rounds(rounds, gathers - 1, tile, own, first, second)
+            mixed, table = all_rounds(rounds, gathers - 1, tile, own, first, second)
             for i in range(kept):
                 for v in range(0, lanes, VECTOR):
                     vectors = gather(mixed, v, table.order, table.scale, i, 1)
@@ -198,7 +198,7 @@ def mix_rows(plan, scratch, start, stop):
             for j in range(whole, size):
                 second[j * lanes + v] = source[base + v * size + j]
         own = _moved(tables, copy * gathers * size)
-        mixed, table = _all_rounds(rounds, gathers - 1, second, own, first, second)
+        mixed, table = all_rounds(rounds, gathers - 1, second, own, first, second)
         for j in range(0, whole, lanes):
             for v in range(0, lanes, VECTOR):
                 for u in range(j, j + lanes, VECTOR):

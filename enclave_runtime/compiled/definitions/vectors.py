@@ -57,6 +57,43 @@ def shifted(_, pointer, by):
 
 
 @_intrinsic
+def pointer_like(_, pointer, address):
+    """The pointer to an address, for elements of another pointer's type."""
+
+    def emit(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[1], context.get_value_type(pointer))
+
+    return pointer(pointer, types.intp), emit
+
+
+@_intrinsic
+def int32_pointer(_, address):
+    """The pointer to an address, for int32."""
+    kind = types.CPointer(types.int32)
+
+    def emit(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(kind))
+
+    return kind(types.intp), emit
+
+
+@_intrinsic
+def prefetch(_, pointer, at):
+    """Has the element's cache line brought in, if there is one."""
+
+    def emit(context, builder, signature, arguments):
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        address = builder.bitcast(builder.gep(arguments[0], [arguments[1]]), byte)
+        # To read, into the second level (locality 2), data.
+        builder.call(function, [address, *(ir.Constant(flag, v) for v in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp), emit
+
+
+@_intrinsic
 def lane_count(_, pointer):
     """How many elements make a row of a tile; a constant."""
 
@@ -133,6 +170,53 @@ def gather(_, tile, lane, order, scale, first, count):
 
     result = types.UniTuple(kind, many)
     return result(tile, types.intp, order, scale, types.intp, count), emit
+
+
+@_intrinsic
+def plus(_, vectors, others):
+    """The sums of two tuples of vectors."""
+
+    def emit(context, builder, signature, arguments):
+        pairs = zip(*(cgutils.unpack_tuple(builder, many) for many in arguments), strict=True)
+        sums = [builder.fadd(x, y) for x, y in pairs]
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    return vectors(vectors, others), emit
+
+
+@_intrinsic
+def minus(_, vectors, others):
+    """The differences of two tuples of vectors."""
+
+    def emit(context, builder, signature, arguments):
+        pairs = zip(*(cgutils.unpack_tuple(builder, many) for many in arguments), strict=True)
+        differences = [builder.fsub(x, y) for x, y in pairs]
+        return context.make_tuple(builder, signature.return_type, differences)
+
+    return vectors(vectors, others), emit
+
+
+@_intrinsic
+def plus_multiples(_, vectors, factors, at, stride, vector):
+    """To each of a tuple of vectors ``factors[at + i * stride] * vector[0]`` is added."""
+
+    def emit(context, builder, signature, arguments):
+        sums = cgutils.unpack_tuple(builder, arguments[0])
+        (one,) = cgutils.unpack_tuple(builder, arguments[4])
+        zero = ir.Constant(ir.IntType(32), 0)
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), VECTOR), [0] * VECTOR)
+        address = builder.gep(arguments[1], [arguments[2]])
+        for i, before in enumerate(sums):
+            factor = builder.load(address)
+            factor = builder.insert_element(ir.Constant(one.type, ir.Undefined), factor, zero)
+            factor = builder.shuffle_vector(factor, factor, zeros)
+            # One rounding instead of two, where the processor can.
+            product = builder.fmul(factor, one, flags=("contract",))
+            sums[i] = builder.fadd(before, product, flags=("contract",))
+            address = builder.gep(address, [arguments[3]])
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    return vectors(vectors, factors, types.intp, types.intp, vector), emit
 
 
 def _pairwise(vectors: Any, combine: Callable[..., Any]) -> Any:

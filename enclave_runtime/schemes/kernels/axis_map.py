@@ -78,7 +78,7 @@ class AxisMap(NamedTuple):
         matrix = np.eye(self.size)
         for stage in range(self.order.shape[1]):
             if stage:
-                matrix = _dense_transform(self.size, self.tail_first) @ matrix
+                matrix = dense_transform(self.size, self.tail_first) @ matrix
             matrix = self.scale[copy, stage, :, None] * matrix[self.order[copy, stage]]
         return matrix
 
@@ -124,7 +124,7 @@ def block_size(size: int) -> int:
     return min(BLOCK, 1 << (size.bit_length() - 1))
 
 
-def _dense_transform(size: int, tail_first: bool) -> np.ndarray:
+def dense_transform(size: int, tail_first: bool) -> np.ndarray:
     """H as a matrix."""
     block = block_size(size)
     butterfly = np.ones((1, 1))

@@ -7,35 +7,20 @@ the work of a large one spread over threads. Maps and how they are drawn, which 
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from enclave_runtime.crypto.keys import KeyStream
-from enclave_runtime.schemes.kernels import passes
+from enclave_runtime.schemes.kernels import passes, tile_programs
 from enclave_runtime.schemes.kernels.axis_map import AxisMap as AxisMap
+from enclave_runtime.schemes.kernels.axis_map import block_size as block_size
+from enclave_runtime.schemes.kernels.axis_map import dense_transform as dense_transform
 from enclave_runtime.schemes.kernels.axis_map import draw as draw
+from enclave_runtime.schemes.kernels.threads import in_parallel
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
-# Below this many elements, handing work to another thread (0.1 to 0.3 ms, mostly until it
-# wakes and gets the GIL) costs more than it saves.
-PARALLEL_ELEMENTS = 1 << 19
-THREADS = os.cpu_count() or 1
-
-_pool = concurrent.futures.ThreadPoolExecutor(THREADS, "hadamard")
-
-
-def in_parallel(run: Callable[[int, int], None], tasks: int, elements: int) -> None:
-    """Calls ``run(start, stop)`` on ranges that add up to the tasks."""
-    parts = min(tasks, THREADS) if elements >= PARALLEL_ELEMENTS else 1
-    bounds = [tasks * part // parts for part in range(parts + 1)]
-    others = [_pool.submit(run, *bounds[part : part + 2]) for part in range(1, parts)]
-    run(*bounds[:2])
-    for other in others:
-        other.result()
 
 
 def _apply(
@@ -165,4 +150,7 @@ def warm_up() -> None:
     for dtype in DTYPES:
         mix(np.zeros((1, 2), dtype), {0: axis_map})
         mix(np.zeros((2, 1), dtype), {1: axis_map})
+        program = tile_programs.TileProgram(np.dtype(dtype), 1, 1)
+        program.unit(0, 1)
+        program.run()
     KeyStream(bytes(32)).normal(1)

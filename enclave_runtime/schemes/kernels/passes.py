@@ -40,6 +40,12 @@ class Blocks(NamedTuple):
     bare: int
     overlapping: int
 
+    def level(self, axis_size: int) -> np.ndarray:
+        """What normalises H, by the place that a gather fills: 1 where none follows at once."""
+        level = np.full(axis_size, self.size**-0.5)
+        level[self.bare : self.bare + axis_size % self.size] = 1
+        return level
+
 
 class Pass(NamedTuple):
     """All that the kernels read of one pass, and where they write.
@@ -132,10 +138,8 @@ def planned(
       target: of the source's shape but along the axis; may be `source` where they agree.
     """
     blocks = blocks_of(axis_map)
-    level = np.full(axis_map.size, blocks.size**-0.5)
-    level[blocks.bare : blocks.bare + axis_map.size % blocks.size] = 1
     scale = axis_map.scale.copy()
-    scale[:, :-1] *= level
+    scale[:, :-1] *= blocks.level(axis_map.size)
     flat = source.reshape(-1), (source[:0] if extra is None else extra).reshape(-1)
     for array in flat:
         # One signature of each kernel serves writable and read-only sources.

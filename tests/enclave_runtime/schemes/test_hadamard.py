@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from scipy import stats
 
 from enclave_runtime.crypto.keys import KeyStream
-from enclave_runtime.schemes.kernels import hadamard, passes
+from enclave_runtime.schemes.kernels import hadamard, passes, threads
 from enclave_runtime.schemes.kernels.hadamard import AxisMap, draw, mix, unmix
 
 KEY = bytes(range(32))
@@ -130,7 +130,7 @@ def test_extra_rows_are_appended_and_cut_off(batch, rows, more, width, copied, d
 def test_threads_do_the_same_work(dtype, monkeypatch):
     x, maps = uniform(5, 300, 400, dtype=dtype), {0: drawn(311), 1: drawn(400)}
     extra = uniform(6, 11, 400, dtype=dtype)
-    monkeypatch.setattr(hadamard, "PARALLEL_ELEMENTS", 0)
+    monkeypatch.setattr(threads, "PARALLEL_ELEMENTS", 0)
     monkeypatch.setattr(hadamard, "THREADS", 3)
     parallel = mix(x, maps, extra=extra)
     monkeypatch.setattr(hadamard, "THREADS", 1)

@@ -90,11 +90,29 @@ def test_indices_of_any_size_do_not_spoil_each_other():
         assert np.linalg.norm(y[i] - exact) < 2e-5 * np.linalg.norm(exact)
 
 
+def dense(mask: masks.Mask) -> np.ndarray:
+    """A mask, its maps multiplied as matrices: (copies, m, n)."""
+    short = min(mask.rows.size, mask.columns.size)
+    copies = [
+        mask.rows.dense(copy)[:, :short] @ mask.columns.dense(copy)[:short]
+        for copy in range(mask.rows.copies)
+    ]
+    return np.stack(copies) - mask.left @ transposed(mask.right)
+
+
+def cover(
+    x: np.ndarray, energy: float, strongest: int, draws: KeyStream
+) -> tuple[np.ndarray, masks.Mask]:
+    """The tensor with a mask, and the mask."""
+    mask, _ = masks.draw(x, masks.energies(x), energy, strongest, draws)
+    return x + dense(mask).reshape(x.shape), mask
+
+
 @pytest.mark.parametrize("shape", [(192, 64), (64, 192), (100, 130), (2, 128, 64)])
 def test_a_mask_has_full_rank_and_its_energy_at_every_index(shape):
     x = np.random.default_rng(0).normal(size=shape)
     x[0] *= 30
-    seen, mask = masks.cover(x, 9.0, 0, stream())
+    seen, mask = cover(x, 9.0, 0, stream())
     added = (seen - x).reshape(-1, *shape[-2:])
     for one, plain in zip(added, x.reshape(added.shape), strict=True):
         assert np.linalg.matrix_rank(one) == min(shape[-2:])
@@ -113,14 +131,14 @@ def test_narrow_tensors_have_more_energy(shape, energy):
     of = Layout((*(None for _ in shape[2:]), 0, 1), (*(0 for _ in shape[2:]), 1, 1))
     covered = scheme.blind(x, of, keys, np.empty_like(x), lambda: draws).masked
     assert covered is not None
-    added = np.square(covered.masked - covered.plain).sum()
+    added = np.square(dense(covered.mask)).sum()
     assert added == pytest.approx(energy * np.square(x).sum())
 
 
 @pytest.mark.parametrize(("side", "count"), [(20, 5), (64, 8), (255, 8), (256, 16), (600, 32)])
 def test_more_directions_of_wider_tensors_are_taken_down(side, count):
     x = np.random.default_rng(0).normal(size=(side, 640))
-    assert masks.cover(x, 15.0, 8, stream())[1].left.shape == (side, count)
+    assert cover(x, 15.0, 8, stream())[1].left.shape == (side, count)
 
 
 def test_strong_directions_do_not_stick_out():
@@ -128,7 +146,7 @@ def test_strong_directions_do_not_stick_out():
     x = rng.normal(size=(256, 256)) + 3.0
     strong = np.linalg.svd(x)[0][:, 0]
     for count, stands in ((0, True), (8, False)):
-        seen, _ = masks.cover(x, 9.0, count, stream())
+        seen, _ = cover(x, 9.0, count, stream())
         left, sizes, _ = np.linalg.svd(seen)
         assert (np.abs(left[:, :4].T @ strong).max() > 0.9) == stands
         assert (sizes[0] > 1.5 * sizes[1]) == stands
@@ -140,7 +158,7 @@ def test_spectra_of_masks_differ_as_much_at_any_size():
     def spread(size: int, count: int) -> float:
         zeros, found = np.zeros((size, size)), []
         for number in range(count):
-            sizes = np.linalg.svd(masks.cover(zeros, 9.0, 0, stream(number))[0], compute_uv=False)
+            sizes = np.linalg.svd(cover(zeros, 9.0, 0, stream(number))[0], compute_uv=False)
             energies = sizes**2 / np.square(sizes).mean()
             found.append(np.log(np.square(energies).mean()))
         return float(np.std(found))
@@ -159,7 +177,15 @@ def test_scales_stay_within_their_condition():
 
 def test_masks_are_fresh_and_secret():
     x = np.ones((64, 64))
-    first, second = (masks.cover(x, 9.0, 8, stream(n)) for n in (1, 2))
+    first, second = (cover(x, 9.0, 8, stream(n)) for n in (1, 2))
     a, b = (seen - x for seen, _ in (first, second))
     assert abs((a * b).sum()) < 0.1 * np.linalg.norm(a) * np.linalg.norm(b)
     assert repr(first[1]) == "Mask(<secret>)"
+
+
+@pytest.mark.parametrize("size", [1, 5, 64, 100, 130, 200])
+def test_energies_of_maps_are_told_from_their_scales(size):
+    for flat in (False, True):
+        drawn = masks._draw_map(stream(), size, 2, flat=flat)
+        exact = [np.square(drawn.dense(copy)).sum() for copy in range(2)]
+        np.testing.assert_allclose(masks._map_energies(drawn), exact)

@@ -66,6 +66,7 @@ def test_a_single_row_or_element_is_enough():
     assert ("w", "copy") in found(planted(w[:, 5]))
     assert ("w", "element") in found(planted(w[3, 3]))
     assert ("w", "element") in found(planted(w[3, 3:5].astype(np.float32)))
+    assert ("w", "element") in found(planted(w[3:5, 3].astype(np.float32)))
 
 
 @pytest.mark.parametrize("form", DTYPES)

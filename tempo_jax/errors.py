@@ -14,6 +14,10 @@ class TempoError(Exception):
     """Base of every error that tempo_jax raises on purpose."""
 
 
+class CostFileError(TempoError, ValueError):
+    """A file of measured rates that has none, or those of another version."""
+
+
 class AttestationError(TempoError):
     """Evidence that does not show the enclave that the policy asks for."""
 

@@ -16,7 +16,7 @@ ROOT = Path(tempo.__file__).parent.parent
 # Every folder, with those that it may import; from the top of the house to its ground.
 RULES = {
     "tempo_jax": {
-        "cli": {"api", "enclave", "transport", "attestation"},
+        "cli": {"api", "enclave", "planning", "transport", "attestation"},
         "api": {"running", "enclave", "planning", "sealing", "jaxprs"},
         "running": {"enclave", "transport", "planning", "sealing", "jaxprs"},
         "enclave": {"transport", "attestation", "sealing", "planning", "jaxprs"},

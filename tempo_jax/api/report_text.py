@@ -14,6 +14,7 @@ from tempo_jax.api.report_costs import Layer, counted
 from tempo_jax.api.report_figures import Figures
 from tempo_jax.jaxprs import equations
 from tempo_jax.jaxprs.types import array_type
+from tempo_jax.planning.calibration import described
 from tempo_jax.planning.plan import offloaded
 from tempo_jax.schemes import Group
 
@@ -80,6 +81,7 @@ def totals(figures: Figures) -> list[str]:
         )
     if figures.sends_little:
         lines.append(would_leave(figures))
+    lines.append(f"estimated from {described(figures.model)}")
     return [f"  {line}" for line in lines]
 
 

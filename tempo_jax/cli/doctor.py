@@ -59,6 +59,7 @@ def diagnose() -> list[Finding]:
         _sgx_devices,
         _quoting,
         _signing_key,
+        _rates,
     )
     return [check() for check in checks]
 
@@ -87,6 +88,24 @@ def _system() -> Finding:
     if platform.machine() != "x86_64":
         return Finding("system", "warn", detail, "SGX needs x86_64; kind='process' does not")
     return Finding("system", "ok", detail)
+
+
+def _rates() -> Finding:
+    from tempo_jax.errors import CostFileError
+    from tempo_jax.planning import calibration
+
+    try:
+        shipped = calibration.shipped_costs()
+    except CostFileError as error:
+        return Finding("rates", "warn", str(error), f"unset {calibration.SHIPPED}")
+    if shipped is not None:
+        path = os.environ[calibration.SHIPPED]
+        return Finding("rates", "ok", f"{path}: {calibration.described(shipped)}")
+    found = calibration.cached_costs()
+    if not found:
+        return Finding("rates", "ok", "not measured yet: the first plan measures them")
+    lines = [f"{path}: {calibration.described(model)}" for path, model in found.items()]
+    return Finding("rates", "ok", "; ".join(lines))
 
 
 def _jax() -> Finding:

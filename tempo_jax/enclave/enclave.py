@@ -335,7 +335,8 @@ class Enclave:
         """What the enclave's work costs, from which plans are made.
 
         A launched enclave's is cached on disk for the machine. One that serves measures once, so
-        that its client and its host, who plan apart, plan alike.
+        that its client and its host, who plan apart, plan alike. A file that the variable
+        ``TEMPO_JAX_COSTS`` names takes the place of both; client and host need the same.
         """
         if self.follows:
             assert self.processes is not None

@@ -11,16 +11,21 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from tempo_jax.cache import cache_directory
+from tempo_jax.errors import CostFileError
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.schemes import SchemeCost
 
-_FORMAT = 3  # raise when what is measured changes its meaning
+_FORMAT = 4  # raise when what is measured changes its meaning
+SHIPPED = "TEMPO_JAX_COSTS"  # the variable that names a file of figures
+KINDS = ("process", "gramine-direct", "gramine-sgx")
 
 
 def machine_costs(kind: str, measure: Callable[[], dict[str, Any]]) -> CostModel:
@@ -30,11 +35,17 @@ def machine_costs(kind: str, measure: Callable[[], dict[str, Any]]) -> CostModel
       kind: of enclave; the same code is slower under Gramine.
       measure: has the enclave measure; called if its figures are not in the cache
         (``$XDG_CACHE_HOME/tempo_jax``, by default ``~/.cache/tempo_jax``).
+
+    Raises:
+      CostFileError: ``$TEMPO_JAX_COSTS`` names no file of figures.
     """
+    shipped = shipped_costs()
+    if shipped is not None:
+        return shipped
     path = cache_directory() / f"costs-{_machine(kind)}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return cost_model(json.loads(path.read_text()))
-    measured = measure()
+        return _read(path)
+    measured = {**measure(), "measured_at": int(time.time())}
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed: another process may be reading.
@@ -42,6 +53,57 @@ def machine_costs(kind: str, measure: Callable[[], dict[str, Any]]) -> CostModel
             json.dump(measured, file)
         os.replace(file.name, path)
     return cost_model(measured)
+
+
+def shipped_costs() -> CostModel | None:
+    """The figures in the file that ``$TEMPO_JAX_COSTS`` names, or None where it names none.
+
+    A copy of what `cached_costs` finds, kept with a project, gives the same plans on any machine.
+
+    Raises:
+      CostFileError: the file cannot be read, or has other content.
+    """
+    path = os.environ.get(SHIPPED)
+    if not path:
+        return None
+    try:
+        return _read(Path(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise CostFileError(
+            f"${SHIPPED} names {path}, which has no figures of this version ({error}). Copy one "
+            f"of the files that `tempo-jax doctor` names, or unset the variable to have the "
+            "enclave measured."
+        ) from error
+
+
+def cached_costs() -> dict[Path, CostModel]:
+    """The figures that were measured for this machine and version, of each kind of enclave."""
+    found = {}
+    for kind in KINDS:
+        path = cache_directory() / f"costs-{_machine(kind)}.json"
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found[path] = _read(path)
+    return found
+
+
+def described(model: CostModel) -> str:
+    """The rates and their age, in a line."""
+    rates = [f"{model.dot_flops / 1e9:.0f} GFLOP/s inside"]
+    rates += [f"{cost.blinding:.1f} ns an element by {n}" for n, cost in model.schemes.items()]
+    rates.append(f"{model.nanoseconds_per_byte:.2f} ns to move a byte")
+    age = "of unknown age"
+    if model.measured_at:
+        days = int(max(time.time() - model.measured_at, 0) / 86400)
+        age = f"measured {days} days ago" if days else "measured today"
+    return f"{', '.join(rates)}; {age}"
+
+
+def _read(path: Path) -> CostModel:
+    """The figures in a file; see `cost_model`."""
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    return cost_model(content)
 
 
 def cost_model(measured: dict[str, Any]) -> CostModel:
@@ -61,11 +123,14 @@ def _machine(kind: str) -> str:
     """Names what the figures depend on.
 
     That is the enclave's kind, the processor, how many there are and how many of them this
-    process, and so the enclave that it launches, may use, and JAX's version.
+    process, and so the enclave that it launches, may use, and the versions of JAX and this
+    library.
     """
+    from tempo_jax import __version__  # It imports this module.
+
     model = ""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         model = next((line for line in lines if line.startswith("model name")), "")
     cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"
-    parts = [str(_FORMAT), kind, model, cores, jax.__version__]
+    parts = [str(_FORMAT), kind, model, cores, jax.__version__, __version__]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]

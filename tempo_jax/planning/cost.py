@@ -33,6 +33,7 @@ class CostModel:
         the arithmetic; 0 where products are not checked.
       margin: a product goes out only where the enclave saves by this factor: what is measured once,
         in warm caches, takes up to half as long again in the middle of a step.
+      measured_at: seconds since 1970 at which it was measured; 0 if that is not known.
     """
 
     dot_flops: float = 1e11
@@ -42,6 +43,7 @@ class CostModel:
     schemes: Mapping[str, SchemeCost] = dataclasses.field(default_factory=dict)
     checking: float = 0.0
     margin: float = 1.6
+    measured_at: int = dataclasses.field(default=0, compare=False)
 
     def inside(self, eqn: JaxprEqn) -> float:
         """Seconds that the enclave takes to compute a product itself."""

@@ -10,12 +10,13 @@ import pytest
 
 from tempo_jax.cli import doctor, main
 from tempo_jax.cli.doctor import Finding, diagnose, format_findings
+from tempo_jax.planning import calibration
 
 
 def test_this_machine_has_what_it_takes():
     findings = diagnose()
     names = [f.name for f in findings]
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) == 11
     assert not [f for f in findings if f.status == "fail"]
     assert all(f.detail for f in findings)
     # Whatever is wrong comes with what to do.
@@ -199,3 +200,16 @@ def test_the_command_shows_and_judges(monkeypatch, capsys):
     assert main.main(["doctor", "--json"]) == 1
     shown = json.loads(capsys.readouterr().out)
     assert shown[2] == {"name": "c", "status": "fail", "detail": "gone", "fix": "get it"}
+
+
+def test_rates_and_their_age(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "not measured yet" in doctor._rates().detail
+    calibration.machine_costs("process", lambda: {"dot_flops": 7e10})
+    found = doctor._rates()
+    assert found.status == "ok"
+    assert "costs-" in found.detail and "70 GFLOP/s inside" in found.detail
+    assert "measured today" in found.detail
+    monkeypatch.setenv(calibration.SHIPPED, str(tmp_path / "none.json"))
+    found = doctor._rates()
+    assert found.status == "warn" and "none.json" in found.detail

@@ -4,6 +4,9 @@ import os
 
 import pytest
 
+import tempo_jax
+from tempo_jax.errors import CostFileError
+from tempo_jax.planning import calibration
 from tempo_jax.planning.calibration import machine_costs
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.transport import launch
@@ -40,6 +43,40 @@ def test_figures_of_fewer_cores_are_others(measured, monkeypatch):
     measured()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5})
     assert measured()[1] == 2
+
+
+def test_figures_of_another_version_are_measured_anew(measured, monkeypatch):
+    measured()
+    monkeypatch.setattr(tempo_jax, "__version__", "9.9.9")
+    assert measured()[1] == 2
+
+
+def test_a_file_gives_the_same_figures_anywhere(measured, monkeypatch, tmp_path):
+    measured()
+    (path,) = calibration.cached_costs()
+    kept = tmp_path / "costs.json"
+    kept.write_text(path.read_text())
+    monkeypatch.setenv(calibration.SHIPPED, str(kept))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5})
+    assert measured("gramine-sgx") == (CostModel(latency=1e-3), 1)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"speed": 1}', '{"schemes": {"mixing": {}}}'])
+def test_a_file_without_figures_is_refused(measured, monkeypatch, tmp_path, content):
+    kept = tmp_path / "costs.json"
+    if content is not None:
+        kept.write_text(content)
+    monkeypatch.setenv(calibration.SHIPPED, str(kept))
+    with pytest.raises(CostFileError, match="costs.json, which has no figures of this version"):
+        measured()
+
+
+def test_rates_are_told_with_their_age(monkeypatch):
+    model = CostModel(dot_flops=5e10, measured_at=1_000_000_000)
+    monkeypatch.setattr(calibration.time, "time", lambda: 1_000_000_000 + 3.5 * 86400)
+    assert calibration.described(model).startswith("50 GFLOP/s inside, ")
+    assert calibration.described(model).endswith("measured 3 days ago")
+    assert calibration.described(CostModel()).endswith("of unknown age")
 
 
 def test_launched_enclaves_know_their_kind(monkeypatch, tmp_path):

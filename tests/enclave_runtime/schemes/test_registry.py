@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -72,12 +73,13 @@ def test_two_schemes_cannot_share_a_name():
 
 
 def test_measured_costs_are_those_of_every_scheme(monkeypatch):
-    def a_second(work):
-        work()
-        return 1.0
+    def a_second_each(works):
+        for work in works.values():
+            work()
+        return dict.fromkeys(works, 1.0)
 
     monkeypatch.setitem(SCHEMES, Rotation.name, Rotation)
-    monkeypatch.setattr(timing, "_seconds", a_second)
+    monkeypatch.setattr(timing, "_least_seconds", a_second_each)
     measured = timing.measure()
     assert set(measured["schemes"]) == set(SCHEMES)
     cost = cost_model(measured).cost_of(Rotation())
@@ -104,3 +106,17 @@ def test_every_scheme_describes_itself():
     for name, scheme in SCHEMES.items():
         assert issubclass(scheme, Scheme) and scheme.__module__.rpartition(".")[2] == name
         assert isinstance(scheme.reference, SchemeCost) and scheme.host_learns
+
+
+def test_the_least_of_times_in_turn_counts(monkeypatch):
+    clock, done = [0.0], []
+    lasts = {"a": iter([1, 5, 3, 9, 8, 9, 9]), "b": iter([1, 9, 9, 9, 9, 9, 2])}
+
+    def work(name):
+        clock[0] += next(lasts[name])
+        done.append(name)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    least = timing._least_seconds({name: functools.partial(work, name) for name in "ab"})
+    assert least == {"a": 3, "b": 2}, "the first of each compiles, and does not count"
+    assert done == list("ab" * 7)

@@ -23,8 +23,8 @@ _NORMAL_BLOCK = 8192
 
 
 _shuffled = Kernel("enclave_runtime.compiled.definitions.sampling", "shuffled")
-_accepted = Kernel("enclave_runtime.compiled.definitions.sampling", "accepted")
 _box_muller = Kernel("enclave_runtime.compiled.definitions.sampling", "box_muller")
+_residues = Kernel("enclave_runtime.compiled.definitions.sampling", "residues")
 
 
 class KeyStream:
@@ -64,23 +64,24 @@ class KeyStream:
     def residues(self, primes: Sequence[int], copies: int, count: int) -> np.ndarray:
         """Uniform residues between -(p-1)/2 and (p-1)/2, int8[copies, primes, count].
 
-        A byte that is not below its prime is drawn again, so that none is likelier than another.
+        A word of 16 bits beyond the last multiple of its prime is drawn again, so that none is
+        likelier than another.
 
         Args:
           primes: odd, between 3 and 255.
           copies: how many for each prime and place.
           count: places.
         """
-        drawn = self._bytes(copies * len(primes) * count).reshape(-1, count)
-        rejected = drawn.size - sum(primes) * copies * count // 256
-        done = np.zeros(1, np.int64)
+        drawn = self._halfwords(copies * len(primes) * count).reshape(-1, count)
+        out, done = np.empty(drawn.shape, np.int8), np.zeros(1, np.int64)
         while done[0] < drawn.size:
-            _accepted(drawn, np.array(primes, np.uint8), self._bytes(rejected + 64), done)
-        return drawn.view(np.int8).reshape(copies, len(primes), count)
+            spare = self._halfwords(64 + drawn.size // 256)
+            _residues(drawn, np.array(primes, np.int64), spare, done, out)
+        return out.reshape(copies, len(primes), count)
 
-    def _bytes(self, count: int) -> np.ndarray:
-        """uint8[count] that may be written to."""
-        return self.words(-(-count // 8)).view(np.uint8)[:count].copy()
+    def _halfwords(self, count: int) -> np.ndarray:
+        """uint16[count] that may be written to."""
+        return self.words(-(-count // 4)).view(np.uint16)[:count].copy()
 
     def uniform(self, count: int) -> np.ndarray:
         """Uniform float64[count] strictly between 0 and 1, of 53 bits: odd multiples of 2**-53."""

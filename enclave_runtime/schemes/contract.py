@@ -188,7 +188,7 @@ class Scheme(abc.ABC):
 
         Args:
           product: the plain product of two arrays of the blinded types' shapes, in the formats it
-            has, or summed in a third argument's.
+            has; of int8 arrays, between -125 and 125, exact in int32.
           lhs: left operand.
           rhs: right one.
         """

@@ -28,6 +28,7 @@ from tempo_jax.jaxprs.products import contracted_axes, is_product
 from tempo_jax.jaxprs.types import JaxprEqn, Literal, Var
 from tempo_jax.planning.mesh import local_shape
 from tempo_jax.planning.plan import Plan, offloaded
+from tempo_jax.running import integers
 
 
 class Visits(Protocol):
@@ -239,10 +240,11 @@ class _HostProgram:
         return split is not None and split in axes
 
 
-def _multiplied(eqn: JaxprEqn, lhs: Any, rhs: Any, dtype: Any = None) -> Any:
-    """A product of other operands, in its own formats or summed in `dtype`."""
-    changes = {} if dtype is None else {"precision": None, "preferred_element_type": dtype}
-    (result,) = equations.bind(eqn, [lhs, rhs], **changes)
+def _multiplied(eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
+    """A product of other operands; of 8-bit integers in int32."""
+    if lhs.dtype == jnp.int8:
+        return integers.multiply(eqn, lhs, rhs)
+    (result,) = equations.bind(eqn, [lhs, rhs])
     return result
 
 

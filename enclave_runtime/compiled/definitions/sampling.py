@@ -13,6 +13,7 @@ from enclave_runtime.compiled.kernel import compiled
 
 # The bits of the float64 number sqrt(1/2), and those of any that are not sign or exponent.
 _ROOT_HALF = np.int64(0x3FE6A09E667F3BCD)
+_TOGETHER = 64  # words that are compared at once
 _FRACTION = np.int64((1 << 52) - 1)
 
 
@@ -76,30 +77,49 @@ def box_muller(words, values):
 
 
 @compiled
-def accepted(drawn, primes, spare, done):
-    """Replaces random bytes that are not below their prime, and takes half the prime off each.
+def residues(drawn, primes, spare, done, out):
+    """Uniform residues between -(p-1)/2 and (p-1)/2 from random words of 16 bits.
 
-    How long it takes depends on the bytes that are rejected alone, of which none is used.
+    A word beyond the last multiple of its prime is drawn again, so that no residue is likelier than
+    another. How long that takes depends on such words alone, of which none is used.
 
     Args:
-      drawn: uint8[rows, n], replaced from where the call before stopped.
-      primes: uint8[k]; row i has the prime of i modulo k.
-      spare: uint8[m], taken in order for what is rejected.
-      done: int64[1], how many of `drawn` are final; all, unless the spare bytes ran out.
+      drawn: uint16[rows, n], replaced where words are drawn again.
+      primes: int64[k]; row i has the prime of i modulo k.
+      spare: uint16[m], taken in order for what is drawn again.
+      done: int64[1], how many of `drawn` were looked at; all, unless the spare words ran out, and
+        then the call is to be repeated with others.
+      out: int8[rows, n], takes the residues when all is done.
     """
     used, count = 0, drawn.shape[1]
     for row in range(done[0] // count, drawn.shape[0]):
-        prime = primes[row % primes.size]
-        for i in range(done[0] - row * count, count):
-            byte = drawn[row, i]
-            while byte >= prime and used < spare.size:
-                byte = spare[used]
-                used += 1
-            if byte >= prime:
-                done[0] = row * count + i
-                return
-            drawn[row, i] = byte - prime // 2  # modulo 2**8: the same bits as an int8
+        words, prime = drawn[row], primes[row % primes.size]
+        last = np.uint16(65535 - 65536 % prime)
+        start = done[0] - row * count
+        while start < count:
+            stop = min(start + _TOGETHER, count)
+            beyond = np.uint16(0)
+            for i in range(start, stop):
+                beyond |= np.uint16(words[i] > last)
+            if beyond:
+                for i in range(start, stop):
+                    while words[i] > last:
+                        if used == spare.size:
+                            done[0] = row * count + i
+                            return
+                        words[i] = spare[used]
+                        used += 1
+            start = stop
         done[0] = (row + 1) * count
+    for row in range(drawn.shape[0]):
+        words, taken = drawn[row], out[row]
+        prime = np.int32(primes[row % primes.size])
+        inverse, half = np.float32(1) / np.float32(prime), np.int32(prime // 2)
+        for i in range(count):
+            word = np.int32(words[i])
+            # At least 1/502 away from the next integer, and float32 errs by 1e-4 at most.
+            quotient = np.int32((np.float32(word) + np.float32(0.5)) * inverse)
+            taken[i] = np.int8(np.int32(word - quotient * prime) - half)
 
 
 @compiled

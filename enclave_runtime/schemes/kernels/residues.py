@@ -24,7 +24,7 @@ from enclave_runtime.crypto.keys import KeyStream
 
 _split = Kernel("enclave_runtime.compiled.definitions.residues", "split")
 
-# The largest below 2**8, so that few are needed and a random byte is rarely rejected.
+# The largest below 2**8, so that few are needed.
 PRIMES = (251, 241, 239, 233, 229, 227, 223, 211, 199, 197, 193, 191, 181, 179)
 LARGEST = (PRIMES[0] - 1) // 2  # of a residue
 # So many products of two residues add up in an int32 without overflow.

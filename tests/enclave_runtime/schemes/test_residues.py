@@ -88,8 +88,24 @@ def test_a_byte_modulo_a_prime_would_not_pass():
     assert chi_square((words % 179).astype(np.int16) - 89, 179) > LIMIT
 
 
-def test_spare_bytes_that_run_out_are_drawn_again():
-    """Three spare bytes a time would never do for 20,000 of the smallest prime."""
-    drawn = stream(5).residues((3, 5), 1, 20_000)  # 98 % are rejected
-    assert set(np.unique(drawn[0, 0])) == {-1, 0, 1}
-    assert chi_square(drawn[0, 0], 3) < LIMIT and chi_square(drawn[0, 1], 5) < LIMIT
+def test_spare_words_that_run_out_are_drawn_again():
+    """More words are beyond the last multiple of 251 than there are spare ones at a time."""
+    count = 200
+    words = np.full(2 * count, 0xFFFF, np.uint16)
+    words[count:] = np.arange(count) % 500  # what comes in their place
+    source = stream()
+    given = iter([words[:count].copy(), words[count : count + 64].copy(), *[words[-64:]] * 9])
+    source._halfwords = lambda _: next(given)  # pyright: ignore[reportAttributeAccessIssue]
+    drawn = source.residues((251,), 1, count)
+    expected = np.concatenate([words[count : count + 64], *[words[-64:]] * 3])[:count]
+    np.testing.assert_array_equal(drawn[0, 0], expected.astype(int) % 251 - 125)
+
+
+@pytest.mark.parametrize("prime", PRIMES)
+def test_every_word_below_the_last_multiple_gives_its_remainder(prime):
+    words = np.arange(65536 - 65536 % prime, dtype=np.uint16)
+    source = stream()
+    given = iter([words.copy(), np.zeros(1, np.uint16)])
+    source._halfwords = lambda _: next(given)  # pyright: ignore[reportAttributeAccessIssue]
+    drawn = source.residues((prime,), 1, words.size)
+    np.testing.assert_array_equal(drawn[0, 0], words.astype(int) % prime - prime // 2)

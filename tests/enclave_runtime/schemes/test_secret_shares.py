@@ -46,7 +46,7 @@ def outside(
 
 @functools.partial(jax.jit, static_argnums=0)
 def pools_part(product: Callable[..., Any], lhs: Any, rhs: Any) -> Any:
-    return SCHEME.device_product(product, lhs, rhs)
+    return SCHEME.device_product(functools.partial(product, dtype=jnp.int32), lhs, rhs)
 
 
 def matmul(x: Any, w: Any, dtype: Any = None) -> Any:

@@ -299,7 +299,7 @@ VICTIMS = {
                 batch=256,
                 width=width,
                 warm_up=60,
-                inside=("dense1", "head") if width > 1024 else ("head",),
+                inside=("dense1", "head") if width > 512 else ("head",),
             )
             for width in WIDER
         ),

@@ -16,12 +16,13 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from benchmarks.attacks.results import Measurement, measure, report
+from benchmarks.attacks.results import Measurement, measure
 from benchmarks.attacks.traces import ProductTruth, ProductView, Trace
 
 DIRECTIONS = 32  # leading directions that are counted
 SUBSPACE = 12  # leading directions whose span is compared
 WIDE_SUBSPACE = 48  # the same, beyond those that a mask can trade
+WIDE_LIMIT = 0.25  # share of what chance leaves
 COSINE = 0.9  # from which two directions count as one
 WIDTH = 2 * DIRECTIONS  # a narrower axis has too few directions to tell linked from lucky
 PAIRS = 3  # pairs of steps over which a count is averaged
@@ -243,11 +244,12 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
     if weights:
         worst = max(weights, key=lambda name: found[name]["w"][4])
         measurements.append(
-            report(
+            measure(
                 "S4",
                 f"w subspace of {WIDE_SUBSPACE}, over chance",
                 found[worst]["w"][4],
                 chance=0,
+                threshold=WIDE_LIMIT,
                 note=f"between steps, worst in {worst}",
             )
         )

@@ -136,24 +136,14 @@ def resumed_in_another_enclave() -> None:
         check(enclave.open(state), losses, STEPS + 2)
 
 
-def examples() -> None:
-    from examples import inference, transformer
-
-    size = ["--steps", "2", "--batch-size", "256"]
-    inference.main([*size, "--requests", "1"])
-    with tempfile.TemporaryDirectory() as folder:
-        transformer.main([*size, "--no-judge", "--plot", str(pathlib.Path(folder, "plot.png"))])
-
-
 @pytest.mark.parametrize(
     ("programs", "devices"),
     [
         ((with_every_scheme, verified), 1),
         ((inference, resumed_in_another_enclave), 1),
         ((over_a_mesh,), 4),
-        pytest.param((examples,), 1, marks=pytest.mark.slow),
     ],
-    ids=["schemes and verification", "inference and checkpoints", "mesh", "examples"],
+    ids=["schemes and verification", "inference and checkpoints", "mesh"],
 )
 def test_users_programs(programs, devices):
     run_fresh(*programs, devices=devices)

@@ -51,12 +51,12 @@ def build(width: int) -> tuple[Any, Any]:
     return train_step, {"params": layers, "optimizer": tx.init(layers)}
 
 
-def batch(width: int) -> common.Batch:
-    """Returns random examples of this width, and their classes."""
+def batch(width: int, rows: int = ROWS) -> common.Batch:
+    """Returns so many random examples of this width, and their classes."""
     rng = np.random.default_rng(1)
     return {
-        "x": rng.normal(size=(ROWS, width)).astype(np.float32),
-        "y": rng.integers(0, CLASSES, ROWS).astype(np.int32),
+        "x": rng.normal(size=(rows, width)).astype(np.float32),
+        "y": rng.integers(0, CLASSES, rows).astype(np.int32),
     }
 
 

@@ -1,13 +1,18 @@
 """Measures the enclave's own work under each scheme against computing everything inside.
 
 Run it from the repository's root: ``python -m benchmarks.placement``. `README.md` beside this file
-says what each column means. For every width and scheme a multilayer perceptron trains in turn under
-`jax.jit`, under `tempo.shield`, and with ``placement="enclave"``, in one process.
+says what each column means. For every width, number of rows and scheme a multilayer perceptron
+trains in turn under `jax.jit`, under `tempo.shield`, and with ``placement="enclave"``, in one
+process; ``--against DIR`` compares the enclave's work with that of another checkout, in turn.
 """
 
 import argparse
+import itertools
 import json
+import math
+import os
 import pathlib
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -25,8 +30,8 @@ QUICK_WIDTHS = (64, 256, 1024)
 GOAL = 1.05  # the enclave's busy time over that of computing everything inside
 
 
-def measure(width: int, scheme_name: str, steps: int, launches: int) -> Json:
-    """Trains one width under one scheme, all variants in turn, in enclaves launched several times.
+def measure(width: int, rows: int, scheme_name: str, steps: int, launches: int) -> Json:
+    """Trains one size under one scheme, all variants in turn, in enclaves launched several times.
 
     Processes differ in speed for as long as they live, so one launch does not tell.
 
@@ -36,7 +41,7 @@ def measure(width: int, scheme_name: str, steps: int, launches: int) -> Json:
       products' arithmetic that goes out.
     """
     train_step, state = build(width)
-    examples = batch(width)
+    examples = batch(width, rows)
     scheme = common.SCHEMES[scheme_name]()
     seconds: dict[str, list[float]] = {}
     busy: dict[str, list[float]] = {}
@@ -57,11 +62,42 @@ def measure(width: int, scheme_name: str, steps: int, launches: int) -> Json:
             share = outside / total
     return {
         "width": width,
+        "rows": rows,
         "scheme": scheme_name,
         "busy": {v: float(np.median(s)) for v, s in busy.items()},
         "seconds": {v: float(np.median(s)) for v, s in seconds.items()},
         "offloaded": share,
     }
+
+
+def compare(
+    other: pathlib.Path, width: int, rows: int, scheme: str, steps: int, launches: int
+) -> Json:
+    """The enclave's work in this checkout and in another one, launched in turn.
+
+    Returns:
+      For `busy` and `processor`, see `benchmarks.busy`, the least seconds of a step of both: other
+      work on the machine only adds to them.
+
+    Raises:
+      CalledProcessError: the other checkout does not run.
+    """
+    script = pathlib.Path(__file__).with_name("busy.py")
+    checkouts = {"here": script.parent.parent, "there": other.absolute()}
+    least: Json = {"busy": {}, "processor": {}}
+    for _ in range(launches):
+        for name, root in checkouts.items():
+            done = subprocess.run(
+                [sys.executable, "-P", str(script), *map(str, (width, rows, scheme, steps))],
+                cwd=root,
+                env={**os.environ, "PYTHONPATH": str(root)},
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for what, seconds in json.loads(done.stdout).items():
+                least[what][name] = min(seconds + [least[what].get(name, math.inf)])
+    return least
 
 
 def busy_ratio(result: Json) -> float:
@@ -72,19 +108,36 @@ def busy_ratio(result: Json) -> float:
 def table(results: Json) -> str:
     """Returns the results as a line on the machine and a Markdown table."""
     lines = [
-        f"{describe(results['environment'])}; {ROWS} rows, "
-        f"medians of {results['steps']} steps in each of {results['launches']} launches. "
+        f"{describe(results['environment'])}; medians of {results['steps']} steps in each of "
+        f"{results['launches']} launches. "
         f"Goal for the enclave's work: at most {GOAL}.",
         "",
-        "| scheme | width | enclave's work ÷ all inside | products' arithmetic sent out "
-        "| step ÷ plain's | all inside ÷ plain's |",
-        "|:--|--:|--:|--:|--:|--:|",
+        "| scheme | width | rows | enclave's work ÷ all inside | largest possible gain "
+        "| products' arithmetic sent out | step ÷ plain's | all inside ÷ plain's |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in results["results"]:
-        plain = r["seconds"][PLAIN]
+        plain, ratio = r["seconds"][PLAIN], busy_ratio(r)
         lines.append(
-            f"| {r['scheme']} | {r['width']} | {busy_ratio(r):.2f} | {r['offloaded']:.0%} "
-            f"| {r['seconds'][SHIELDED] / plain:.2f} | {r['seconds'][ENCLAVE] / plain:.2f} |"
+            f"| {r['scheme']} | {r['width']} | {r['rows']} | {ratio:.2f} | {1 / ratio:.1f} "
+            f"| {r['offloaded']:.0%} | {r['seconds'][SHIELDED] / plain:.2f} "
+            f"| {r['seconds'][ENCLAVE] / plain:.2f} |"
+        )
+    compared = [r for r in results["results"] if "against" in r]
+    if compared:
+        lines += [
+            "",
+            f"Against {results['against']}, least times of steps in launches in turn:",
+            "",
+            "| scheme | width | rows | enclave's work ÷ the other's "
+            "| processor time ÷ the other's |",
+            "|:--|--:|--:|--:|--:|",
+        ]
+    for r in compared:
+        busy, used = (r["against"][what] for what in ("busy", "processor"))
+        lines.append(
+            f"| {r['scheme']} | {r['width']} | {r['rows']} | {busy['here'] / busy['there']:.2f} "
+            f"| {used['here'] / max(used['there'], 0.01):.2f} |"
         )
     return "\n".join(lines)
 
@@ -94,8 +147,13 @@ def plot(results: Json, path: pathlib.Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for scheme in results["schemes"]:
-        points = [(r["width"], busy_ratio(r)) for r in results["results"] if r["scheme"] == scheme]
-        axes.plot(*zip(*points, strict=True), marker="o", label=scheme)
+        for rows in results["rows"]:
+            points = [
+                (r["width"], busy_ratio(r))
+                for r in results["results"]
+                if (r["scheme"], r["rows"]) == (scheme, rows)
+            ]
+            axes.plot(*zip(*points, strict=True), marker="o", label=f"{scheme}, {rows} rows")
     axes.axhline(GOAL, color="black", linestyle=":", label="goal")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="width", ylabel="enclave's work ÷ all inside", ylim=(0, None))
@@ -111,6 +169,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--widths", nargs="+", type=common.positive, default=list(WIDTHS))
     parser.add_argument(
+        "--rows", nargs="+", type=common.positive, default=[ROWS], help="examples in a step"
+    )
+    parser.add_argument(
+        "--against",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="another checkout, with which the enclave's work is compared in turn",
+    )
+    parser.add_argument(
         "--schemes", nargs="+", choices=sorted(common.SCHEMES), default=sorted(common.SCHEMES)
     )
     parser.add_argument("--steps", type=common.positive, default=5, help="steps that count")
@@ -125,20 +192,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     if options.quick:
-        options.widths, options.steps, options.launches = list(QUICK_WIDTHS), 3, 1
+        options.widths = list(QUICK_WIDTHS)
+        options.steps, options.launches = 3, 1
     results: Json = {
         "environment": environment(),
-        "rows": ROWS,
+        "rows": options.rows,
+        "against": options.against and options.against.name,
         "steps": options.steps,
         "launches": options.launches,
         "schemes": options.schemes,
         "results": [],
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    for width in options.widths:
-        for scheme in options.schemes:
-            print(f"width {width}: {scheme}", file=sys.stderr, flush=True)
-            results["results"].append(measure(width, scheme, options.steps, options.launches))
+    for scheme in options.schemes:
+        for width, rows in itertools.product(options.widths, options.rows):
+            print(f"{scheme}: width {width}, {rows} rows", file=sys.stderr, flush=True)
+            size = width, rows, scheme, options.steps, options.launches
+            result = measure(*size)
+            if options.against:
+                result["against"] = compare(options.against, *size)
+            results["results"].append(result)
             text = json.dumps(results, indent=2) + "\n"
             (options.out / "placement.json").write_text(text)
     plot(results, options.out / "placement.png")

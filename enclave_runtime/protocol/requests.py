@@ -203,11 +203,15 @@ class BeatRequest:
       group: names the processes that belong together.
       process: which of them this is.
       leaves: whether it is the last.
+      run: the last in which it took part.
+      segment: of that run, to which it came last, from 1 on.
     """
 
     group: Text
     process: Annotated[int, _between(0, MAX_RUN_WORKERS - 1)]
     leaves: Annotated[int, _between(0, 1)] = 0
+    run: Integer = 0
+    segment: Integer = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import NamedTuple
 
 import numpy as np
 
 from enclave_runtime.crypto.encryption import authenticate, check_authentic
 from enclave_runtime.protocol.memory import Arena, ArenaError, Lane, Shares
 from enclave_runtime.protocol.program import Program
+from enclave_runtime.protocol.requests import BeatRequest
 from enclave_runtime.verifying.integrity import private, private_copy
 
 
@@ -101,8 +103,22 @@ class Lanes:
             np.copyto(out, whole[piece.where])
 
 
+class Signs(NamedTuple):
+    """What the processes of a host said of themselves.
+
+    Attributes:
+      silent: seconds since each gave its last sign of life.
+      at: the run and the segment to which each came last.
+      left: those that have left.
+    """
+
+    silent: dict[int, float]
+    at: dict[int, tuple[int, int]]
+    left: list[int]
+
+
 class Presence:
-    """When the processes of a host gave their last signs of life.
+    """When the processes of a host gave their last signs of life, and how far they are.
 
     A host that says nothing, or too much, harms itself: its processes give up, or do not.
     """
@@ -110,24 +126,19 @@ class Presence:
     MOST_GROUPS = 16  # the oldest is forgotten
 
     def __init__(self) -> None:
-        self._groups: dict[str, dict[int, float]] = {}
-        self._left: dict[str, set[int]] = {}
+        self._groups: dict[str, dict[int, tuple[float, BeatRequest]]] = {}
         self._lock = threading.Lock()
 
-    def beat(self, group: str, process: int, leaves: bool) -> tuple[dict[int, float], list[int]]:
-        """Notes a sign of life.
-
-        Returns:
-          Seconds since each process's last, and which of them have left.
-        """
+    def beat(self, sign: BeatRequest) -> Signs:
+        """Notes a sign of life; returns what is known of all."""
         now = time.monotonic()
         with self._lock:
-            if group not in self._groups and len(self._groups) >= self.MOST_GROUPS:
-                oldest = next(iter(self._groups))
-                del self._groups[oldest], self._left[oldest]
-            beats = self._groups.setdefault(group, {})
-            left = self._left.setdefault(group, set())
-            beats[process] = now
-            if leaves:
-                left.add(process)
-            return {p: now - last for p, last in beats.items()}, sorted(left)
+            if sign.group not in self._groups and len(self._groups) >= self.MOST_GROUPS:
+                del self._groups[next(iter(self._groups))]
+            group = self._groups.setdefault(sign.group, {})
+            group[sign.process] = now, sign
+            return Signs(
+                {p: now - when for p, (when, _) in group.items()},
+                {p: (last.run, last.segment) for p, (_, last) in group.items()},
+                sorted(p for p, (_, last) in group.items() if last.leaves),
+            )

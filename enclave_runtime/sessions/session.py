@@ -309,8 +309,8 @@ class Session:
         return {}
 
     def _beat(self, asked: BeatRequest, _: bytes) -> dict[str, Any]:
-        silent, left = self._presence.beat(asked.group, asked.process, bool(asked.leaves))
-        return {"silent": silent, "left": left}
+        signs = self._presence.beat(asked)
+        return {"silent": signs.silent, "left": signs.left, "at": signs.at}
 
     def _taken(
         self,

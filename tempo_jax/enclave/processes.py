@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -41,6 +42,7 @@ from tempo_jax.errors import EnclaveError, TempoError
 from tempo_jax.jaxprs import cluster
 from tempo_jax.transport.loopback import Loopback
 
+WORKER_SECONDS = 30.0  # that a worker of a run may come later than the first
 PATIENCE_SECONDS = 8.0  # without a sign of life, after which a process is lost
 _BEAT_SECONDS = 1.0  # between signs of life
 _LOOK_SECONDS = 0.5  # between looks for Ctrl-C while another process is waited for
@@ -55,7 +57,7 @@ class Processes:
       index: this one's number.
       count: how many there are.
       failure: why they cannot go on together, if so.
-      broken: whether that is a process that is silent, for which JAX would wait.
+      broken: whether that is a process that does nothing more, for which JAX would wait.
     """
 
     def __init__(self, patience: float = PATIENCE_SECONDS) -> None:
@@ -63,6 +65,7 @@ class Processes:
         self._failed = threading.Event()
         self.failure: TempoError | None = None
         self.broken = False
+        self._at, self._since = (0, 0), time.monotonic()
         self._patience = patience
         self._lines: Loopback | None = None
         self._ended = threading.Event()
@@ -136,9 +139,15 @@ class Processes:
             self._failed.wait(patience)
         return self.failure or error
 
+    def came_to(self, run: int, segment: int) -> None:
+        """Notes how far this process is: the segment that all its workers have come to."""
+        self._at, self._since = (run, segment + 1), time.monotonic()
+
     def _exchange(self, leaves: int = 0) -> dict[str, Any]:
         assert self._lines is not None
         fields = {"group": self._group, "process": self.index, "leaves": leaves}
+        run, segment = self._at
+        fields |= {"run": run, "segment": segment}
         return self._lines.request(Kind.BEAT, fields, seconds=self._patience)
 
     def _look(self) -> None:
@@ -151,10 +160,18 @@ class Processes:
         left = [p for p in found["left"] if p != self.index]
         seconds = {int(p): s for p, s in found["silent"].items() if int(p) not in left}
         lost = {p: s for p, s in seconds.items() if s > self._patience}
+        # Only while a run goes on: all of them are in it, or it has not begun.
+        behind = [int(p) for p, at in found["at"].items() if self._is_ahead_of(at)]
         if lost:
             self.broken = True
             named = ", ".join(f"process {p} ({s:.0f} s)" for p, s in sorted(lost.items()))
             why = f"no sign of life of {named}: it died, was stopped, or is cut off"
+        elif behind and time.monotonic() - self._since > WORKER_SECONDS:
+            self.broken = True
+            why = (
+                f"process {', '.join(map(str, behind))} did not come to segment {self._at[1] - 1} "
+                f"within {WORKER_SECONDS:g} s of this one: its device is stuck, or much slower"
+            )
         # Who leaves may do so because of one that is silent, and has not yet been for long.
         elif left and max(seconds.values()) < 3 * _BEAT_SECONDS:
             why = f"process {', '.join(map(str, left))} has ended, and its own output says why"
@@ -166,6 +183,10 @@ class Processes:
                 "checkpoint"
             )
         )
+
+    def _is_ahead_of(self, at: Sequence[int]) -> bool:
+        run, segment = self._at
+        return run == at[0] and at[1] < segment
 
     def _fail(self, failure: TempoError) -> None:
         self.failure = self.failure or failure

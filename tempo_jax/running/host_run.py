@@ -221,6 +221,8 @@ class HostRun:
         name, _ = self._require_memory()
         self.number = number
         watchdog.watch(self)
+        if self.served.processes is not None:
+            self.served.processes.came_to(number, -1)
         self._request(Kind.JOIN, {"worker": self.served.process, "arena": name})
 
     def _require_memory(self) -> tuple[str, Arena]:
@@ -284,6 +286,9 @@ class HostRun:
         with self._lock:
             self._first.setdefault(index, time.monotonic())
             self._brought.setdefault(index, set()).add(worker)
+            all_came = len(self._brought[index]) == len(self.served.own)
+        if all_came and self.served.processes is not None:
+            self.served.processes.came_to(self.number, index)
 
     def late(self, seconds: float) -> tuple[int, list[int]] | None:
         """The segment that some workers have waited at for so long, and who has not come."""

@@ -14,9 +14,9 @@ import threading
 import time
 from typing import Protocol
 
+from tempo_jax.enclave.processes import WORKER_SECONDS
 from tempo_jax.errors import EnclaveError
 
-WORKER_SECONDS = 30.0  # that a worker may come later than the first
 _LOOK_SECONDS = 0.5
 
 _log = logging.getLogger("tempo_jax")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import jax
@@ -13,9 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import tempo_jax as tempo
 from tempo_jax import schemes
+from tempo_jax.enclave import processes as processes_module
 from tempo_jax.errors import EnclaveError, RoleError, UnsupportedError
+from tempo_jax.running.call import Runtime
 from tempo_jax.running.host_run import HostRun
-from tests.support.cluster import run_processes
+from tests.support.cluster import cluster, run_processes, said
 from tests.support.processes import nothing_left_behind
 from tests.support.steps import assert_close, shield_all
 from tests.support.workers import ADAMW, MLP, Attention, ConvNet, Task, make_task, mesh_of, train
@@ -160,6 +163,32 @@ def failing(*_: Any) -> Any:
 @pytest.mark.slow
 def test_what_processes_are_refused():
     run_processes(refused)
+
+
+def stuck() -> None:
+    processes_module.WORKER_SECONDS = 2.0
+    task = make_task(MLP(), (8, 6), ADAMW)
+    enclave = tempo.Enclave.across_processes()
+    shielded = shield_all(task.step, enclave=enclave, mesh=of_everyone())
+    state, _ = shielded(enclave.seal(task.state), *task.batch)
+    with pytest.MonkeyPatch.context() as patched:
+        if enclave.follows:
+            patched.setattr(Runtime, "_bring", lambda *_: threading.Event().wait())
+        expected = (
+            "has ended" if enclave.follows else r"process 1 did not come to segment \d+ within"
+        )
+        with pytest.raises(EnclaveError, match=expected):
+            shielded(state, *task.batch)
+    print("named")
+
+
+@pytest.mark.slow
+def test_a_stuck_worker_is_named():
+    with nothing_left_behind(), cluster([stuck], 2) as started:
+        for process, output in started:
+            # JAX would wait for minutes for what is stuck, so they end by themselves.
+            assert process.wait(120), said(output)
+            assert "named" in said(output)
 
 
 # Checkpoints

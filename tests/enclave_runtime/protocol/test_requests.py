@@ -36,7 +36,7 @@ COMPLETE: dict[Kind, dict[str, Any]] = {
         "sharded": [0],
     },
     Kind.JOIN: {"run": 1, "worker": 1, "arena": "a"},
-    Kind.BEAT: {"group": "a", "process": 1, "leaves": 1},
+    Kind.BEAT: {"group": "a", "process": 1, "leaves": 1, "run": 1, "segment": 1},
     Kind.SETTLE: {"run": 1, "offsets": {"0": 64, "12": 0}, "blind_at": {}},
     Kind.SEGMENT: {"run": 1, "segment": 0, "worker": 1, "timed": 1},
     Kind.COMMIT: {"run": 1, "donate": [0], "worker": 1},
@@ -95,7 +95,7 @@ def test_a_field_that_is_missing(kind, name):
         *((Kind.BEGIN, name) for name in ("devices", "sharded")),
         (Kind.SEGMENT, "timed"),
         (Kind.COMMIT, "worker"),
-        (Kind.BEAT, "leaves"),
+        *((Kind.BEAT, name) for name in ("leaves", "run", "segment")),
     }
     if (kind, name) in optional:
         assert getattr(read(kind, fields), name) in (None, (), 0)

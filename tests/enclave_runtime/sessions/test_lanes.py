@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from enclave_runtime.crypto.encryption import DecryptionError
 from enclave_runtime.protocol.memory import Arena, ArenaError, Lane, Shares
 from enclave_runtime.protocol.program import Program
+from enclave_runtime.protocol.requests import BeatRequest
 from enclave_runtime.sessions.lanes import Lanes, Presence
 from tests.support.verification import V, W, X, chain, planned
 
@@ -137,10 +138,14 @@ def test_signs_of_life(monkeypatch):
     now = 100.0
     monkeypatch.setattr("enclave_runtime.sessions.lanes.time.monotonic", lambda: now)
     presence = Presence()
-    presence.beat("a", 0, leaves=False)
+    presence.beat(BeatRequest("a", 0, run=2, segment=7))
     now = 103.0
-    assert presence.beat("a", 1, leaves=True) == ({0: 3.0, 1: 0.0}, [1])
-    assert presence.beat("b", 0, leaves=False) == ({0: 0.0}, [])
+    assert presence.beat(BeatRequest("a", 1, leaves=1)) == (
+        {0: 3.0, 1: 0.0},
+        {0: (2, 7), 1: (0, 0)},
+        [1],
+    )
+    assert presence.beat(BeatRequest("b", 0)) == ({0: 0.0}, {0: (0, 0)}, [])
     for other in range(Presence.MOST_GROUPS):
-        presence.beat(f"other {other}", 0, leaves=False)
-    assert presence.beat("a", 0, leaves=False) == ({0: 0.0}, [])
+        presence.beat(BeatRequest(f"other {other}", 0))
+    assert presence.beat(BeatRequest("a", 0)) == ({0: 0.0}, {0: (0, 0)}, [])

@@ -103,7 +103,7 @@ class Lanes:
             np.copyto(out, whole[piece.where])
 
 
-class Signs(NamedTuple):
+class SignsOfLife(NamedTuple):
     """What the processes of a host said of themselves.
 
     Attributes:
@@ -129,7 +129,7 @@ class Presence:
         self._groups: dict[str, dict[int, tuple[float, BeatRequest]]] = {}
         self._lock = threading.Lock()
 
-    def beat(self, sign: BeatRequest) -> Signs:
+    def beat(self, sign: BeatRequest) -> SignsOfLife:
         """Notes a sign of life; returns what is known of all."""
         now = time.monotonic()
         with self._lock:
@@ -137,7 +137,7 @@ class Presence:
                 del self._groups[next(iter(self._groups))]
             group = self._groups.setdefault(sign.group, {})
             group[sign.process] = now, sign
-            return Signs(
+            return SignsOfLife(
                 {p: now - when for p, (when, _) in group.items()},
                 {p: (last.run, last.segment) for p, (_, last) in group.items()},
                 sorted(p for p, (_, last) in group.items() if last.leaves),

@@ -20,56 +20,34 @@ import contextlib
 import dataclasses
 import functools
 import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from enclave_runtime.crypto import encryption
 from enclave_runtime.protocol.checkpoint import Seen
-from enclave_runtime.protocol.memory import Arena, input_bytes
-from enclave_runtime.protocol.program import ArrayType, aligned
-from enclave_runtime.protocol.tags import (
-    NOWHERE,
-    ORIGIN_BYTES,
-    Seal,
-    place_of,
-    publish_array,
-    published_array,
-    read_published,
-    seal_array,
-    unseal_array,
-)
+from enclave_runtime.protocol.memory import Arena
+from enclave_runtime.protocol.program import aligned
 from enclave_runtime.protocol.wire import Kind
 from tempo_jax.attestation.policy import AttestationPolicy, Verified
+from tempo_jax.enclave import values
 from tempo_jax.enclave.processes import Processes, new_group
 from tempo_jax.enclave.saving import CheckpointRequests
 from tempo_jax.errors import (
     ChannelError,
     CheckpointError,
     RoleError,
-    SealedValueError,
-    UnsupportedError,
 )
-from tempo_jax.jaxprs import types
-from tempo_jax.jaxprs.types import array_type
 from tempo_jax.planning.calibration import cost_model, machine_costs
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.sealing.array import (
-    BLINDED,
-    ENCRYPTED,
     HELD_WHOLE,
-    PUBLISHED,
     SealedArray,
     handle_text,
     is_sealed,
-    leaf_type,
-    no_handle,
     owners,
 )
 from tempo_jax.sealing.handles import Handles
@@ -310,7 +288,12 @@ class Enclave:
                 "here stand for those of process 0. Do it `if jax.process_index() == 0:`"
             )
 
-    def _keys(self, what: str) -> encryption.SessionKeys:
+    def keys(self, what: str) -> encryption.SessionKeys:
+        """The client's keys of the session, for `what`.
+
+        Raises:
+          RoleError: this is the host's side, or another process than the first.
+        """
         self.check_process()
         self._leads(what)
         if self._connection.keys is None:
@@ -385,7 +368,7 @@ class Enclave:
           UnsupportedError: a leaf is not an array or a number.
           RoleError: this is the host's side.
         """
-        return self._tagged(tree, tag, self._seal_leaf)
+        return values.seal(self, tree, tag)
 
     @OWN_TRANSFERS
     def publish(self, tree: Any, *, tag: str) -> Any:
@@ -405,43 +388,7 @@ class Enclave:
           UnsupportedError: a leaf is not an array or a number.
           RoleError: this is the host's side.
         """
-        return self._tagged(tree, tag, self._publish_leaf)
-
-    def _tagged(self, tree: Any, tag: str | None, make: Callable[[Any, Any, Seal], Any]) -> Any:
-        """The leaves of a pytree, made with tags that share an origin."""
-        origin = secrets.token_bytes(ORIGIN_BYTES)
-
-        def made(path: Any, leaf: Any) -> Any:
-            text = None if tag is None else f"{tag}{jax.tree_util.keystr(path)}"
-            return make(path, leaf, Seal(NOWHERE if text is None else place_of(text), origin))
-
-        return jax.tree_util.tree_map_with_path(made, tree, is_leaf=is_sealed)
-
-    def _seal_leaf(self, path: Any, leaf: Any, seal: Seal) -> SealedArray:
-        if is_sealed(leaf):
-            return self.check_owned(leaf)
-        if self.follows:
-            return self._stand_in(_plain_leaf(path, leaf, "enclave.seal")[0])
-        keys = self._keys("`enclave.seal`")
-        aval, plain = _plain_leaf(path, leaf, "enclave.seal")
-        content = seal_array(keys.to_enclave, plain, self.session, seal)
-        return self._held_whole(ENCRYPTED, content, aval)
-
-    def _publish_leaf(self, path: Any, leaf: Any, seal: Seal) -> SealedArray:
-        if self.follows:
-            return self._stand_in(_plain_leaf(path, leaf, "enclave.publish")[0], PUBLISHED)
-        keys = self._keys("`enclave.publish`")
-        aval, plain = _plain_leaf(path, leaf, "enclave.publish")
-        content = publish_array(keys.to_enclave, plain, self.session, seal)
-        return self._held_whole(PUBLISHED, content, aval)
-
-    def _stand_in(self, aval: Any, form: str = ENCRYPTED) -> SealedArray:
-        """What stands for a value of the first process."""
-        return self._held_whole(form, np.zeros(0, np.uint8), aval)
-
-    def _held_whole(self, form: str, content: np.ndarray, aval: Any) -> SealedArray:
-        children = (jnp.asarray(content), no_handle())
-        return SealedArray(children, form, aval.shape, aval.dtype, aval.weak_type, self.session)
+        return values.publish(self, tree, tag)
 
     @OWN_TRANSFERS
     def open(self, tree: Any) -> Any:
@@ -459,55 +406,8 @@ class Enclave:
         """
         self.free_dropped()
         return jax.tree.map(
-            lambda x: self._open_leaf(x) if is_sealed(x) else x, tree, is_leaf=is_sealed
+            lambda x: values.open_leaf(self, x) if is_sealed(x) else x, tree, is_leaf=is_sealed
         )
-
-    def _open_leaf(self, sealed: SealedArray) -> jax.Array:
-        self.check_owned(sealed)
-        array = array_type(sealed)
-        if sealed.form == PUBLISHED and self._connection.keys is None and not self.follows:
-            plain = read_published(np.asarray(sealed.content), array.shape, np.dtype(array.dtype))
-            return _as_opened(plain, sealed)
-        keys = self._keys("`enclave.open`")
-        if sealed.form == PUBLISHED:
-            plain = self._unseal(
-                keys.to_enclave, np.asarray(sealed.content), array, published_array
-            )
-        elif sealed.form == ENCRYPTED:
-            plain = self._unseal(keys.to_enclave, np.asarray(sealed.content), array)
-        elif isinstance(self._connection, Channel):
-            blinded = np.asarray(sealed.content).tobytes() if sealed.form == BLINDED else b""
-            fields = {"handle": handle_text(sealed.handle)}
-            reply = self._connection.exchange(Kind.OPEN, fields, blinded)
-            encrypted = np.frombuffer(reply.attachment, np.uint8)
-            plain = self._decrypt(keys.to_client, encrypted, array)
-        else:
-            with self.arena(input_bytes(array)) as (name, arena):
-                if sealed.form == BLINDED:
-                    np.copyto(arena.view(array, 0), np.asarray(sealed.content))
-                self._connection.request(
-                    Kind.OPEN, {"handle": handle_text(sealed.handle), "arena": name, "offset": 0}
-                )
-                size = encryption.encrypted_bytes(array.nbytes)
-                encrypted = arena.view(ArrayType((size,), "uint8"), 0).copy()
-            plain = self._decrypt(keys.to_client, encrypted, array)
-        return _as_opened(plain, sealed)
-
-    def _unseal(
-        self,
-        key: bytes,
-        sealed: np.ndarray,
-        array: ArrayType,
-        read: Callable[..., tuple[Seal, np.ndarray]] = unseal_array,
-    ) -> np.ndarray:
-        with _authentic(array):
-            return read(key, sealed, self.session, array.shape, np.dtype(array.dtype))[1]
-
-    def _decrypt(self, key: bytes, encrypted: np.ndarray, array: ArrayType) -> np.ndarray:
-        with _authentic(array):
-            return encryption.decrypt_array(
-                key, encrypted, self.session, array.shape, np.dtype(array.dtype)
-            )
 
     @OWN_TRANSFERS
     def copy(self, tree: Any) -> Any:
@@ -535,18 +435,7 @@ class Enclave:
           ...     float(enclave.open(enclave.copy(state))["weight"])
           2.0
         """
-        seal = Seal(NOWHERE, secrets.token_bytes(ORIGIN_BYTES))
-
-        def copied(x: SealedArray) -> SealedArray:
-            if self.follows:
-                return self._stand_in(self.check_owned(x))
-            return self._seal_leaf((), self._open_leaf(x), seal)
-
-        return jax.tree.map(
-            lambda x: copied(x) if is_sealed(x) else x,
-            tree,
-            is_leaf=is_sealed,
-        )
+        return values.copy(self, tree)
 
     # Checkpoints
 
@@ -618,7 +507,7 @@ class Enclave:
           RoleError: this is the host's side.
         """
         leaves, *_ = leaves_of(like)
-        self._keys("allowing a restore")
+        self.keys("allowing a restore")
         return self._checkpointing.order(self, leaves, allow_rollback_to)
 
     @OWN_TRANSFERS
@@ -652,7 +541,7 @@ class Enclave:
         """
         if self.follows:
             _, structure, avals = leaves_of(like)
-            return jax.tree.unflatten(structure, map(self._stand_in, avals))
+            return jax.tree.unflatten(structure, [values.stand_in(self, a) for a in avals])
         if not isinstance(data, bytes):
             raise CheckpointError(
                 f"enclave.restore: data is a {type(data).__name__}, expected bytes (for an array "
@@ -672,26 +561,7 @@ class Enclave:
         Raises:
           SealedValueError: with the reason.
         """
-        if sealed.session != self.session:
-            raise SealedValueError(
-                f"{sealed!r} belongs to another session or enclave; open it there and seal it here"
-            )
-        if any(isinstance(c, jax.Array) and c.is_deleted() for c in _concrete(sealed)):
-            raise SealedValueError(
-                f"{sealed!r} was donated to an earlier call, which replaced it by the new state it "
-                "returned. Use that one, or pass `donate=False` to `shield`."
-            )
-        if not isinstance(sealed.handle, Tracer):
-            handle_text(sealed.handle)
-        if sealed.form == BLINDED:
-            blinded, array = sealed.content, array_type(sealed)
-            if blinded.ndim != len(array.shape) or np.dtype(blinded.dtype).name != array.dtype:
-                raise SealedValueError(
-                    f"{sealed!r} lies on the devices as {blinded.dtype}{list(blinded.shape)}: its "
-                    "blinded content was changed outside a shielded function. Compute with it "
-                    "inside one."
-                )
-        return sealed
+        return values.check_owned(sealed, self.session)
 
     # Handles
 
@@ -772,7 +642,7 @@ class Enclave:
           RoleError: this is the host's side.
         """
         context = f"{purpose}|{self.session}".encode()
-        key = self._keys("encrypting to the enclave").to_enclave
+        key = self.keys("encrypting to the enclave").to_enclave
         return encryption.encrypt_bytes(key, content, context)
 
     def encrypt_array(self, value: Any) -> np.ndarray:
@@ -781,48 +651,5 @@ class Enclave:
         Raises:
           RoleError: this is the host's side.
         """
-        key = self._keys("provisioning a program").to_enclave
+        key = self.keys("provisioning a program").to_enclave
         return encryption.encrypt_array(key, np.asarray(value), self.session)
-
-
-def _plain_leaf(path: Any, leaf: Any, where: str) -> tuple[Any, np.ndarray]:
-    """A leaf's type, and its content as NumPy has it.
-
-    Raises:
-      UnsupportedError: it is not an array or a number, or a tracer.
-    """
-    aval = leaf_type(leaf, where, lambda: f"leaf `{jax.tree_util.keystr(path)}`")
-    if isinstance(leaf, Tracer):
-        raise UnsupportedError(
-            f"{where} was called inside jit: the value is already the host's. Call it "
-            "before, outside jit."
-        )
-    try:
-        return aval, np.asarray(types.to_physical(jnp.asarray(leaf)))
-    except TypeError as error:  # a sealed value, or a description of an array
-        raise UnsupportedError(
-            f"{where}: leaf `{jax.tree_util.keystr(path)}` of type {type(leaf).__name__} has no "
-            "value here. Give the array itself."
-        ) from error
-
-
-def _as_opened(plain: np.ndarray, sealed: SealedArray) -> jax.Array:
-    opened = types.from_physical(jnp.asarray(plain), sealed)
-    return types.with_weak_type(opened, sealed.weak_type)
-
-
-@contextlib.contextmanager
-def _authentic(array: ArrayType) -> Iterator[None]:
-    """Says of which value an authentication failed."""
-    try:
-        yield
-    except encryption.DecryptionError as error:
-        raise SealedValueError(
-            f"a sealed {array.dtype}{list(array.shape)} failed its authentication: it was "
-            "altered, or its shape, dtype or session is not the one it was sealed with"
-        ) from error
-
-
-def _concrete(sealed: SealedArray) -> list[Any]:
-    children = (sealed.content, sealed.handle)
-    return [c for c in children if not isinstance(c, Tracer)]

@@ -8,10 +8,12 @@ time, which other work on the machine changes less.
 
 import inspect
 import json
+import pathlib
 import sys
 
 import numpy as np
 
+import tempo_jax
 from benchmarks import perceptron
 from benchmarks.overhead import SHIELDED, Contender
 from examples import common
@@ -48,5 +50,10 @@ def measure(width: int, rows: int, scheme: str, steps: int) -> dict[str, list[fl
 
 
 if __name__ == "__main__":
+    if not pathlib.Path(tempo_jax.__file__).is_relative_to(pathlib.Path.cwd()):
+        # An installed one would be measured in its place.
+        sys.exit(
+            f"{pathlib.Path.cwd()} is no checkout of tempo_jax: it has no package of that name"
+        )
     width, rows, scheme, steps = sys.argv[1:]
     print(json.dumps(measure(int(width), int(rows), scheme, int(steps))))

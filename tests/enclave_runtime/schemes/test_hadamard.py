@@ -131,9 +131,9 @@ def test_threads_do_the_same_work(dtype, monkeypatch):
     x, maps = uniform(5, 300, 400, dtype=dtype), {0: drawn(311), 1: drawn(400)}
     extra = uniform(6, 11, 400, dtype=dtype)
     monkeypatch.setattr(threads, "PARALLEL_ELEMENTS", 0)
-    monkeypatch.setattr(hadamard, "THREADS", 3)
+    monkeypatch.setattr(threads, "THREADS", 3)
     parallel = mix(x, maps, extra=extra)
-    monkeypatch.setattr(hadamard, "THREADS", 1)
+    monkeypatch.setattr(threads, "THREADS", 1)
     np.testing.assert_array_equal(parallel, mix(x, maps, extra=extra))
     assert_mixed(parallel, np.concatenate([x, extra]), maps)
 

@@ -27,6 +27,7 @@ import tempo_jax as tempo
 from examples.common import SCHEMES, argument_parser, positive
 from examples.first import batches, training
 
+DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)  # of which no other process is the cause
 END_SECONDS = 20.0  # that processes get to end when one has: they look for a lost one for eight
 
 
@@ -138,7 +139,8 @@ def start(count: int, folder: pathlib.Path) -> list[subprocess.Popen[bytes]]:
 def lost(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
     """Waits until all have ended; those by whose fault one failed, none if none did.
 
-    The others end because one is lost. It ended before them, or stands still and is ended here.
+    The others end because one is lost, by an error or by JAX's own SIGABRT. It was killed, which
+    may be heard of last, or ended before them, or stands still and is ended here.
     """
     first: set[int] = set()
     deadline = float("inf")
@@ -148,7 +150,8 @@ def lost(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
         if ended and not first:
             first, deadline = ended, time.monotonic() + END_SECONDS
         if None not in states:
-            return first
+            killed = {i for i, state in enumerate(states) if state and -state in DEADLY}
+            return killed or first
         time.sleep(0.1)
     standing = {i for i, process in enumerate(processes) if process.poll() is None}
     end(processes)

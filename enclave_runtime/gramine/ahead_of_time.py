@@ -18,6 +18,37 @@ from pathlib import Path
 from typing import Any
 
 _OPTIMISATION = 3
+# LLVM calls this for a loop that clears memory. Volatile, so that it is not such a loop itself.
+_MEMSET = """
+define hidden ptr @memset(ptr %start, i32 %value, i64 %count) {
+entry:
+  %byte = trunc i32 %value to i8
+  %one = zext i8 %byte to i64
+  %word = mul i64 %one, 72340172838076673
+  %whole = and i64 %count, -8
+  br label %words
+words:
+  %at = phi i64 [ 0, %entry ], [ %next, %word_stored ]
+  %more = icmp ult i64 %at, %whole
+  br i1 %more, label %word_stored, label %bytes
+word_stored:
+  %there = getelementptr i8, ptr %start, i64 %at
+  store volatile i64 %word, ptr %there, align 1
+  %next = add i64 %at, 8
+  br label %words
+bytes:
+  %last = phi i64 [ %whole, %words ], [ %after, %byte_stored ]
+  %left = icmp ult i64 %last, %count
+  br i1 %left, label %byte_stored, label %end
+byte_stored:
+  %here = getelementptr i8, ptr %start, i64 %last
+  store volatile i8 %byte, ptr %here, align 1
+  %after = add i64 %last, 1
+  br label %bytes
+end:
+  ret ptr %start
+}
+"""
 _WORDS_BEFORE_SHAPE = 5  # of an array; see `enclave_runtime.compiled.kernel`
 
 
@@ -49,6 +80,7 @@ def build(output: Path, linker: str) -> None:
     whole = modules[names[0]]
     for name in names[1:]:
         whole.link_in(modules[name])
+    whole.link_in(llvm.parse_assembly(_MEMSET))
     whole.name = "kernels"
     whole.verify()
     passes = llvm.create_pass_builder(

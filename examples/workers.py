@@ -139,23 +139,25 @@ def start(count: int, folder: pathlib.Path) -> list[subprocess.Popen[bytes]]:
 def lost(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
     """Waits until all have ended; those by whose fault one failed, none if none did.
 
-    The others end because one is lost, by an error or by JAX's own SIGABRT. It was killed, which
-    may be heard of last, or ended before them, or stands still and is ended here.
+    The others end because one is lost, by an error or by JAX's own SIGABRT. It was killed, or ended
+    before them, or stands still and is ended here when no other has ended for a while.
     """
     first: set[int] = set()
+    ended: set[int] = set()
     deadline = float("inf")
     while time.monotonic() < deadline:
         states = [process.poll() for process in processes]
-        ended = {i for i, state in enumerate(states) if state not in (None, 0)}
-        if ended and not first:
-            first, deadline = ended, time.monotonic() + END_SECONDS
+        found = {i for i, state in enumerate(states) if state not in (None, 0)}
+        if found > ended:
+            ended, deadline = found, time.monotonic() + END_SECONDS
+            first = first or ended
         if None not in states:
-            killed = {i for i, state in enumerate(states) if state and -state in DEADLY}
-            return killed or first
+            break
         time.sleep(0.1)
+    killed = {i for i in ended if -(processes[i].returncode or 0) in DEADLY}
     standing = {i for i, process in enumerate(processes) if process.poll() is None}
     end(processes)
-    return standing
+    return killed or standing or first
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

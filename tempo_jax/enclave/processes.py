@@ -67,6 +67,7 @@ class Processes:
         self.broken = False
         self._at, self._since = (0, 0), time.monotonic()
         self._patience = patience
+        self._silence = 0.0  # of the process that gave no sign of life for longest, in seconds
         self._lines: Loopback | None = None
         self._ended = threading.Event()
         self.index = jax.process_index()
@@ -133,11 +134,19 @@ class Processes:
         """What is behind an error: a process that is lost, should that turn out in time."""
         if isinstance(error, (EnclaveError, jax.errors.JaxRuntimeError)):
             # A collective breaks at once where a process is gone, and a run ends for all when the
-            # first of them notices.
-            told = isinstance(error, EnclaveError)
-            patience = 3 * _BEAT_SECONDS if told else self._patience + 2 * _BEAT_SECONDS
-            self._failed.wait(patience)
+            # first of them fails, be it for that reason.
+            began = time.monotonic()
+            while not self._failed.wait(_LOOK_SECONDS) and self._may_find(error, began):
+                pass
         return self.failure or error
+
+    def _may_find(self, error: BaseException, began: float) -> bool:
+        """Whether a process may yet turn out to be lost, an error after it was raised."""
+        waited = time.monotonic() - began
+        if waited > self._patience + 2 * _BEAT_SECONDS:
+            return False
+        told = isinstance(error, EnclaveError)  # by the enclave, that a run ended
+        return not told or waited < 3 * _BEAT_SECONDS or self._silence > 2 * _BEAT_SECONDS
 
     def came_to(self, run: int, segment: int) -> None:
         """Notes how far this process is: the segment that all its workers have come to."""
@@ -159,6 +168,7 @@ class Processes:
             return
         left = [p for p in found["left"] if p != self.index]
         seconds = {int(p): s for p, s in found["silent"].items() if int(p) not in left}
+        self._silence = max(seconds.values(), default=0.0)
         lost = {p: s for p, s in seconds.items() if s > self._patience}
         # Only while a run goes on: all of them are in it, or it has not begun.
         behind = [int(p) for p, at in found["at"].items() if self._is_ahead_of(at)]
@@ -173,7 +183,7 @@ class Processes:
                 f"within {WORKER_SECONDS:g} s of this one: its device is stuck, or much slower"
             )
         # Who leaves may do so because of one that is silent, and has not yet been for long.
-        elif left and max(seconds.values()) < 3 * _BEAT_SECONDS:
+        elif left and self._silence < 3 * _BEAT_SECONDS:
             why = f"process {', '.join(map(str, left))} has ended, and its own output says why"
         else:
             return

@@ -220,3 +220,17 @@ def resumed() -> None:
 def test_two_processes_equal_one_device():
     with nothing_left_behind():
         run_processes(equal_by_default, resumed)
+
+
+@pytest.mark.parametrize("silence", [0.0, 1.0])
+def test_an_error_waits_for_the_process_behind_it(silence, monkeypatch):
+    """One process ends a run for all at once, before the silence of the lost one is long."""
+    for name in ("_BEAT_SECONDS", "_LOOK_SECONDS"):
+        monkeypatch.setattr(processes_module, name, 0.1)
+    group = processes_module.Processes(patience=30.0)
+    group._silence = silence
+    lost, told = EnclaveError("no sign of life"), EnclaveError("the run has failed")
+    found = threading.Timer(1.0, group._fail, [lost])
+    found.start()
+    assert group.explain(told) is (lost if silence else told)
+    found.cancel()

@@ -17,7 +17,8 @@ ROOT = Path(tempo.__file__).parent.parent
 RULES = {
     "tempo_jax": {
         "cli": {"api", "enclave", "planning", "transport", "attestation"},
-        "api": {"running", "enclave", "planning", "sealing", "jaxprs"},
+        "api": {"reporting", "running", "enclave", "planning", "sealing", "jaxprs"},
+        "reporting": {"planning", "jaxprs"},
         "running": {"enclave", "transport", "planning", "sealing", "jaxprs"},
         "enclave": {"transport", "attestation", "sealing", "planning", "jaxprs"},
         "planning": {"families", "equivariance", "jaxprs"},

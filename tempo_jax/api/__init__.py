@@ -1,1 +1,1 @@
-"""What users call: `shield`, its options, its marks and its report."""
+"""What users call: `shield`, its options and its marks."""

@@ -15,12 +15,12 @@ from typing import Any
 
 import jax
 
-from tempo_jax.api.report_costs import costs_of
-from tempo_jax.api.report_text import columns, duration, percent
 from tempo_jax.errors import UnsupportedError
 from tempo_jax.jaxprs.products import is_product, work
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.plan import Plan, offloaded_work
+from tempo_jax.reporting.costs import costs_of
+from tempo_jax.reporting.text import columns, duration, percent
 from tempo_jax.schemes import Scheme
 
 OF_PEAK = 0.5  # of a device's published peak, which products of a training step mostly reach

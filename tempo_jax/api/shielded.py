@@ -9,7 +9,6 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +25,7 @@ from tempo_jax.api.allowance import Allowance, Provision, Runs, Signed, Tags
 from tempo_jax.api.allowance import rules as make_rules
 from tempo_jax.api.estimate import Estimate, Machine, Step, estimated, machine_named
 from tempo_jax.api.options import Options
-from tempo_jax.api.report import Report
-from tempo_jax.api.report_figures import Figures
-from tempo_jax.api.report_notices import tell_of_signature, warn_of
+from tempo_jax.api.signature import Signature, argument_leaves, carried, leaf_paths
 from tempo_jax.api.statics import Statics
 from tempo_jax.enclave.enclave import OWN_TRANSFERS
 from tempo_jax.errors import RoleError, SecrecyError, UnsupportedError
@@ -37,6 +34,9 @@ from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.plan import Plan, make_plan
 from tempo_jax.planning.request import Request
+from tempo_jax.reporting.figures import Figures
+from tempo_jax.reporting.notices import tell_of_signature, warn_of
+from tempo_jax.reporting.report import Report
 from tempo_jax.running.call import Runtime, Traffic
 from tempo_jax.running.observation import active_views
 from tempo_jax.running.transformed import (
@@ -52,50 +52,12 @@ from tempo_jax.sealing.array import (
     RESIDENT,
     SealedArray,
     is_sealed,
-    leaf_type,
 )
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_shield", default=False)
-
-
-class _Signature:
-    """A call's arguments, flat, as far as planning needs them.
-
-    `names` gives a name for each in two parts, see `_argument_leaves`.
-    """
-
-    def __init__(
-        self,
-        leaves: list[Any],
-        structure: Any,
-        public: frozenset[int],
-        names: Callable[[], Sequence[tuple[str, str]]],
-    ):
-        self.leaves = leaves
-        self.structure = structure
-        self.public = public
-        self.names = names
-        self.avals = [
-            leaf_type(x, "shield", functools.partial(self.named, i)) for i, x in enumerate(leaves)
-        ]
-
-    def named(self, number: int) -> str:
-        """What to call an argument in an error."""
-        return f"argument `{''.join(self.names()[number])}`"
-
-    @property
-    def key(self) -> Any:
-        types = tuple((a.shape, a.dtype, a.weak_type) for a in self.avals)
-        return self.structure, types, self.public, trace.settings_key()
-
-    @property
-    def on_devices(self) -> frozenset[int]:
-        """Positions of leaves that lie blinded on the devices."""
-        forms = enumerate(self.leaves)
-        return frozenset(i for i, x in forms if is_sealed(x) and x.form == BLINDED)
 
 
 class _PlannedSignature:
@@ -141,7 +103,7 @@ class Shielded(Generic[P, R]):
 
     # Arguments
 
-    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Signature:
+    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
         args, kwargs = self._statics.hold(args, kwargs)
         leaves: list[Any] = []
         public: set[int] = set()
@@ -151,10 +113,10 @@ class Shielded(Generic[P, R]):
                 public |= {i + len(leaves) for i, x in enumerate(flat) if not _is_secret(x)}
             leaves += flat
         structure = jax.tree.structure((args, kwargs), is_leaf=is_sealed)
-        names = functools.partial(_argument_leaves, self._function, args, kwargs)
-        return _Signature(leaves, structure, frozenset(public), names)
+        names = functools.partial(argument_leaves, self._function, args, kwargs)
+        return Signature(leaves, structure, frozenset(public), names)
 
-    def _inputs(self, signature: _Signature, tracing: bool) -> list[Any]:
+    def _inputs(self, signature: Signature, tracing: bool) -> list[Any]:
         """The flat arguments as the runtime takes them: sealed, or arrays where public."""
         inputs = []
         for i, x in enumerate(signature.leaves):
@@ -190,7 +152,7 @@ class Shielded(Generic[P, R]):
                 inputs.append(self._enclave.seal(x))
         return inputs
 
-    def _called(self, signature: _Signature, number: int) -> str:
+    def _called(self, signature: Signature, number: int) -> str:
         return f"{signature.named(number)} of `{self._name}`"
 
     @property
@@ -199,7 +161,7 @@ class Shielded(Generic[P, R]):
 
     # Plans
 
-    def _program(self, signature: _Signature) -> _PlannedSignature:
+    def _program(self, signature: Signature) -> _PlannedSignature:
         """The plan for a signature, made at the first call.
 
         Leaves that lie on the devices are used there if an earlier plan already does so, else a
@@ -215,7 +177,7 @@ class Shielded(Generic[P, R]):
             return programs[-1]
 
     def _make(
-        self, signature: _Signature, options: Options, costs: CostModel | None = None
+        self, signature: Signature, options: Options, costs: CostModel | None = None
     ) -> _PlannedSignature:
         """Traces and plans a signature; `costs` instead of the enclave's measured ones."""
         start = time.perf_counter()
@@ -245,7 +207,7 @@ class Shielded(Generic[P, R]):
             costs = self._enclave.costs
         request = Request(
             closed=closed,
-            carried=self._carried(signature, parts, types),
+            carried=carried(signature, parts, types),
             public=signature.public,
             on_devices=signature.on_devices,
             scheme=options.scheme,
@@ -257,53 +219,13 @@ class Shielded(Generic[P, R]):
         )
         signed = Signed(
             self._name,
-            _argument_leaves(self._function, args, kwargs),
-            _paths(jax.tree.unflatten(out_structure, types)),
+            argument_leaves(self._function, args, kwargs),
+            leaf_paths(jax.tree.unflatten(out_structure, types)),
             frozenset(name for name in self._host_chosen if isinstance(name, str)),
         )
         plan = make_plan(request)
         seconds = time.perf_counter() - start
         return _PlannedSignature(plan, out_structure, types, signed, seconds)
-
-    def _carried(
-        self, signature: _Signature, parts: Sequence[Any], types: Sequence[Any]
-    ) -> dict[int, int]:
-        """Leaves of the arguments that carry state, and their outputs.
-
-        These are arguments that follow each other and have the types of the first parts of the
-        result, one by one, or one argument that has those of the whole. A bare array that is
-        not the first argument is none: a batch may look like what a model makes of it.
-
-        Args:
-          signature: of the call.
-          parts: structures of the whole result and, of a tuple, of its parts.
-          types: abstract values of the flat outputs.
-        """
-        args, _ = jax.tree.unflatten(signature.structure, signature.avals)
-        flat = [jax.tree.flatten(argument) for argument in args]
-        starts = [sum(len(leaves) for leaves, _ in flat[:i]) for i in range(len(flat))]
-
-        def agrees(i: int, structure: Any, start: int) -> bool:
-            leaves, own = flat[i]
-            return own == structure and all(
-                (x.shape, x.dtype) == (y.shape, y.dtype)
-                for x, y in zip(leaves, types[start:], strict=False)
-            )
-
-        for i, (leaves, structure) in enumerate(flat):
-            if not leaves or (i and jax.tree_util.treedef_is_leaf(structure)):
-                continue
-            if structure == parts[0] and agrees(i, parts[0], 0):
-                return {starts[i] + n: n for n in range(len(leaves))}
-            count = start = 0
-            for count, part in enumerate(parts[1:]):
-                bare = count and jax.tree_util.treedef_is_leaf(part)
-                if bare or i + count >= len(flat) or not agrees(i + count, part, start):
-                    break
-                start += part.num_leaves
-            if start:
-                return {starts[i] + n: n for n in range(start)}
-        return {}
 
     def _runtime(self, program: _PlannedSignature, allowance: Allowance | None = None) -> Runtime:
         """What runs a program; provisioned again where more or less is allowed than before."""
@@ -482,7 +404,7 @@ class Shielded(Generic[P, R]):
             tuple(dict.fromkeys(n for n in named if n in first.signed.host_chosen)),
         )
 
-    def _following(self, signature: _Signature, program: _PlannedSignature) -> _Signature:
+    def _following(self, signature: Signature, program: _PlannedSignature) -> Signature:
         """The signature of the next call, whose state is the one that this call returns."""
         plan, leaves = program.plan, list(signature.leaves)
         places = dict(zip(plan.sealed, (p.place for p in plan.program.outputs), strict=True))
@@ -498,7 +420,7 @@ class Shielded(Generic[P, R]):
                     aval.weak_type,
                     self._enclave.session,
                 )
-        return _Signature(leaves, signature.structure, signature.public, signature.names)
+        return Signature(leaves, signature.structure, signature.public, signature.names)
 
     def explain(self, *args: Any, **kwargs: Any) -> Report:
         """What runs where, under which keys, and what crosses, without running anything.
@@ -543,7 +465,7 @@ class Shielded(Generic[P, R]):
             state = [i for i in range(len(signature.avals)) if not 0 <= i - before < last]
 
         def plan(scheme: Scheme | None, costs: CostModel, avals: Sequence[Any]) -> Plan:
-            scaled = _Signature(list(avals), signature.structure, signature.public, signature.names)
+            scaled = Signature(list(avals), signature.structure, signature.public, signature.names)
             options = inside
             if scheme is not None:
                 auto = {"placement": "auto", "offload": "auto", "scheme": scheme}
@@ -563,10 +485,6 @@ class Shielded(Generic[P, R]):
           **kwargs: likewise.
         """
         return self._runtime(self._program(self._signature(args, kwargs))).traffic
-
-
-def _is_secret(x: Any) -> bool:
-    return is_sealed(x) and x.form != PUBLISHED
 
 
 def _physical(aval: Any) -> jax.ShapeDtypeStruct:
@@ -596,20 +514,5 @@ def tracing_inside() -> Iterator[None]:
         _inside.reset(token)
 
 
-def _argument_leaves(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[tuple[str, str]]:
-    """For each flat argument a readable name in two, such as `state` and `.params['kernel']`."""
-    parameters = list(inspect.signature(function).parameters)
-    names = []
-    for i, argument in enumerate(args):
-        root = parameters[i] if i < len(parameters) else f"argument {i}"
-        names += [(root, suffix) for suffix in _paths(argument)]
-    for key in sorted(kwargs):
-        names += [(key, suffix) for suffix in _paths(kwargs[key])]
-    return names
-
-
-def _paths(argument: Any) -> list[str]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(argument, is_leaf=is_sealed)
-    return [jax.tree_util.keystr(path) for path, _ in leaves]
+def _is_secret(x: Any) -> bool:
+    return is_sealed(x) and x.form != PUBLISHED

@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from tempo_jax.api.report_figures import Figures
-from tempo_jax.api.report_text import percent, would_leave
 from tempo_jax.errors import PlanWarning
 from tempo_jax.jaxprs import equations, primitives
 from tempo_jax.planning.plan import Plan, offloaded
+from tempo_jax.reporting.figures import Figures
+from tempo_jax.reporting.text import percent, would_leave
 
 _log = logging.getLogger("tempo_jax")
 _PACKAGE = str(Path(__file__).parent.parent)

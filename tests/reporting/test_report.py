@@ -11,12 +11,12 @@ import optax
 import pytest
 
 import tempo_jax as tempo
-from tempo_jax.api import report_costs
-from tempo_jax.api.report_text import duration, percent
 from tempo_jax.errors import UnsupportedError
 from tempo_jax.jaxprs import equations
 from tempo_jax.jaxprs.products import is_product
 from tempo_jax.planning.plan import offloaded
+from tempo_jax.reporting import costs
+from tempo_jax.reporting.text import duration, percent
 from tests.support.steps import shield_all
 
 X = jnp.ones((128, 64))
@@ -60,7 +60,7 @@ def gradient(network, enclave, request):
 def test_rows_bear_the_users_names(gradient, network):
     report = gradient.explain(network[1], X)
     expected = ["again/wide", "compiled/wide", "layers/wide", "last"]
-    assert names(report) == [*(f"Network/{name}" for name in expected), report_costs.OTHERS]
+    assert names(report) == [*(f"Network/{name}" for name in expected), costs.OTHERS]
     text = str(report)
     assert all(re.search(rf"^Network/{name} ", text, re.M) for name in expected)
     # Three iterations of one name, each with its product and two gradients.
@@ -138,7 +138,7 @@ def test_marks_are_no_work(enclave):
         return optax.apply_updates(w, tx.update(gradient, tx.init(w), w)[0]), tempo.reveal(w[0, 0])
 
     report = tempo.shield(step, enclave=enclave).explain(jnp.ones((64, 64)), X)
-    assert any(e.primitive in report_costs.MARKERS for e in report.plan.jaxpr.eqns)
+    assert any(e.primitive in costs.MARKERS for e in report.plan.jaxpr.eqns)
     assert "tempo_" not in str(report)
 
 

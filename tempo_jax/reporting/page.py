@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from tempo_jax.api.report_costs import Layer, Visit
-from tempo_jax.api.report_figures import Figures
-from tempo_jax.api.report_text import COLUMNS, as_text, cells, duration, sentence, totals
+from tempo_jax.reporting.costs import Layer, Visit
+from tempo_jax.reporting.figures import Figures
+from tempo_jax.reporting.text import COLUMNS, as_text, cells, duration, sentence, totals
 
 # Of the drawing, in its own units; a page shows it as wide as there is room.
 _WIDTH, _LEFT, _RIGHT = 1000, 90, 990

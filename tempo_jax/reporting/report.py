@@ -6,9 +6,9 @@ import dataclasses
 import json
 import os
 
-from tempo_jax.api.report_figures import Figures
-from tempo_jax.api.report_page import fragment, page
-from tempo_jax.api.report_text import as_text, sentence
+from tempo_jax.reporting.figures import Figures
+from tempo_jax.reporting.page import fragment, page
+from tempo_jax.reporting.text import as_text, sentence
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from enclave_runtime.protocol.descriptions import VECTORS
-from tempo_jax.api.report_costs import Layer, counted
-from tempo_jax.api.report_figures import Figures
 from tempo_jax.jaxprs import equations
 from tempo_jax.jaxprs.types import array_type
 from tempo_jax.planning.calibration import described
 from tempo_jax.planning.plan import offloaded
+from tempo_jax.reporting.costs import Layer, counted
+from tempo_jax.reporting.figures import Figures
 from tempo_jax.schemes import Group
 
 _MOST = 60  # characters of a layer's name in the table; its end says more than its beginning

@@ -13,17 +13,17 @@ from typing import Any
 
 from enclave_runtime.protocol.descriptions import ELEMENT_ROUNDING
 from enclave_runtime.protocol.program import DEVICE, ArrayType, KeyClass
-from tempo_jax.api.report_checks import (
+from tempo_jax.jaxprs import types as jaxpr_types
+from tempo_jax.planning.cost import CostModel
+from tempo_jax.planning.plan import Plan, offloaded, offloaded_work
+from tempo_jax.planning.prospects import Prospects, prospects
+from tempo_jax.reporting.costs import Costs, costs_of
+from tempo_jax.reporting.detection import (
     checksum_bytes,
     roundoff,
     runs_until_renewed,
     smallest_error,
 )
-from tempo_jax.api.report_costs import Costs, costs_of
-from tempo_jax.jaxprs import types as jaxpr_types
-from tempo_jax.planning.cost import CostModel
-from tempo_jax.planning.plan import Plan, offloaded, offloaded_work
-from tempo_jax.planning.prospects import Prospects, prospects
 from tempo_jax.schemes import Group
 
 LITTLE = 0.1  # share of the arithmetic outside below which a user should know why

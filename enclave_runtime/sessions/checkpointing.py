@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from enclave_runtime.protocol.checkpoint import (
     CheckpointReader,
@@ -35,10 +34,10 @@ from enclave_runtime.protocol.requests import (
     LeafRequest,
     RestoreRequest,
 )
-from enclave_runtime.protocol.tags import TagRecord
 from enclave_runtime.sessions.admission import Origin, Tag
 from enclave_runtime.sessions.lineage import Lineages, Seen
 from enclave_runtime.sessions.store import Resident, Store
+from enclave_runtime.sessions.value_reader import ValueReader
 
 Fields = dict[str, Any]
 
@@ -50,22 +49,18 @@ class Checkpointing:
         self,
         store: Store,
         arena: Callable[[str], Arena],
-        decrypt: Callable[[bytes, str], bytes],
-        value: Callable[[Arena, int, str | None, ArrayType], tuple[TagRecord, np.ndarray]],
+        values: ValueReader,
     ):
         """Takes the session's store and its ways to read a request.
 
         Args:
           store: gets restored values.
           arena: the shared memory of a name.
-          decrypt: opens an attachment that the client made for a purpose.
-          value: a sealed value's tag and content, from its place in shared memory, its handle and
-            type.
+          values: reads sealed values, and what else the client encrypted.
         """
         self._store = store
         self._arena = arena
-        self._decrypt = decrypt
-        self._value = value
+        self._values = values
         self._lineages = Lineages()
         # One that was given up makes room for the next.
         self._writer: CheckpointWriter | None = None
@@ -77,7 +72,7 @@ class Checkpointing:
     def provision(self, _: EmptyRequest, attachment: bytes) -> Fields:
         """Takes the client's checkpoint key into use."""
         with self._lock:
-            self._lineages.provision(json.loads(self._decrypt(attachment, "checkpoint key")))
+            self._lineages.provision(json.loads(self._values.decrypt(attachment, "checkpoint key")))
         return {}
 
     def begin(self, asked: CheckpointRequest, _: bytes) -> Fields:
@@ -99,14 +94,14 @@ class Checkpointing:
                 )
             array = writer.leaves[writer.written].array
             arena = self._arena(asked.arena)
-            record, value = self._value(arena, asked.offset, asked.handle, array)
+            record, value = self._values.value(arena, asked.offset, asked.handle, array)
             place = ArrayType((sealed_bytes(array),), "uint8")
             writer.seal(value, record, arena.view(place, asked.offset))
         return {}
 
     def begin_restoring(self, asked: RestoreRequest, attachment: bytes) -> Fields:
         """Begins to restore the checkpoint with this `head`, if the client's order lets it."""
-        order = json.loads(self._decrypt(attachment, "restore"))
+        order = json.loads(self._values.decrypt(attachment, "restore"))
         with self._lock:
             self._reader, self._restored, self._origins = None, [], {}
             reader = self._reader = self._lineages.reader(asked.head, order)

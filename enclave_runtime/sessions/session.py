@@ -53,11 +53,7 @@ from enclave_runtime.protocol.requests import (
 from enclave_runtime.protocol.tags import (
     Rules,
     Seal,
-    TagRecord,
     published_array,
-    published_bytes,
-    seal_bytes,
-    unseal_array,
 )
 from enclave_runtime.protocol.wire import Frame, Kind
 from enclave_runtime.schemes import check_program, make_scheme
@@ -68,7 +64,8 @@ from enclave_runtime.sessions.lanes import Lanes, Presence
 from enclave_runtime.sessions.programs import Programs, Provisioned
 from enclave_runtime.sessions.run import Run, RunError
 from enclave_runtime.sessions.store import Blinded, Resident, Store
-from enclave_runtime.verifying import checksum, follower, integrity, ring
+from enclave_runtime.sessions.value_reader import ValueReader
+from enclave_runtime.verifying import follower, integrity, ring
 from enclave_runtime.verifying.integrity import WrongProductError, private_copy
 
 # A reply's fields, with its attachment where it has one.
@@ -79,8 +76,6 @@ class Session:
     """State shared by all connections of one session."""
 
     def __init__(self, keys: SessionKeys, identity: str):
-        self._keys = keys
-        self._identity = identity
         self._schedule = KeySchedule()
         self._executor = Executor()
         self._store = Store()
@@ -90,11 +85,12 @@ class Session:
         self._arenas: dict[str, Arena] = {}
         self._runs: dict[int, Run] = {}
         self._run_numbers = itertools.count(1)
-        self._checkpoints = Checkpointing(self._store, self._arena, self._decrypt, self._value)
+        self._attempts = Attempts()
+        self._values = ValueReader(keys, identity, self._store, self._attempts)
+        self._checkpoints = Checkpointing(self._store, self._arena, self._values)
         self._lock = threading.Lock()
         self._busy_seconds = 0.0
         self._blindings = 0
-        self._attempts = Attempts()
         self._admission = Admission()
         self._adopting = threading.Lock()
         self._presence = Presence()
@@ -151,12 +147,8 @@ class Session:
 
     # Programs
 
-    def _decrypt(self, attachment: bytes, purpose: str) -> bytes:
-        context = f"{purpose}|{self._identity}".encode()
-        return encryption.decrypt_bytes(self._keys.to_enclave, attachment, context)
-
     def _compile(self, _: EmptyRequest, attachment: bytes) -> dict[str, Any]:
-        return {"executable": self._executor.compile(self._decrypt(attachment, "compile"))}
+        return {"executable": self._executor.compile(self._values.decrypt(attachment, "compile"))}
 
     def _provision(self, asked: ProvisionRequest, attachment: bytes) -> dict[str, Any]:
         """Takes a program and its constants: from the arena, or behind the program itself.
@@ -166,7 +158,7 @@ class Session:
         """
         size = asked.program_bytes
         description, inline = _split(attachment, len(attachment) if size is None else size)
-        described = json.loads(self._decrypt(description, "provision"))
+        described = json.loads(self._values.decrypt(description, "provision"))
         program = Program.decode(described["program"])
         scheme = make_scheme(program.scheme, program.parameters)
         rules = Rules.decode(described["rules"], len(program.inputs), len(program.outputs))
@@ -187,7 +179,7 @@ class Session:
         if size is not None:
             for port in program.constants:
                 own, inline = _split(inline, encryption.encrypted_bytes(port.array.nbytes))
-                constants[port.value] = self._decrypted_copy(
+                constants[port.value] = self._values.decrypted_copy(
                     np.frombuffer(own, np.uint8), port.array
                 )
             if inline:
@@ -197,7 +189,7 @@ class Session:
             if len(asked.offsets) != len(program.constants):
                 raise RequestError(f"the program has {len(program.constants)} constants")
             for port, offset in zip(program.constants, asked.offsets, strict=True):
-                constants[port.value] = self._decrypted(arena, port.array, offset)
+                constants[port.value] = self._values.decrypted(arena, port.array, offset)
         crossings = [c for s in program.segments for c in (*s.uploads, *s.downloads)]
         for c in crossings:
             kernels += self._executor.warm_up(scheme, c.array, c.layout, program.classes)
@@ -218,30 +210,6 @@ class Session:
         for number in asked.programs:
             self._programs.release(number)
         return {}
-
-    def _unsealed(
-        self, arena: Arena, array: ArrayType, offset: int, read: Callable[..., Any] = unseal_array
-    ) -> tuple[Seal, jax.Array]:
-        """What the owner sealed or published, and what it said of it."""
-        length = published_bytes if read is published_array else seal_bytes
-        size = length(array.nbytes)
-        own = private_copy(arena.view(ArrayType((size,), "uint8"), offset))
-        seal, plain = read(
-            self._keys.to_enclave, own, self._identity, array.shape, np.dtype(array.dtype)
-        )
-        return seal, jnp.array(plain)
-
-    def _decrypted(self, arena: Arena, array: ArrayType, offset: int) -> jax.Array:
-        size = encryption.encrypted_bytes(array.nbytes)
-        # A private copy first: the host may change shared memory while it is being decrypted.
-        own = private_copy(arena.view(ArrayType((size,), "uint8"), offset))
-        return self._decrypted_copy(own, array)
-
-    def _decrypted_copy(self, private: np.ndarray, array: ArrayType) -> jax.Array:
-        plain = encryption.decrypt_array(
-            self._keys.to_enclave, private, self._identity, array.shape, np.dtype(array.dtype)
-        )
-        return jnp.array(plain)
 
     # Runs
 
@@ -334,11 +302,11 @@ class Session:
         if isinstance(given, PublishedInput):
             if port.place != PUBLIC:
                 raise RequestError(f"input {index} is secret, and what is published is not")
-            return self._unsealed(arena, port.array, given.offset, published_array)
+            return self._values.unsealed(arena, port.array, given.offset, published_array)
         if port.place == PUBLIC:
             own = private_copy(arena.view(port.array, given.offset))
             return hashlib.sha256(own.tobytes()).digest(), jnp.asarray(own)
-        return self._unsealed(arena, port.array, given.offset)
+        return self._values.unsealed(arena, port.array, given.offset)
 
     def _held(self, port: Port, index: int, handle: str, verify: bool) -> Resident | Blinded:
         """What the enclave holds of an input; see `_taken`."""
@@ -387,7 +355,7 @@ class Session:
         entry = self._store.get(handle) if handle else None
         if not isinstance(entry, Blinded):
             raise RequestError(f"input {index} does not lie on the devices")
-        value = self._unblinded(entry, private_copy(run.arena.view(entry.array, offset)))
+        value = self._values.unblinded(entry, private_copy(run.arena.view(entry.array, offset)))
         if port.place != DEVICE:
             run.set(port, value)
             return False
@@ -469,68 +437,12 @@ class Session:
         """
         entry = self._store.get(asked.handle)
         if asked.arena is None:
-            return {}, self._opened(entry, attachment)
+            return {}, self._values.opened(entry, attachment)
         arena = self._arena(asked.arena)
-        _, value = self._value(arena, asked.offset, asked.handle, entry.array)
-        encrypted = encryption.encrypt_array(self._keys.to_client, value, self._identity)
+        _, value = self._values.value(arena, asked.offset, asked.handle, entry.array)
+        encrypted = self._values.encrypted(value)
         np.copyto(arena.view(ArrayType(encrypted.shape, "uint8"), asked.offset), encrypted)
         return {}
-
-    def _opened(self, entry: Resident | Blinded, content: bytes) -> bytes:
-        """A value encrypted to the client; the content of a blinded one comes from it."""
-        if isinstance(entry, Blinded):
-            if len(content) != entry.array.nbytes:
-                raise RequestError(
-                    f"a blinded value of {entry.array.nbytes} bytes comes with {len(content)}"
-                )
-            blinded = np.frombuffer(content, np.dtype(entry.array.dtype)).reshape(entry.array.shape)
-            value = self._unblinded(entry, blinded)
-        else:
-            value = entry.value
-        return encryption.encrypt_array(
-            self._keys.to_client, np.asarray(value), self._identity
-        ).tobytes()
-
-    def _value(
-        self, arena: Arena, offset: int, handle: str | None, array: ArrayType
-    ) -> tuple[TagRecord, np.ndarray]:
-        """A sealed value's tag, and the value in the clear, whatever its form.
-
-        Args:
-          arena: has at `offset` what the host holds of it.
-          offset: in bytes.
-          handle: names it; without one, the value is the client's ciphertext.
-          array: its shape and dtype.
-        """
-        if handle is None:
-            seal, plain = self._unsealed(arena, array, offset)
-            return TagRecord(*seal, generation=0), np.asarray(plain)
-        entry = self._store.get(handle)
-        if entry.array != array:
-            raise RequestError(
-                f"a sealed value is {entry.array.dtype}{list(entry.array.shape)}, expected "
-                f"{array.dtype}{list(array.shape)}"
-            )
-        if isinstance(entry, Blinded):
-            own = private_copy(arena.view(entry.array, offset))
-            return entry.tag.record(), np.asarray(self._unblinded(entry, own))
-        return entry.tag.record(), np.asarray(entry.value)
-
-    def _unblinded(self, entry: Blinded, blinded: np.ndarray) -> jax.Array:
-        """A value that comes back from the devices, held to its checksum if it has one.
-
-        Args:
-          entry: its keys.
-          blinded: a private copy: the host may change shared memory after it was checked.
-
-        Raises:
-          WrongProductError: it is another one, or too many wrong ones came back before.
-          RequestError: too much that may bring a wrong one is going on.
-        """
-        if entry.checksum is not None:
-            with self._attempts.comparison():
-                checksum.check_leaf(entry.checksum, blinded, entry.source)
-        return entry.scheme.unblind(blinded, entry.layout, entry.keys, operands=None)
 
     def _free(self, asked: FreeRequest, _: bytes) -> dict[str, Any]:
         for handle in asked.handles:

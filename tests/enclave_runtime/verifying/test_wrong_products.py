@@ -170,9 +170,9 @@ def test_leaves_that_come_back_are_no_more_tries_than_are_left(session, monkeypa
     session._attempts.wrong = integrity.MAX_WRONG_PRODUCTS - 2
     number, _ = opened(session)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        first = pool.submit(session._unblinded, entry, content)
+        first = pool.submit(session._values.unblinded, entry, content)
         assert comparing.wait(30)
-        for request in (lambda: session._unblinded(entry, content), lambda: opened(session)):
+        for request in (lambda: session._values.unblinded(entry, content), lambda: opened(session)):
             with pytest.raises(RequestError, match="1 leaves are being compared, together at most"):
                 request()
         going_on.set()
@@ -180,12 +180,12 @@ def test_leaves_that_come_back_are_no_more_tries_than_are_left(session, monkeypa
             first.result(30)
     assert len(tries) == 1 and session._attempts.wrong == integrity.MAX_WRONG_PRODUCTS - 1
     with pytest.raises(RequestError, match="commit or abort a run first"):
-        session._unblinded(entry, content)
+        session._values.unblinded(entry, content)
     abort(session, number)
     with pytest.raises(WrongProductError, match="wrong leaf"):
-        session._unblinded(entry, content)
+        session._values.unblinded(entry, content)
     with pytest.raises(WrongProductError, match="256 wrong products"):
-        session._unblinded(entry, content)
+        session._values.unblinded(entry, content)
     assert len(tries) == 2
 
 
@@ -195,7 +195,7 @@ def test_a_leaf_that_is_right_is_no_try(session, monkeypatch):
     session._attempts.wrong = integrity.MAX_WRONG_PRODUCTS - 1
     for _ in range(3):
         with pytest.raises(AttributeError):  # only after the comparison: there is no scheme
-            session._unblinded(entry, np.zeros(0))
+            session._values.unblinded(entry, np.zeros(0))
     assert session._attempts.wrong == integrity.MAX_WRONG_PRODUCTS - 1
     opened(session)
 

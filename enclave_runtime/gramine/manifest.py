@@ -42,9 +42,9 @@ def max_threads(cpus: int) -> int:
     """How many threads the enclave may need on a machine with so many processors.
 
     >>> max_threads(2)
-    166
+    199
     """
-    return 16 + 2 + 4 * cpus + 4 + CONNECTIONS
+    return 16 + 3 + 4 * cpus + 4 + CONNECTIONS
 
 
 def environment() -> dict[str, str]:

@@ -23,14 +23,34 @@ class ConfigurationError(Exception):
     """A first line that is neither a secret nor a serving configuration."""
 
 
+class Listen(NamedTuple):
+    """Where the host's processes on other machines reach the enclave.
+
+    Attributes:
+      address: numeric; 0.0.0.0 or :: for all networks.
+      port: its number, 0 for any free one.
+    """
+
+    address: str
+    port: int
+
+
 class Launched(NamedTuple):
     """A parent holds the other end of the pipe; client and host are one process.
 
     Attributes:
       secret: the session's.
+      listen: a second port, that answers what a host may ask; None for none.
     """
 
     secret: bytes
+    listen: Listen | None = None
+
+    def encode(self) -> str:
+        """The configuration as the line that `read_configuration` takes."""
+        if self.listen is None:
+            return self.secret.hex()
+        return json.dumps({"launch": {"secret": self.secret.hex(), "listen": self.listen}})
 
     def __repr__(self) -> str:
         return "Launched(<secret>)"
@@ -47,12 +67,14 @@ class Serving(NamedTuple):
       host_port: the number of the host's port on 127.0.0.1, 0 for any free one.
       host_key: keeps other users of the machine off the host port; the host knows it, so it
         protects nothing from the host.
+      listen: a second port of the host, under the same key; None for none.
     """
 
     address: str
     client_port: int
     host_port: int
     host_key: bytes
+    listen: Listen | None = None
 
     def encode(self) -> str:
         """The configuration as the line that `read_configuration` takes."""
@@ -86,25 +108,53 @@ def read_configuration(pipe: BinaryIO) -> Launched | Serving:
         raise ConfigurationError(
             "the first line is neither a secret nor a configuration in JSON"
         ) from None
+    if isinstance(fields, dict) and fields.keys() == {"launch"}:
+        return _launched(fields["launch"])
     if not isinstance(fields, dict) or fields.keys() != {"serve"}:
-        raise ConfigurationError("a configuration has the one field `serve`")
+        raise ConfigurationError("a configuration has the one field `serve`, or `launch`")
     return _serving(fields["serve"])
+
+
+def _launched(fields: Any) -> Launched:
+    if not isinstance(fields, dict) or fields.keys() != set(Launched._fields):
+        raise ConfigurationError(f"launching needs exactly {', '.join(Launched._fields)}")
+    if not _SECRET.fullmatch(_text(fields["secret"])):
+        raise ConfigurationError(f"secret is not {SECRET_BYTES} bytes in hexadecimal")
+    return Launched(bytes.fromhex(fields["secret"]), _listen(fields["listen"]))
+
+
+def _listen(field: Any) -> Listen | None:
+    if field is None:
+        return None
+    if not isinstance(field, list) or len(field) != 2:
+        raise ConfigurationError("listen is not an address and a port")
+    return Listen(_address(field[0], "listen"), _port(field[1], "listen"))
+
+
+def _port(field: Any, name: str) -> int:
+    if type(field) is not int or not 0 <= field < 1 << 16:
+        raise ConfigurationError(f"{name} is not the number of a port")
+    return field
+
+
+def _address(field: Any, name: str) -> str:
+    try:
+        return str(ipaddress.ip_address(_text(field)))
+    except ValueError as error:
+        raise ConfigurationError(f"{name} is not a numeric IP address") from error
 
 
 def _serving(fields: Any) -> Serving:
     if not isinstance(fields, dict) or fields.keys() != set(Serving._fields):
         raise ConfigurationError(f"serving needs exactly {', '.join(Serving._fields)}")
-    for name in ("client_port", "host_port"):
-        if type(fields[name]) is not int or not 0 <= fields[name] < 1 << 16:
-            raise ConfigurationError(f"{name} is not the number of a port")
-    try:
-        address = str(ipaddress.ip_address(_text(fields["address"])))
-    except ValueError as error:
-        raise ConfigurationError("address is not a numeric IP address") from error
     if not _SECRET.fullmatch(_text(fields["host_key"])):
         raise ConfigurationError(f"host_key is not {SECRET_BYTES} bytes in hexadecimal")
     return Serving(
-        address, fields["client_port"], fields["host_port"], bytes.fromhex(fields["host_key"])
+        _address(fields["address"], "address"),
+        _port(fields["client_port"], "client_port"),
+        _port(fields["host_port"], "host_port"),
+        bytes.fromhex(fields["host_key"]),
+        _listen(fields["listen"]),
     )
 
 

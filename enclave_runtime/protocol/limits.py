@@ -12,5 +12,6 @@ HOST_CONNECTIONS = 64  # of a host, which needs one for each request at a time
 # aborts the run meanwhile needs one too, and a second run has its own.
 MAX_WORKERS = HOST_CONNECTIONS // 2
 
-# With all of them open on both ports.
-CONNECTIONS = 2 * MAX_STRANGERS + CLIENT_CONNECTIONS + HOST_CONNECTIONS
+# With all of them open: the client's port, and two of the host, for its processes on the enclave's
+# machine and on others, who share the host's connections.
+CONNECTIONS = 3 * MAX_STRANGERS + CLIENT_CONNECTIONS + HOST_CONNECTIONS

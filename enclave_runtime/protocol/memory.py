@@ -7,7 +7,8 @@ the host creates the file and removes its name as soon as the enclave has mapped
 that nothing is left behind however either process ends.
 
 Where a host's devices belong to several processes, each process has memory of its own for its
-parts of what crosses: a *lane*, see `Lane`.
+parts of what crosses: a *lane*, see `Lane`. One that shares no memory with the enclave has its lane
+in its own memory, and what lies there travels (`wire.send_blocks`).
 """
 
 from __future__ import annotations
@@ -40,18 +41,28 @@ class Arena:
       size: in bytes.
     """
 
-    def __init__(self, name: str, size: int, *, create: bool = False):
+    def __init__(self, name: str | None, size: int, *, create: bool = False):
         """Maps `/dev/shm/<name>`, creating it with `size` bytes if asked.
 
+        Without a name it is memory of this process alone, for a worker whose parts travel.
+
         Raises:
-          ArenaError: the name is not an arena's, or `/dev/shm` has too little room.
+          ArenaError: the name is not an arena's, it names nothing in this machine's `/dev/shm`, or
+            there is too little room.
         """
+        self.size = size
+        if name is None:
+            self._map = mmap.mmap(-1, size)
+            return
         if not _NAME.fullmatch(name):
             raise ArenaError("a shared-memory file's name is not of the expected form")
         self.path = os.path.join(DIRECTORY, name)
-        self.size = size
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(self.path, flags | (os.O_CREAT | os.O_EXCL if create else 0), 0o600)
+        flags |= os.O_CREAT | os.O_EXCL if create else 0
+        try:
+            descriptor = os.open(self.path, flags, 0o600)
+        except FileNotFoundError as error:
+            raise ArenaError(f"{DIRECTORY} is not shared with whoever made this memory") from error
         try:
             if create:
                 self._reserve(descriptor)

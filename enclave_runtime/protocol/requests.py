@@ -187,12 +187,13 @@ class JoinRequest:
     Attributes:
       run: its number.
       worker: which of its workers this is.
-      arena: the shared memory of this worker's parts.
+      arena: the shared memory of this worker's parts; None if it shares none, and they travel as
+        blocks behind its requests for segments and their replies.
     """
 
     run: Integer
     worker: Integer
-    arena: Text
+    arena: Text | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,12 +232,21 @@ class SettleRequest:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentRequest:
-    """Run a segment, whose uploads this worker has brought; `timed` asks for its times."""
+    """Run a segment, whose uploads this worker has brought, or brings behind the request.
+
+    Attributes:
+      run: its number.
+      segment: its index.
+      worker: who asks.
+      timed: whether the segment's times are asked for.
+      carried: bytes of the blocks behind the request, with their headers.
+    """
 
     run: Integer
     segment: Integer
     worker: Integer
     timed: Annotated[int, _between(0, 1)] = 0
+    carried: Annotated[int, _between(0, MAX_ARENA_BYTES)] = 0
 
 
 @dataclasses.dataclass(frozen=True)

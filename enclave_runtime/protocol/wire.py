@@ -1,8 +1,9 @@
 """Frames of the control connection, shared by the host and the enclave.
 
-A frame carries a small JSON object and, for compiled programs, one binary attachment;
-tensors never travel here but through shared memory. Everything a peer claims about a
-length is checked before memory is allocated for it. No pickle.
+A frame carries a small JSON object and, for compiled programs, one binary attachment. Tensors
+cross through shared memory or, where a worker of the host shares none with the enclave, as *blocks*
+that follow the frame of their segment. Everything a peer claims about a length is checked before
+memory is allocated for it. No pickle.
 
 The connection is authenticated when it opens (`prove`, `check_proof`): both ends
 show that they know the session's connection key, without sending it.
@@ -16,8 +17,10 @@ import math
 import socket
 import struct
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, hmac
 
@@ -28,6 +31,9 @@ JSON_LENGTH = struct.Struct(">I")
 MAX_BODY = 1 << 30  # bytes; the largest frame provisions one compiled segment
 MAX_JSON = 1 << 26  # bytes
 NONCE_BYTES = 32
+BLOCK_MAGIC = b"TMPB"
+BLOCK = struct.Struct(">4sHHQIIQ")  # 32 bytes
+_MOST_PARTS = 512  # of one system call; Linux takes 1,024
 # All that a peer is told of a refusal whose reason is not its business.
 REFUSAL = "refused; the enclave's own log has the reason"
 
@@ -199,6 +205,87 @@ def receive(
     if length > max_body:
         raise WireError(f"a body of {length} bytes, expected at most {max_body}")
     return decode_body(kind, request, _receive_exactly(connection, length, deadline))
+
+
+class Label(NamedTuple):
+    """What the blocks behind a frame belong to.
+
+    Attributes:
+      run: its number.
+      segment: its index.
+      worker: who brings them, or gets them.
+    """
+
+    run: int
+    segment: int
+    worker: int
+
+    def header(self, position: int, array: np.ndarray) -> bytes:
+        """The header of a block; integers are big-endian.
+
+          bytes 0-3  magic b"TMPB"    bytes  8-15  run        bytes 20-23  worker
+          bytes 4-5  version, now 1   bytes 16-19  segment    bytes 24-31  length of the content
+          bytes 6-7  position among the blocks of its frame
+
+        Both ends know all of it from the program, so what comes has to equal it, bit by bit.
+        """
+        return BLOCK.pack(BLOCK_MAGIC, VERSION, position, *self, array.nbytes)
+
+
+def blocks_bytes(arrays: Iterable[Any]) -> int:
+    """How many bytes arrays take as blocks, headers included; each has its `nbytes`."""
+    return sum(BLOCK.size + array.nbytes for array in arrays)
+
+
+def _content(array: np.ndarray) -> memoryview:
+    """A C-contiguous array's own bytes."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def send_blocks(connection: socket.socket, label: Label, arrays: Sequence[np.ndarray]) -> None:
+    """Sends C-contiguous arrays as blocks, straight from their memory.
+
+    The system's own sizing of socket buffers is left on: it follows what the link takes, and a
+    buffer of a chosen size would be cut to `net.core.wmem_max`, which is smaller.
+    """
+    parts: list[Any] = []
+    for position, array in enumerate(arrays):
+        parts += (label.header(position, array), _content(array))
+    first = 0
+    while first < len(parts):
+        sent = connection.sendmsg(parts[first : first + _MOST_PARTS])
+        while first < len(parts) and sent >= len(parts[first]):
+            sent -= len(parts[first])
+            first += 1
+        if sent:
+            parts[first] = memoryview(parts[first])[sent:]
+
+
+def receive_block(
+    connection: socket.socket, label: Label, position: int, array: np.ndarray
+) -> None:
+    """Receives one block into a C-contiguous array's own memory.
+
+    Raises:
+      WireError: it is another block than the one that is next, or was cut off.
+    """
+    header = bytearray(BLOCK.size)
+    _receive_into(connection, memoryview(header))
+    if header != label.header(position, array):
+        raise WireError(
+            f"expected block {position} of worker {label.worker} in segment {label.segment} of run "
+            f"{label.run}, with {array.nbytes} bytes, and another one came"
+        )
+    _receive_into(connection, _content(array))
+
+
+def _receive_into(connection: socket.socket, view: memoryview) -> None:
+    received = size = len(view)
+    while view and received:
+        received = connection.recv_into(view)
+        view = view[received:]
+    if view:
+        raise WireError(f"a block was cut off: {len(view)} of {size} bytes are missing")
 
 
 def _mac(key: bytes, role: str, challenge: bytes, nonce: bytes) -> hmac.HMAC:

@@ -2,9 +2,11 @@
 
 Launched, the parent hands the session secret over the standard input, a pipe that only it holds,
 and one port on loopback answers everything. Serving, two ports answer what `peers` lets each
-kind of peer ask: the client's over TLS with evidence (`tls`), the host's on loopback. Either way
-the enclave says on its standard output where it listens, and when the pipe closes, its parent is
-gone and it ends at once, whatever it was doing.
+kind of peer ask: the client's over TLS with evidence (`tls`), the host's on loopback. If it is told
+to `listen`, one port more answers what a host may ask, for the host's processes on other machines:
+whoever can read or write on the way there is a host to the enclave. Either way the enclave says on
+its standard output where it listens, and when the pipe closes, its parent is gone and it ends at
+once, whatever it was doing.
 
 A connection proves itself before anything else is read from it. Its requests are numbered
 upwards, so that none can be repeated or taken out of order, and every reply carries its
@@ -34,6 +36,7 @@ from enclave_runtime.protocol.checkpoint import RefusedCheckpointError
 from enclave_runtime.protocol.configuration import (
     ConfigurationError,
     Launched,
+    Listen,
     Serving,
     read_configuration,
 )
@@ -47,6 +50,7 @@ from enclave_runtime.serving import log
 from enclave_runtime.serving.peers import CLIENT, HOST, PARENT, Ownership, Role, UnownedError
 from enclave_runtime.serving.tls import ServerIdentity
 from enclave_runtime.sessions.admission import RefusedInputError
+from enclave_runtime.sessions.cargo import Cargo
 from enclave_runtime.sessions.programs import UnknownProgramError
 from enclave_runtime.sessions.run import RunError
 from enclave_runtime.sessions.session import Session
@@ -94,6 +98,8 @@ _CLOSED = (errno.EBADF, errno.EINVAL)
 # Seconds of silence until a peer is asked for a sign of life, between two questions, and their
 # number: what is left of a peer that vanished must not take its next connection's place for ever.
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
+# Milliseconds after which what is sent to such a peer fails; by itself the system tries for longer.
+_KEEPALIVE[socket.TCP_USER_TIMEOUT] = 120_000
 
 # Hears a peer out until a time of `time.monotonic`, and gives the answer to its proof.
 Authenticate = Callable[[socket.socket, float], Frame]
@@ -109,22 +115,24 @@ def _proven(own_role: str, role: str, key: bytes, challenge: bytes, proof: Frame
     return Frame(Kind.PROOF, 0, {"proof": own.hex()})
 
 
-def _greet(connection: socket.socket, ownership: Ownership) -> bytes:
+def _greet(connection: socket.socket, ownership: Ownership, listens: Listen | None = None) -> bytes:
     challenge = secrets.token_bytes(wire.NONCE_BYTES)
-    fields = {
+    fields: dict[str, Any] = {
         "challenge": challenge.hex(),
         "session": ownership.identity,
         "owned": ownership.owned,
     }
+    if listens is not None:
+        fields["listens"] = listens
     wire.send(connection, Frame(Kind.HELLO, 0, fields))
     return challenge
 
 
-def _loopback_peer(ownership: Ownership, key: bytes) -> Authenticate:
-    """A peer on this machine proves that it knows a key."""
+def _host_peer(ownership: Ownership, key: bytes, listens: Listen | None) -> Authenticate:
+    """A peer of the host proves that it knows a key, and hears where its others may come."""
 
     def authenticate(connection: socket.socket, deadline: float) -> Frame:
-        challenge = _greet(connection, ownership)
+        challenge = _greet(connection, ownership, listens)
         proof = wire.receive(connection, HANDSHAKE_BYTES, deadline)
         return _proven("enclave", "host", key, challenge, proof)
 
@@ -146,10 +154,10 @@ def _tls_client(ownership: Ownership, public_key: bytes) -> Authenticate:
     return authenticate
 
 
-def _answer(ownership: Ownership, role: Role, frame: Frame) -> Frame:
+def _answer(ownership: Ownership, role: Role, frame: Frame, cargo: Cargo) -> Frame:
     try:
         role.check(frame.kind)
-        fields, attachment = ownership.session.handle(frame)
+        fields, attachment = ownership.session.handle(frame, cargo)
         return Frame(Kind.REPLY, frame.request, fields, attachment)
     except tuple(_CODES) as error:
         _log.warning("refused %s: %s", frame.kind.name, error)
@@ -192,6 +200,7 @@ class _Listener:
         role: Role,
         authenticate: Authenticate,
         context: ssl.SSLContext | None = None,
+        proved: threading.BoundedSemaphore | None = None,
     ):
         self.number: int = listener.getsockname()[1]
         self._listener = listener
@@ -200,7 +209,7 @@ class _Listener:
         self._authenticate = authenticate
         self._context = context
         self._strangers = threading.BoundedSemaphore(MAX_STRANGERS)
-        self._proved = threading.BoundedSemaphore(role.connections)
+        self._proved = proved or threading.BoundedSemaphore(role.connections)
 
     def serve(self) -> None:
         """Accepts connections until the listener is closed; nothing that a peer does ends it."""
@@ -277,10 +286,13 @@ class _Listener:
                 return
             except (OSError, ValueError):
                 return
-            last = frame.request
-            reply = _encoded(_answer(self._ownership, self._role, frame))
+            last, cargo = frame.request, Cargo(connection)
+            reply = _answer(self._ownership, self._role, frame, cargo)
             try:
-                connection.sendall(reply)
+                cargo.discard()
+                connection.sendall(_encoded(reply))
+                if reply.kind is not Kind.ERROR:
+                    cargo.send()
             except OSError:
                 return
 
@@ -299,23 +311,39 @@ def _end_with_parent(pipe: BinaryIO) -> None:
     os._exit(0)
 
 
+def _bound(listen: Listen) -> socket.socket:
+    family = socket.AF_INET6 if ":" in listen.address else socket.AF_INET
+    return socket.create_server((listen.address, listen.port), family=family)
+
+
+def _host_ports(
+    ownership: Ownership, role: Role, number: int, key: bytes, listen: Listen | None
+) -> list[_Listener]:
+    """The host's port on this machine, and that for its other machines."""
+    inside, outside = _bound(Listen("127.0.0.1", number)), None
+    if listen is not None:
+        outside = _bound(listen)
+        listen = listen._replace(port=outside.getsockname()[1])
+    peer, proved = _host_peer(ownership, key, listen), threading.BoundedSemaphore(role.connections)
+    ports = [_Listener(inside, ownership, role, peer, proved=proved)]
+    if outside is not None:
+        ports.append(_Listener(outside, ownership, HOST, peer, proved=proved))
+    return ports
+
+
 def _ports(configuration: Launched | Serving, identity: str) -> list[_Listener]:
     ownership = Ownership(identity)
     if isinstance(configuration, Launched):
         ownership.claim(configuration.secret)
-        listener = socket.create_server(("127.0.0.1", 0))
-        peer = _loopback_peer(ownership, ownership.connection_key)
-        return [_Listener(listener, ownership, PARENT, peer)]
+        key = ownership.connection_key
+        return _host_ports(ownership, PARENT, 0, key, configuration.listen)
     own = ServerIdentity()
-    family = socket.AF_INET6 if ":" in configuration.address else socket.AF_INET
-    address: Any = (configuration.address, configuration.client_port)
-    outside = socket.create_server(address, family=family)
+    outside = _bound(Listen(configuration.address, configuration.client_port))
     client = _tls_client(ownership, own.public_key)
-    inside = socket.create_server(("127.0.0.1", configuration.host_port))
-    host = _loopback_peer(ownership, derive_key(configuration.host_key, "host port"))
+    key, number = derive_key(configuration.host_key, "host port"), configuration.host_port
     return [
         _Listener(outside, ownership, CLIENT, client, own.context()),
-        _Listener(inside, ownership, HOST, host),
+        *_host_ports(ownership, HOST, number, key, configuration.listen),
     ]
 
 

@@ -31,6 +31,7 @@ from enclave_runtime.protocol.program import DEVICE, ENCLAVE, Crossing, Layout, 
 from enclave_runtime.schemes import Scheme
 from enclave_runtime.schemes.contract import UnblindingError
 from enclave_runtime.sessions.admission import Claim, Tag
+from enclave_runtime.sessions.cargo import Cargo
 from enclave_runtime.sessions.lanes import Lanes
 from enclave_runtime.sessions.store import Blinded, KeyUses, Resident, Store
 from enclave_runtime.verifying.checksum import NotComparableError, SpentSignsError
@@ -294,7 +295,7 @@ class Run:
             raise RunError(f"{crossing.source or 'a product'}: {error}") from error
         return plain.astype(crossing.array.dtype)
 
-    def join(self, worker: int, arena: Arena) -> None:
+    def join(self, worker: int, arena: Arena | None) -> None:
         """Takes the memory of a process of the host; returns when all have brought theirs.
 
         So none begins to work with others that never come.
@@ -342,13 +343,17 @@ class Run:
             self._condition.notify_all()
             return not self._executing
 
-    def segment(self, index: Any, worker: Any, timed: bool = False) -> tuple[float, ...]:
+    def segment(
+        self, index: Any, worker: Any, timed: bool = False, cargo: Cargo | None = None
+    ) -> tuple[float, ...]:
         """Brings one worker's part of a segment; returns when the segment has run.
 
         Args:
           index: of the segment.
           worker: that brings.
           timed: whether each part of the work is waited for before the next, to tell them apart.
+          cargo: what comes with the request, and takes what goes with its reply, where the worker
+            shares no memory.
 
         Returns:
           Seconds that unblinding (and checking), computing and blinding took, if this request
@@ -356,14 +361,18 @@ class Run:
 
         Raises:
           RunError: out of order, an unknown worker, or a repeat with other bytes.
+          WireError: what comes with the request is not this worker's part.
           WrongProductError: a product is wrong.
         """
+        cargo = cargo or Cargo()
         with self._condition:
             self._raise_failure()
             if self.awaiting:
                 raise RunError(f"the run still awaits {len(self.awaiting)} of its inputs")
             if not 0 <= worker < self._workers:
                 raise RunError(f"worker {worker} of a run with {self._workers}")
+            if self._lanes is None and cargo.size:
+                raise RunError("the workers of this run share their memory, and bytes follow")
             if self._lanes is not None and not self._lanes.complete:
                 raise RunError("not all workers have joined the run")
             repeated = 0 <= index == self._next - 1
@@ -374,7 +383,7 @@ class Run:
                     raise RunError(f"segment {index} was asked for, segment {self._next} is next")
                 self._arrived.add(worker)
         if self._lanes is not None and not repeated:
-            self._lanes.take(index, worker, self._repeat_key)
+            self._lanes.take(index, worker, self._repeat_key, cargo)
         with self._condition:
             self._raise_failure()
             if not repeated:
@@ -382,6 +391,7 @@ class Run:
                 if self._ready < self._workers:
                     self._condition.wait_for(lambda: self._next > index or self._failure)
                     self._raise_failure()
+                    self._load(cargo, index, worker)
                     return ()
             # One at a time; an abort need not wait for it, so the lock is not held meanwhile.
             self._condition.wait_for(lambda: not self._executing)
@@ -390,7 +400,7 @@ class Run:
         seconds: tuple[float, ...] = ()
         try:
             if repeated:
-                self._repeat(index, worker)
+                self._repeat(index, worker, cargo)
             else:
                 seconds = self._execute(index, timed)
         except BaseException as error:
@@ -404,7 +414,12 @@ class Run:
                     self._next = index + 1
                 self._condition.notify_all()
         self._raise_failure()
+        self._load(cargo, index, worker)
         return seconds
+
+    def _load(self, cargo: Cargo, index: int, worker: int) -> None:
+        if self._lanes is not None:
+            cargo.load(self._lanes.outgoing(index, worker))
 
     def _raise_failure(self) -> None:
         if isinstance(self._failure, WrongProductError):
@@ -447,12 +462,12 @@ class Run:
         self.busy_seconds += end - start
         return unblinded - start, computed - unblinded, end - computed
 
-    def _repeat(self, index: int, worker: int) -> None:
+    def _repeat(self, index: int, worker: int, cargo: Cargo) -> None:
         # As they came: values would not tell bytes apart where a product is set to zeros or
         # computed inside, whatever was brought.
         try:
             if self._lanes is not None:
-                self._lanes.check(index, worker, self._repeat_key)
+                self._lanes.check(index, worker, self._repeat_key, cargo)
             else:
                 uploads = self.program.segments[index].uploads
                 for crossing, tags in zip(uploads, self._brought, strict=True):

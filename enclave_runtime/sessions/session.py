@@ -55,10 +55,11 @@ from enclave_runtime.protocol.tags import (
     Seal,
     published_array,
 )
-from enclave_runtime.protocol.wire import Frame, Kind
+from enclave_runtime.protocol.wire import Frame, Kind, Label
 from enclave_runtime.schemes import check_program, make_scheme
 from enclave_runtime.sessions.admission import Admission, Tag
 from enclave_runtime.sessions.attempts import Attempts
+from enclave_runtime.sessions.cargo import Cargo
 from enclave_runtime.sessions.checkpointing import Checkpointing
 from enclave_runtime.sessions.lanes import Lanes, Presence
 from enclave_runtime.sessions.programs import Programs, Provisioned
@@ -103,7 +104,6 @@ class Session:
             Kind.JOIN: self._join,
             Kind.BEAT: self._beat,
             Kind.SETTLE: self._settle,
-            Kind.SEGMENT: self._segment,
             Kind.COMMIT: self._commit,
             Kind.ABORT: self._abort,
             Kind.OPEN: self._open,
@@ -119,13 +119,19 @@ class Session:
             Kind.RELEASE: self._release,
         }
 
-    def handle(self, frame: Frame) -> tuple[dict[str, Any], bytes]:
+    def handle(self, frame: Frame, cargo: Cargo | None = None) -> tuple[dict[str, Any], bytes]:
         """Answers one request, with the reply's fields and attachment.
+
+        Args:
+          frame: the request.
+          cargo: takes what comes behind it, and what goes behind the reply.
 
         Raises:
           Exception: the request was refused or failed; see `server` for what leaves.
         """
         request = requests.decode(frame)
+        if frame.kind is Kind.SEGMENT:
+            return self._segment(request, cargo or Cargo()), b""
         answer = self._handlers[frame.kind](request, frame.attachment)
         return answer if isinstance(answer, tuple) else (answer, b"")
 
@@ -273,7 +279,7 @@ class Session:
     def _join(self, asked: JoinRequest, _: bytes) -> dict[str, Any]:
         run = self._run(asked.run)
         with self._failing(asked.run, run):
-            run.join(asked.worker, self._arena(asked.arena))
+            run.join(asked.worker, None if asked.arena is None else self._arena(asked.arena))
         return {}
 
     def _beat(self, asked: BeatRequest, _: bytes) -> dict[str, Any]:
@@ -364,12 +370,13 @@ class Session:
         run.blind(port, value, blind_at)
         return True
 
-    def _segment(self, asked: SegmentRequest, _: bytes) -> dict[str, Any]:
+    def _segment(self, asked: SegmentRequest, cargo: Cargo) -> dict[str, Any]:
+        cargo.announce(Label(asked.run, asked.segment, asked.worker), asked.carried)
         run = self._run(asked.run)
         with self._failing(asked.run, run):
             if run.program.verify:
                 self._attempts.refuse_after_lies()
-            seconds = run.segment(asked.segment, asked.worker, timed=asked.timed == 1)
+            seconds = run.segment(asked.segment, asked.worker, asked.timed == 1, cargo)
         # Nothing new to the host: it sees when shared memory is read, and when it is written.
         return {"seconds": seconds} if asked.timed else {}
 

@@ -21,6 +21,7 @@ from tempo_jax.cli.estimate import estimate
 from tempo_jax.cli.inspect import inspect, signed_build
 from tempo_jax.cli.serve import served
 from tempo_jax.errors import LaunchError, TempoError
+from tempo_jax.transport.channel import parse_listen
 from tempo_jax.transport.launch import KINDS, command
 
 CLIENT_PORT, HOST_PORT = 7441, 7442
@@ -79,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="where to write the key of the host port (default: where Enclave.attach looks)",
+    )
+    serve.add_argument(
+        "--listen",
+        metavar="IP:PORT",
+        help="one more host port, for processes of the host on other machines; its tensors are not "
+        "encrypted there, but blinded as the host sees them (default: none)",
     )
     _add_start(serve)
     serve.add_argument("--json", action="store_true", help="print one JSON object once it serves")
@@ -164,9 +171,8 @@ def _serve(options: argparse.Namespace) -> int:
     # As Ctrl-C: the context ends the enclave and removes the key.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = command(options.kind, options.directory)
-    with served(
-        options.client_address, options.client_port, options.host_port, options.host_key, start
-    ) as enclave:
+    ports = (options.client_address, options.client_port, options.host_port, options.host_key)
+    with served(*ports, start, parse_listen(options.listen)) as enclave:
         process = enclave.child.process
         where = {
             "client": enclave.client,
@@ -174,14 +180,16 @@ def _serve(options: argparse.Namespace) -> int:
             "host_key": str(enclave.host_key),
             "session": enclave.session,
             "process": process.pid,
+            "listens": enclave.listens,
         }
         if options.json:
             print(json.dumps(where), flush=True)
         else:
+            others = f"other machines {enclave.listens}\n" if enclave.listens else ""
             print(
                 f"enclave       process {process.pid}, session {enclave.session}\n"
                 f"client port   {enclave.client}, TLS 1.3\n"
-                f"host port     {enclave.host}, key in {enclave.host_key}\n"
+                f"host port     {enclave.host}, key in {enclave.host_key}\n{others}"
                 f"See what it proves: tempo-jax enclave inspect {enclave.client}",
                 flush=True,
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from enclave_runtime.crypto.encryption import SECRET_BYTES
-from enclave_runtime.protocol.configuration import Serving
+from enclave_runtime.protocol.configuration import Listen, Serving
 from tempo_jax.transport.child import EnclaveProcess
 from tempo_jax.transport.host_key import default_path, write_host_key
 from tempo_jax.transport.launch import Command
@@ -28,6 +28,7 @@ class ServingProcess(NamedTuple):
       host: address of the host port.
       host_key: the file with the host port's key.
       session: public name of the session.
+      listens: address of the host port for other machines; None without one.
     """
 
     child: EnclaveProcess
@@ -35,6 +36,7 @@ class ServingProcess(NamedTuple):
     host: str
     host_key: Path
     session: str
+    listens: str | None = None
 
 
 @contextlib.contextmanager
@@ -44,6 +46,7 @@ def served(
     host_port: int = 0,
     host_key: Path | None = None,
     command: Command | None = None,
+    listen: Listen | None = None,
 ) -> Iterator[ServingProcess]:
     """Serves an enclave as long as the context lasts.
 
@@ -53,21 +56,28 @@ def served(
       host_port: the host port's number on 127.0.0.1; 0 takes any free one.
       host_key: where to write the host port's key; by default where `Enclave.attach` looks.
       command: what to start; by default an ordinary process.
+      listen: where the host's processes on other machines reach the enclave; by default nowhere.
 
     Raises:
       EnclaveDiedError: the enclave ended before it was up; its log says why.
       EnclaveTimeoutError: it was not up in time.
     """
     key = secrets.token_bytes(SECRET_BYTES)
-    child = EnclaveProcess(Serving(address, client_port, host_port, key).encode(), 3, command)
+    line = Serving(address, client_port, host_port, key, listen).encode()
+    child = EnclaveProcess(line, 3 if listen is None else 4, command)
     try:
-        outside, inside, session = child.greeting
-        shown = f"[{address}]" if ":" in address else address
+        outside, inside, *others, session = child.greeting
+        listens = _shown(listen.address, others[0]) if listen is not None else None
         path = default_path(int(inside)) if host_key is None else host_key
         write_host_key(path, key)
+        shown = _shown(address, outside)
         try:
-            yield ServingProcess(child, f"{shown}:{outside}", f"127.0.0.1:{inside}", path, session)
+            yield ServingProcess(child, shown, f"127.0.0.1:{inside}", path, session, listens)
         finally:
             path.unlink(missing_ok=True)
     finally:
         child.stop()
+
+
+def _shown(address: str, port: str) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

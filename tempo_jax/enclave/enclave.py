@@ -41,6 +41,7 @@ from tempo_jax.errors import (
     CheckpointError,
     RoleError,
 )
+from tempo_jax.jaxprs import cluster
 from tempo_jax.planning.calibration import cost_model, machine_costs
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.sealing.array import (
@@ -54,11 +55,12 @@ from tempo_jax.sealing.handles import Handles
 from tempo_jax.sealing.leaves import leaves_of
 from tempo_jax.sealing.ledger import CheckpointKey, CheckpointLedger
 from tempo_jax.transport import launch as launch_module
-from tempo_jax.transport.channel import Channel, parse_address
+from tempo_jax.transport.channel import Channel, parse_address, parse_listen
 from tempo_jax.transport.child import Connection
 from tempo_jax.transport.host_key import read_host_key
 from tempo_jax.transport.identity import ClientIdentity
-from tempo_jax.transport.loopback import Attachment, Joined, Loopback
+from tempo_jax.transport.joined import Joined
+from tempo_jax.transport.loopback import Attachment, Loopback
 
 # Who seals and opens moves arrays on purpose, which a user's `jax.transfer_guard` is not about.
 OWN_TRANSFERS = jax.transfer_guard("allow")
@@ -99,6 +101,7 @@ class Enclave:
         kind: Literal["process", "gramine-direct", "gramine-sgx"] = "process",
         directory: str | os.PathLike[str] | None = None,
         *,
+        listen: str | None = None,
         checkpoint_key: CheckpointKey | None = None,
         checkpoint_ledger: CheckpointLedger | None = None,
     ) -> Enclave:
@@ -114,6 +117,10 @@ class Enclave:
             Gramine without SGX, ``gramine-sgx`` with SGX.
           directory: for Gramine, what ``python -m enclave_runtime.gramine build`` made; by
             default one in the user's cache, built on first use.
+          listen: numeric ``address:port`` on which processes of other machines reach the enclave,
+            see `across_processes`; ``0.0.0.0:7443`` for all networks, port 0 for any. Who knows the
+            key that they get may there ask what a host may, and what crosses is not encrypted: it
+            is what the host sees, blinded or revealed.
           checkpoint_key: see `use_checkpoint_key`.
           checkpoint_ledger: likewise.
 
@@ -122,10 +129,12 @@ class Enclave:
 
         Raises:
           LaunchError: this machine cannot start that kind; the message says what to do.
+          ChannelError: `listen` is no numeric address with a port.
           EnclaveDiedError: the process ended before it was up.
           EnclaveTimeoutError: it was not up in time.
         """
-        launched = cls(Connection(launch_module.command(kind, directory)))
+        where = parse_listen(listen)
+        launched = cls(Connection(launch_module.command(kind, directory), where))
         try:
             if checkpoint_key is not None:
                 launched.use_checkpoint_key(checkpoint_key, checkpoint_ledger)
@@ -184,7 +193,9 @@ class Enclave:
         return cls(Attachment(port, read_host_key(port, host_key)))
 
     @classmethod
-    def across_processes(cls, first: Callable[[], Enclave] | None = None) -> Enclave:
+    def across_processes(
+        cls, first: Callable[[], Enclave] | None = None, *, share_memory: bool = True
+    ) -> Enclave:
         """One enclave for all processes of `jax.distributed`; every process calls this.
 
         Then ``shield(..., mesh=...)`` takes a mesh of all their devices. All processes make the
@@ -192,15 +203,23 @@ class Enclave:
         first process (`jax.process_index() == 0`): the others give arrays of the same shapes, and
         what they hold sealed are stand-ins, which only the first process opens and saves.
 
+        A process on the enclave's machine reaches it over loopback and shared memory. One on
+        another machine, or in a container of its own, reaches it over TCP where it was told to
+        `listen`, and its devices' parts of what crosses travel there, in the clear: blinded as the
+        host sees them. Each process finds out by trying which of the two it is.
+
         Args:
           first: how the first process comes to the enclave, where it runs on that one's machine;
             by default `launch`. Other processes do not call it.
+          share_memory: False has this process's parts travel over TCP even where it could share
+            memory; the first process's never do.
 
         Returns:
           The enclave. With a single process it is simply what `first` gives.
 
         Raises:
           EnclaveError: the first process got no enclave.
+          ChannelError: this one does not reach it.
         """
         first = first or cls.launch
         if jax.process_count() == 1:
@@ -208,7 +227,7 @@ class Enclave:
         processes = Processes()
         if not processes.leads:
             told = processes.hear("enclave")
-            lines = Joined(told["port"], bytes.fromhex(told["key"]), told["session"])
+            lines = Joined(told, cluster.coordinator(), share_memory=share_memory)
             processes.watch(lines, told["group"])
             return cls(lines, processes)
         try:
@@ -628,8 +647,10 @@ class Enclave:
         """Shared memory for one request or run."""
         lines = self._lines("what goes through shared memory")
         reserved = lines.reserve(aligned(max(size, 1)))
+        name, arena = reserved
+        assert name is not None, "the first process shares memory, and the others do not ask"
         try:
-            yield reserved
+            yield name, arena
         except BaseException:
             lines.discard(reserved)
             raise

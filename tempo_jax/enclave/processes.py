@@ -38,7 +38,7 @@ from typing import Any, NoReturn
 import jax
 
 from enclave_runtime.protocol.wire import Kind
-from tempo_jax.errors import EnclaveError, TempoError
+from tempo_jax.errors import EnclaveError, EnclaveTimeoutError, TempoError
 from tempo_jax.jaxprs import cluster
 from tempo_jax.transport.loopback import Loopback
 
@@ -164,6 +164,8 @@ class Processes:
         try:
             found = self._exchange()
         except TempoError as error:
+            # Cut off, or the enclave stands still: JAX would wait for its coordinator, beside it.
+            self.broken = self.broken or isinstance(error, EnclaveTimeoutError)
             self._fail(error)
             return
         left = [p for p in found["left"] if p != self.index]

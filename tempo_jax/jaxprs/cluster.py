@@ -23,6 +23,12 @@ def _client() -> Any:
     return client
 
 
+def coordinator() -> str | None:
+    """Address of the machine of process 0, as every process reaches the coordinator there."""
+    address = distributed.global_state.coordinator_address
+    return address.rpartition(":")[0].strip("[]") if address else None
+
+
 def write(key: str, text: str) -> None:
     """Leaves a text under a key, in place of an earlier one.
 

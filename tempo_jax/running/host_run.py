@@ -9,7 +9,8 @@ waits for one that has not begun, whatever threads the runtime has.
 
 On a mesh that spans processes each process brings and fetches the parts of its own devices in
 memory of its own (`Lane`), and the enclave, which joins the parts, is where the processes meet. The
-first begins the run, the others `join` it. Untrusted.
+first begins the run, the others `join` it. The parts of a process that shares no memory with the
+enclave travel with its requests for segments (`Shipment`). Untrusted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,14 +30,14 @@ import numpy as np
 
 from enclave_runtime.protocol.memory import Arena, Lane, Piece, Shares, input_bytes, sharded_axis
 from enclave_runtime.protocol.program import ArrayType, Crossing, Program
-from enclave_runtime.protocol.wire import Kind
+from enclave_runtime.protocol.wire import Kind, Label
 from tempo_jax.enclave.processes import Processes
 from tempo_jax.errors import EnclaveError, TempoError
 from tempo_jax.planning.mesh import local_shape
 from tempo_jax.running import timeline, watchdog
 from tempo_jax.running.observation import HostView, add_crossing
 from tempo_jax.sealing.array import HELD_WHOLE, PUBLISHED, handle_text, is_sealed
-from tempo_jax.transport.loopback import Calls, Loopback
+from tempo_jax.transport.loopback import Calls, Loopback, Shipment
 
 ABORT_SECONDS = 0.3  # what an enclave that may be stopped gets to hear of an abort
 
@@ -49,12 +51,34 @@ class Traffic:
       down: bytes from the enclave to the host.
       round_trips: visits to the enclave.
       runs: committed runs.
+      sent: of the bytes up, those that travelled over TCP; with their headers.
+      received: of the bytes down, likewise.
+      sending_seconds: that they took: until the system had accepted the last of a visit's.
+      receiving_seconds: from a visit's first to its last.
     """
 
     up: int = 0
     down: int = 0
     round_trips: int = 0
     runs: int = 0
+    sent: int = 0
+    received: int = 0
+    sending_seconds: float = 0.0
+    receiving_seconds: float = 0.0
+
+    def count(self, shipment: Shipment) -> None:
+        """Adds what travelled in one visit."""
+        self.sent += shipment.up_bytes
+        self.received += shipment.down_bytes
+        self.sending_seconds += shipment.up_seconds
+        self.receiving_seconds += shipment.down_seconds
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Bytes a second that travelled up and down while any did; NaN where none did."""
+        up = self.sent / self.sending_seconds if self.sending_seconds else math.nan
+        down = self.received / self.receiving_seconds if self.receiving_seconds else math.nan
+        return up, down
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +182,7 @@ class HostRun:
         self.handles: dict[int, str] = {}
         recording = timeline.active()
         self._track = None if recording is None else recording.track(served.labels())
-        self._reserved: tuple[str, Arena] | None = served.lines.reserve(served.memory)
+        self._reserved: tuple[str | None, Arena] | None = served.lines.reserve(served.memory)
         self.arena = self._reserved[1]
         self._calls = Calls()
         self._committing = False
@@ -170,8 +194,9 @@ class HostRun:
     def _noted(self, name: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._track is None else self._track.request(name)
 
-    def _request(self, kind: Kind, fields: dict[str, Any]) -> Any:
-        return self.served.lines.request(kind, {"run": self.number, **fields}, calls=self._calls)
+    def _request(self, kind: Kind, fields: dict[str, Any], shipment: Shipment | None = None) -> Any:
+        fields = {"run": self.number, **fields}
+        return self.served.lines.request(kind, fields, calls=self._calls, shipment=shipment)
 
     # Begin
 
@@ -223,9 +248,10 @@ class HostRun:
         watchdog.watch(self)
         if self.served.processes is not None:
             self.served.processes.came_to(number, -1)
-        self._request(Kind.JOIN, {"worker": self.served.process, "arena": name})
+        fields = {} if name is None else {"arena": name}
+        self._request(Kind.JOIN, {"worker": self.served.process, **fields})
 
-    def _require_memory(self) -> tuple[str, Arena]:
+    def _require_memory(self) -> tuple[str | None, Arena]:
         if self._reserved is None:
             raise EnclaveError("the run is over") from self.failure
         return self._reserved
@@ -345,16 +371,30 @@ class HostRun:
             return
         try:
             fields: dict[str, Any] = {"segment": index, "worker": self.served.process}
+            shipment = self._shipment(index)
+            if shipment is not None:
+                fields["carried"] = shipment.up_bytes
             if self._track is None:
-                self._request(Kind.SEGMENT, fields)
+                self._request(Kind.SEGMENT, fields, shipment)
             else:
                 start = time.perf_counter()
-                reply = self._request(Kind.SEGMENT, fields | {"timed": 1})
+                reply = self._request(Kind.SEGMENT, fields | {"timed": 1}, shipment)
                 self._track.ran(index, start, reply["seconds"])
+            if shipment is not None:
+                self.served.traffic.count(shipment)
         except BaseException as error:
             done.set_exception(error)
             raise
         done.set_result(None)
+
+    def _shipment(self, index: int) -> Shipment | None:
+        """This process's parts of a segment, if they have to travel."""
+        lane = self.served.lane
+        if lane is None or not self.served.lines.carries:
+            return None
+        up = [self.arena.view(p.array, p.offset) for p in lane.uploads[index] if p is not None]
+        down = [self.arena.view(p.array, p.offset) for p in lane.downloads[index]]
+        return Shipment(Label(self.number, index, self.served.process), up, down)
 
     # The end
 

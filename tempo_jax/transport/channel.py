@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import ipaddress
 import itertools
 import secrets
 import socket
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives import serialization
 
 from enclave_runtime.crypto.encryption import SessionKeys, session_keys
 from enclave_runtime.protocol import handshake, wire
+from enclave_runtime.protocol.configuration import Listen
 from enclave_runtime.protocol.wire import Frame, Kind, WireError
 from tempo_jax.attestation import certificates
 from tempo_jax.attestation.policy import AttestationPolicy, Verified, verify_evidence
@@ -65,6 +67,23 @@ def parse_address(address: str) -> tuple[str, int]:
     if not (colon and host and port.isascii() and port.isdigit() and int(port) < 1 << 16):
         raise ChannelError(f"{address!r} is no address; expected HOST:PORT, such as 10.0.0.5:7441")
     return host, int(port)
+
+
+def parse_listen(address: str | None) -> Listen | None:
+    """What ``host:port`` says of where an enclave listens; port 0 is any free one.
+
+    Raises:
+      ChannelError: it is not of this form, or the host is a name.
+    """
+    if address is None:
+        return None
+    host, port = parse_address(address)
+    try:
+        return Listen(str(ipaddress.ip_address(host)), port)
+    except ValueError:
+        raise ChannelError(
+            f"an enclave listens on a numeric address, such as 0.0.0.0:7443, and not on {host!r}"
+        ) from None
 
 
 def dial(address: str) -> tuple[ssl.SSLSocket, Certificate]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from enclave_runtime.crypto.encryption import SECRET_BYTES, session_keys
+from enclave_runtime.protocol.configuration import Launched, Listen
 from tempo_jax.errors import EnclaveDiedError, EnclaveTimeoutError
 from tempo_jax.transport import launch
 from tempo_jax.transport.launch import Command
@@ -148,14 +149,15 @@ class Connection(Loopback):
       kind: of enclave.
     """
 
-    def __init__(self, command: Command | None = None) -> None:
+    def __init__(self, command: Command | None = None, listen: Listen | None = None) -> None:
         command = command or launch.command()
         self.kind = command.kind
         secret = secrets.token_bytes(SECRET_BYTES)
         self.keys = session_keys(secret)
-        self._child = EnclaveProcess(secret.hex(), 2, command)
+        words = 2 if listen is None else 3
+        self._child = EnclaveProcess(Launched(secret, listen).encode(), words, command)
         self.process = self._child.process
-        port, self.session = self._child.greeting
+        port, *_, self.session = self._child.greeting
         super().__init__(int(port))
 
     def __repr__(self) -> str:

@@ -1,8 +1,10 @@
-"""The host's lines to the enclave on this machine: connections and shared memory.
+"""The host's lines to the enclave: connections and shared memory.
 
 Untrusted. A request travels on a connection of its own as long as it lasts, so threads and the
 workers of a mesh do not wait for each other. `transport.child` launches an enclave, `Attachment`
-joins one that serves.
+joins one that serves on this machine. Another process of the host comes by `Joined`, from this
+machine or another one; where it shares no memory with the enclave, its parts of what crosses travel
+behind the requests (`Shipment`).
 """
 
 from __future__ import annotations
@@ -14,15 +16,18 @@ import secrets
 import select
 import socket
 import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from enclave_runtime.crypto.encryption import SessionKeys, derive_key
 from enclave_runtime.protocol import wire
 from enclave_runtime.protocol.memory import Arena, ArenaError
 from enclave_runtime.protocol.refusals import ErrorCode, refused
-from enclave_runtime.protocol.wire import Frame, Kind, WireError
+from enclave_runtime.protocol.wire import Frame, Kind, Label, WireError
 from tempo_jax.errors import (
     AdmissionError,
     ChannelError,
@@ -40,6 +45,7 @@ from tempo_jax.transport.ownership import Owned
 
 PATIENCE_SECONDS = 10.0  # of waiting for a reply before the enclave is asked whether it answers
 ANSWER_SECONDS = 20.0  # within which a busy enclave answers that
+HERE = "127.0.0.1"
 
 _ERRORS: dict[ErrorCode, type[TempoError]] = {
     ErrorCode.ADMISSION: AdmissionError,
@@ -106,10 +112,53 @@ class Calls:
                     connection.shutdown(socket.SHUT_RDWR)
 
 
-class Loopback(Owned):
-    """Lines to one enclave on this machine.
+class Shipment:
+    """What travels behind one request for a segment and behind its reply.
 
     Attributes:
+      up_seconds: that the system took to accept all that went.
+      down_seconds: from the first byte that came to the last.
+    """
+
+    def __init__(self, label: Label, up: Sequence[np.ndarray], down: Sequence[np.ndarray]):
+        """Takes C-contiguous arrays: those that go, and those that take what comes."""
+        self._label, self._up, self._down = label, up, down
+        self.up_seconds = self.down_seconds = 0.0
+
+    @property
+    def up_bytes(self) -> int:
+        """Bytes that go, with the headers of the blocks."""
+        return wire.blocks_bytes(self._up)
+
+    @property
+    def down_bytes(self) -> int:
+        """Bytes that come, with the headers of the blocks."""
+        return wire.blocks_bytes(self._down)
+
+    def send(self, connection: socket.socket) -> None:
+        """Sends what goes."""
+        start = time.perf_counter()
+        wire.send_blocks(connection, self._label, self._up)
+        self.up_seconds = time.perf_counter() - start
+
+    def receive(self, connection: socket.socket) -> None:
+        """Receives what comes.
+
+        Raises:
+          WireError: something else comes, or it is cut off.
+        """
+        start = time.perf_counter()
+        for position, array in enumerate(self._down):
+            wire.receive_block(connection, self._label, position, array)
+        self.down_seconds = time.perf_counter() - start
+
+
+class Loopback(Owned):
+    """Lines to one enclave.
+
+    Attributes:
+      host: address of its machine; this one but for `Joined`.
+      carries: whether this process shares no memory with the enclave, so that what crosses travels.
       session: the session's public name.
       keys: the session's keys where client and host share this process, else None.
       closed: whether `close` was called.
@@ -117,14 +166,17 @@ class Loopback(Owned):
 
     keys: SessionKeys | None
     session: str
+    host = HERE
+    carries = False
 
     def __init__(self, port: int):
         self.port = port
+        self._listens: Any = None
         self._idle: list[socket.socket] = []
         self._connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._requests = itertools.count(1)
-        self._arenas: list[tuple[str, Arena]] = []
+        self._arenas: list[tuple[str | None, Arena]] = []
         self.closed = False
         super().__init__()
 
@@ -138,8 +190,11 @@ class Loopback(Owned):
 
     def invitation(self) -> dict[str, Any]:
         """What another process of this host needs to join, see `Joined`; all of it the host's."""
+        with self._borrowed(None):
+            pass  # the enclave says where else it listens when it is greeted
         key = self._connection_key().hex()
-        return {"port": self.port, "key": key, "session": self.session}
+        told = {"port": self.port, "key": key, "session": self.session}
+        return told | {"listens": self._listens}
 
     def leave_to_parent(self) -> None:
         """Closes a forked child's copies; see `Owned`."""
@@ -151,11 +206,11 @@ class Loopback(Owned):
 
     def _connect(self, seconds: float | None) -> socket.socket:
         seconds = seconds or ANSWER_SECONDS
-        connection = socket.create_connection(("127.0.0.1", self.port), seconds)
+        connection = socket.create_connection((self.host, self.port), seconds)
         self._connections.add(connection)
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            greet(connection, self._connection_key())
+            self._listens = greet(connection, self._connection_key()).get("listens")
             connection.settimeout(None)
         except BaseException:
             connection.close()
@@ -184,6 +239,7 @@ class Loopback(Owned):
         *,
         calls: Calls | None = None,
         seconds: float | None = None,
+        shipment: Shipment | None = None,
     ) -> Any:
         """Asks the enclave and returns the reply's fields.
 
@@ -194,6 +250,7 @@ class Loopback(Owned):
           calls: those with which this request can be given up.
           seconds: within which the reply has to come. Without it a request may take as long as the
             enclave works on it, as long as it answers others meanwhile.
+          shipment: what travels behind the request and the reply.
 
         Raises:
           EnclaveDiedError: the process ended or the connection broke.
@@ -210,10 +267,14 @@ class Loopback(Owned):
                 # Numbers rise on every connection, since each carries one request at a time.
                 number = next(self._requests)
                 wire.send(connection, Frame(kind, number, fields, attachment))
+                if shipment is not None:
+                    shipment.send(connection)
                 self._await(connection, seconds)
                 reply = wire.receive(connection)
                 if reply.request != number:
                     raise WireError("a reply answers another request")
+                if shipment is not None and reply.kind is not Kind.ERROR:
+                    shipment.receive(connection)
         except (OSError, WireError) as error:
             if calls.cancelled:
                 raise EnclaveError("the request was given up: its run was aborted") from error
@@ -221,10 +282,14 @@ class Loopback(Owned):
                 raise EnclaveTimeoutError(
                     f"{self!r}: no reply to {kind.name} in {seconds or ANSWER_SECONDS:g} s. If the "
                     "enclave is stopped, continue it (SIGCONT); if the machine is overloaded, call "
-                    "again."
+                    f"again.{self._why_silent()}"
                 ) from error
             raise self._died() from error
         return fields_of(reply)
+
+    def _why_silent(self) -> str:
+        here = self.host == HERE
+        return "" if here else " It is on another machine: that one or the link may be down."
 
     def _await(self, connection: socket.socket, seconds: float | None) -> None:
         """Waits for a reply to begin; of an enclave that is busy only while it answers others.
@@ -240,8 +305,10 @@ class Loopback(Owned):
 
     # Shared memory
 
-    def reserve(self, size: int) -> tuple[str, Arena]:
-        """Shared memory of at least `size` bytes for one run, mapped on both sides.
+    def reserve(self, size: int) -> tuple[str | None, Arena]:
+        """Memory of at least `size` bytes for one run, mapped on both sides under a name.
+
+        Where none is shared, it is this process's alone and has no name.
 
         Raises:
           SharedMemoryError: `/dev/shm` is too small; the message says how much is needed.
@@ -256,7 +323,10 @@ class Loopback(Owned):
                 return chosen
             outgrown, self._arenas = self._arenas, []
         for name, _ in outgrown:
-            self.request(Kind.UNMAP, {"name": name})
+            self._unmap(name)
+        return (None, Arena(None, size)) if self.carries else self._shared(size)
+
+    def _shared(self, size: int) -> tuple[str, Arena]:
         name = f"tempo_jax-{secrets.token_hex(16)}"
         try:
             arena = Arena(name, size, create=True)
@@ -269,15 +339,19 @@ class Loopback(Owned):
             arena.unlink()
         return name, arena
 
-    def give_back(self, reserved: tuple[str, Arena]) -> None:
-        """Keeps shared memory for a later run."""
+    def _unmap(self, name: str | None, seconds: float | None = None) -> None:
+        if name is not None:
+            self.request(Kind.UNMAP, {"name": name}, seconds=seconds)
+
+    def give_back(self, reserved: tuple[str | None, Arena]) -> None:
+        """Keeps memory for a later run."""
         with self._lock:
             self._arenas.append(reserved)
 
-    def discard(self, reserved: tuple[str, Arena], seconds: float | None = None) -> None:
-        """Forgets shared memory that a failed run may still be using."""
+    def discard(self, reserved: tuple[str | None, Arena], seconds: float | None = None) -> None:
+        """Forgets memory that a failed run may still be using."""
         with contextlib.suppress(TempoError):
-            self.request(Kind.UNMAP, {"name": reserved[0]}, seconds=seconds)
+            self._unmap(reserved[0], seconds)
 
     def close(self) -> None:
         """Closes all connections; a forked child leaves its parent's as they are."""
@@ -311,30 +385,10 @@ def greet(connection: socket.socket, key: bytes) -> dict[str, Any]:
     return greeting
 
 
-class Joined(Loopback):
-    """Another host process's lines to the enclave that a process launched or attached to."""
-
-    keys = None
-
-    def __init__(self, port: int, key: bytes, session: str):
-        """Takes what the process that opened the session said of it; see `Loopback.invitation`."""
-        self._key = key
-        self.session = session
-        super().__init__(port)
-
-    def __repr__(self) -> str:
-        return f"port {self.port}"
-
-    def _connection_key(self) -> bytes:
-        return self._key
-
-    def _died(self) -> EnclaveDiedError:
-        return _gone(self.port)
-
-
-def _gone(port: int) -> EnclaveDiedError:
+def gone(where: str) -> EnclaveDiedError:
+    """What a broken connection to an enclave that is no child of this process means."""
     return EnclaveDiedError(
-        f"the connection to the enclave on port {port} broke. If its process ended, what "
+        f"the connection to the enclave on {where} broke. If its process ended, what "
         "it held is lost: serve a new one and let its client restore the last checkpoint."
     )
 
@@ -353,7 +407,7 @@ class Attachment(Loopback):
         super().__init__(port)
         self._key = derive_key(host_key, "host port")
         try:
-            connection = socket.create_connection(("127.0.0.1", port))
+            connection = socket.create_connection((HERE, port))
             with connection:
                 self.session = str(greet(connection, self._key)["session"])
         except (OSError, WireError, KeyError) as error:
@@ -369,4 +423,4 @@ class Attachment(Loopback):
         return self._key
 
     def _died(self) -> EnclaveDiedError:
-        return _gone(self.port)
+        return gone(repr(self))

@@ -6,7 +6,13 @@ import io
 
 from enclave_runtime.crypto.encryption import SECRET_BYTES
 from enclave_runtime.protocol import configuration
-from enclave_runtime.protocol.configuration import ConfigurationError, Serving, read_configuration
+from enclave_runtime.protocol.configuration import (
+    ConfigurationError,
+    Launched,
+    Listen,
+    Serving,
+    read_configuration,
+)
 from tests.fuzz import harness
 
 
@@ -16,9 +22,8 @@ def one_input(data: bytes) -> None:
         read = read_configuration(io.BytesIO(data))
     except ConfigurationError:
         return
-    if isinstance(read, Serving):
-        assert read_configuration(io.BytesIO(read.encode().encode() + b"\n")) == read
-    else:
+    assert read_configuration(io.BytesIO(read.encode().encode() + b"\n")) == read
+    if isinstance(read, Launched):
         assert len(read.secret) == SECRET_BYTES
 
 
@@ -29,7 +34,13 @@ def made_seeds() -> dict[str, bytes]:
         name: Serving(address, 8443, 0, key).encode().encode() + b"\n"
         for name, address in (("version4", "127.0.0.1"), ("version6", "fe80::1%eth0"))
     }
-    return {"secret": key.hex().encode() + b"\n", **serving}
+    elsewhere = Listen("0.0.0.0", 7443)
+    return {
+        "secret": key.hex().encode() + b"\n",
+        "listening": Launched(key, elsewhere).encode().encode() + b"\n",
+        "serving_more": Serving("::", 1, 2, key, elsewhere).encode().encode() + b"\n",
+        **serving,
+    }
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import tempo_jax as tempo
-from enclave_runtime.protocol.memory import Arena, input_bytes
+from enclave_runtime.protocol.memory import Arena, Lane, Shares, input_bytes
 from enclave_runtime.protocol.program import ArrayType, Program
-from enclave_runtime.protocol.wire import Kind
+from enclave_runtime.protocol.wire import Frame, Kind, Label, blocks_bytes
 from tempo_jax.errors import (
     EnclaveError,
     SealedValueError,
@@ -21,6 +21,7 @@ from tempo_jax.errors import (
 )
 from tempo_jax.running.host_run import HostRun
 from tempo_jax.sealing.array import handle_text
+from tempo_jax.transport.loopback import Shipment
 from tests.support.chain import CHAIN, V, W, chain
 from tests.support.faults import promptly
 from tests.support.steps import MOMENTUM_BATCH, assert_close, shield_all
@@ -371,3 +372,95 @@ def test_malformed_program_is_refused(enclave, content):
     attachment = enclave.encrypt(content, "provision")
     with pytest.raises(EnclaveError):
         enclave.connection.request(Kind.PROVISION, {"arena": "", "offsets": []}, attachment)
+
+
+# A worker that shares no memory
+
+
+ALONE = Shares(frozenset(), (1,))
+
+
+def travel(
+    host: Provisioned, label: Label, up: Sequence[np.ndarray], carried: int | None = None
+) -> list[np.ndarray]:
+    """Asks for a segment whose parts travel, and returns its downloads."""
+    pieces = Lane(host.program, ALONE, 0).downloads[label.segment]
+    down = [np.empty(piece.array.shape, piece.array.dtype) for piece in pieces]
+    shipment = Shipment(label, up, down)
+    fields = label._asdict() | {"carried": shipment.up_bytes if carried is None else carried}
+    host.enclave.connection.request(Kind.SEGMENT, fields, shipment=shipment)
+    return down
+
+
+def begin_apart(host: Provisioned) -> Label:
+    run = host.begin(devices=[1])
+    host.request(Kind.JOIN, run=run, worker=0)
+    return Label(run, 0, 0)
+
+
+def test_run_whose_parts_travel(provisioned):
+    label = begin_apart(provisioned)
+    operands = {a.shape: a for a in travel(provisioned, label, [])}
+    product = operands[X.shape] @ operands[W.shape]
+    for _ in range(2):  # the same bytes again
+        (hidden,) = travel(provisioned, label._replace(segment=1), [product])
+    product = hidden @ operands[V.shape]
+    (out,) = travel(provisioned, label._replace(segment=2), [product])
+    np.testing.assert_allclose(out, CHAIN, rtol=1e-12)
+    assert provisioned.request(Kind.COMMIT, run=label.run, donate=[]) == {"handles": []}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda product: [np.append(product, 0.0)], "bytes behind its request for segment 1"),
+        (lambda product: [product[:-1]], "bytes behind its request for segment 1"),
+        (lambda product: [product, product], "bytes behind its request for segment 1"),
+        (lambda product: [], "brings 0 bytes behind its request for segment 1"),
+        (lambda product: [product[0], product[1:]], "bytes behind its request for segment 1"),
+    ],
+)
+def test_parts_of_another_length_end_the_run(provisioned, change, text):
+    label = begin_apart(provisioned)
+    operands = {a.shape: a for a in travel(provisioned, label, [])}
+    product = operands[X.shape] @ operands[W.shape]
+    with promptly(), pytest.raises(EnclaveError, match=text):
+        travel(provisioned, label._replace(segment=1), change(product))
+    refused(provisioned, "no such run", Kind.COMMIT, run=label.run, donate=[])
+
+
+@pytest.mark.parametrize("field", ["run", "segment", "worker"])
+def test_parts_of_something_else_end_the_run(provisioned, field):
+    label = begin_apart(provisioned)
+    operands = {a.shape: a for a in travel(provisioned, label, [])}
+    product = operands[X.shape] @ operands[W.shape]
+    wrong = label._replace(segment=1)
+    other = wrong._replace(**{field: getattr(wrong, field) + 1})
+    shipment = Shipment(other, [product], [])
+    fields = wrong._asdict() | {"carried": shipment.up_bytes}
+    with promptly(), pytest.raises(EnclaveError, match="expected block 0 of worker 0 in segment 1"):
+        provisioned.enclave.connection.request(Kind.SEGMENT, fields, shipment=shipment)
+    refused(provisioned, "no such run", Kind.COMMIT, run=label.run, donate=[])
+
+
+def test_parts_for_no_run_are_read_and_refused(provisioned):
+    for label in (Label(1 << 40, 0, 0), Label(provisioned.begin(), 0, 0)):
+        expected = "no such run|share their memory, and bytes follow"
+        with promptly(), pytest.raises(EnclaveError, match=expected):
+            travel(provisioned, label, [np.zeros(1 << 20)])
+    assert provisioned.enclave.statistics()["handles"] >= 0  # the same connection serves on
+
+
+def test_parts_that_are_cut_off_end_the_run(provisioned):
+    label = begin_apart(provisioned)
+    operands = {a.shape: a for a in travel(provisioned, label, [])}
+    product = operands[X.shape] @ operands[W.shape]
+    lines, wanted = provisioned.enclave.connection, label._replace(segment=1)
+    carried = blocks_bytes([product])
+    frame = Frame(Kind.SEGMENT, 1, {**wanted._asdict(), "carried": carried})
+    with lines._connect(None) as connection:
+        connection.sendall(frame.encode() + wanted.header(0, product) + product.tobytes()[:-1])
+    with promptly():
+        while provisioned.enclave.statistics()["runs"]:
+            time.sleep(0.02)
+    refused(provisioned, "no such run", Kind.COMMIT, run=label.run, donate=[])

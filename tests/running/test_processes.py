@@ -64,6 +64,31 @@ def equal_by_default() -> None:
             assert enclave.statistics()["runs"] == 0
 
 
+def equal_over_tcp() -> None:
+    """All parts of the second process travel."""
+    with tempo.Enclave.across_processes(share_memory=False) as enclave:
+        assert enclave.connection.carries == enclave.follows
+        task = make_task(MLP(), (8, 6), ADAMW)
+        for verify in (False, True):
+            shielded = assert_equal(enclave, task, verify=verify)
+            traffic = shielded.traffic(task.state, *task.batch)
+            assert traffic.runs == 3
+            if enclave.follows:
+                assert traffic.up < traffic.sent and traffic.down < traffic.received
+                assert all(rate > 0 for rate in traffic.rates)
+            else:
+                assert traffic.sent == traffic.received == 0
+        if not enclave.follows:
+            assert enclave.statistics()["runs"] == 0
+
+
+def equal_models_over_tcp() -> None:
+    with tempo.Enclave.across_processes(share_memory=False) as enclave:
+        for verify in (False, True):
+            assert_equal(enclave, make_task(ConvNet(), (8, 4, 4, 2), ADAMW), verify=verify)
+            assert_equal(enclave, make_task(Attention(), (8, 3, 6), ADAMW), verify=verify)
+
+
 def equal_where_nothing_divides() -> None:
     with tempo.Enclave.across_processes() as enclave:
         shielded = assert_equal(enclave, make_task(MLP(7), (7, 6), ADAMW))
@@ -81,6 +106,12 @@ def equal_models() -> None:
 @pytest.mark.parametrize(("processes", "devices"), [(2, 1), (4, 1), (2, 2)])
 def test_processes_equal_one_device(processes, devices):
     run_processes(equal_models, equal_where_nothing_divides, processes=processes, devices=devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
+def test_processes_that_share_no_memory(processes, devices):
+    run_processes(equal_models_over_tcp, processes=processes, devices=devices)
 
 
 def equal_schemes() -> None:
@@ -220,6 +251,11 @@ def resumed() -> None:
 def test_two_processes_equal_one_device():
     with nothing_left_behind():
         run_processes(equal_by_default, resumed)
+
+
+def test_two_processes_over_tcp():
+    with nothing_left_behind():
+        run_processes(equal_over_tcp)
 
 
 @pytest.mark.parametrize("silence", [0.0, 1.0])

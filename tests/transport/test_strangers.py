@@ -16,6 +16,7 @@ import pytest
 import tempo_jax as tempo
 from enclave_runtime.crypto.encryption import session_keys
 from enclave_runtime.protocol import handshake, limits, wire
+from enclave_runtime.protocol.configuration import Listen
 from enclave_runtime.protocol.wire import Frame, Kind, WireError
 from enclave_runtime.serving import peers, server
 from enclave_runtime.serving.tls import ServerIdentity
@@ -172,7 +173,11 @@ def threads_of(running: ServingProcess) -> int:
 
 
 def test_connections_are_as_many_threads_and_limited(tmp_path):
-    with served(host_key=tmp_path / "key") as running, contextlib.ExitStack() as stack:
+    more = Listen("127.0.0.1", 0)
+    with (
+        served(host_key=tmp_path / "key", listen=more) as running,
+        contextlib.ExitStack() as stack,
+    ):
         Channel(running.client, INSECURE, IDENTITY).close()
         _, port = parse_address(running.host)
         lines = Attachment(port, read_host_key(port, running.host_key))
@@ -187,7 +192,8 @@ def test_connections_are_as_many_threads_and_limited(tmp_path):
             Channel(running.client, INSECURE, IDENTITY)
         with pytest.raises(EnclaveError, match=full.format(limits.HOST_CONNECTIONS, "host")):
             lines.request(Kind.STATISTICS, {})
-        for address in (running.client, running.host):
+        assert running.listens is not None
+        for address in (running.client, running.host, running.listens):
             for _ in range(limits.MAX_STRANGERS + 8):
                 stack.enter_context(socket.create_connection(parse_address(address), 10))
         assert wait_for(lambda: threads_of(running) == at_rest + limits.CONNECTIONS)

@@ -69,7 +69,7 @@ def answer_to(monkeypatch: pytest.MonkeyPatch, role: peers.Role, error: Exceptio
     ownership = peers.Ownership("00" * 16)
     ownership.claim(bytes(32))
     monkeypatch.setattr(ownership.session, "handle", raises(error))
-    return server._answer(ownership, role, Frame(Kind.CALIBRATE, 7, {}))
+    return server._answer(ownership, role, Frame(Kind.CALIBRATE, 7, {}), server.Cargo())
 
 
 @pytest.mark.parametrize(("error", "code", "told"), INSIDE, ids=lambda value: type(value).__name__)

@@ -92,7 +92,7 @@ def test_options_reach_the_manifest(directory):
     template = manifest.own_part(directory, enclave_size="16G", cpus=8, product_id=3, svn=5)
     sgx = tomllib.loads(manifest.render(template))["sgx"]
     assert (sgx["enclave_size"], sgx["isvprodid"], sgx["isvsvn"]) == ("16G", 3, 5)
-    assert sgx["max_threads"] == 16 + 2 + 4 * 8 + 4 + limits.CONNECTIONS
+    assert sgx["max_threads"] == 16 + 3 + 4 * 8 + 4 + limits.CONNECTIONS
 
 
 # The rules
@@ -217,7 +217,7 @@ OTHER_RUNTIME = [{"path": path, "uri": "file:/tmp"} for path in ("/lib", "/lib64
         (put("sgx.enclave_size", "12G"), "a power of two of at least 8G"),
         (put("sgx.enclave_size", "much"), "enclave_size is 'much'"),
         (put("sgx.enclave_size", 8 << 30), "enclave_size is 8589934592"),
-        (put("sgx.max_threads", 16), "max_threads is 16, expected at least 162 for 1"),
+        (put("sgx.max_threads", 16), "max_threads is 16, expected at least 195 for 1"),
         (drop("sgx.max_threads"), "max_threads is None"),
         (put("sgx.max_threads", True), "max_threads is True"),
         (put("sgx.max_threads", 4097), "max_threads is 4097, expected at most 4096"),

@@ -11,6 +11,7 @@ from enclave_runtime.protocol.configuration import (
     MAX_LINE,
     ConfigurationError,
     Launched,
+    Listen,
     Serving,
     read_configuration,
 )
@@ -30,13 +31,24 @@ def test_secret_launches():
     assert repr(configuration) == "Launched(<secret>)"
 
 
+LISTENS = st.none() | st.builds(Listen, st.ip_addresses().map(str), st.integers(0, 65535))
+
+
+@given(secret=st.binary(min_size=32, max_size=32), listen=LISTENS)
+def test_launching_may_listen(secret, listen):
+    launched = Launched(secret, listen)
+    assert read(launched.encode().encode() + b"\n") == launched
+    assert secret.hex() not in repr(launched)
+
+
 @given(
+    listen=LISTENS,
     address=st.ip_addresses().map(str),
     ports=st.tuples(st.integers(0, 65535), st.integers(0, 65535)),
     key=st.binary(min_size=32, max_size=32),
 )
-def test_reading_inverts_encoding(address, ports, key):
-    serving = Serving(address, ports[0], ports[1], key)
+def test_reading_inverts_encoding(address, ports, key, listen):
+    serving = Serving(address, ports[0], ports[1], key, listen)
     assert read(serving.encode().encode() + b"\n") == serving
     assert key.hex() not in repr(serving)
 
@@ -70,6 +82,12 @@ REFUSED = [
     (line(address=2130706433), "a field is not text"),
     (line(host_key="00" * 31), "host_key is not 32 bytes"),
     (line(host_key=None), "a field is not text"),
+    (line(listen=["0.0.0.0"]), "listen is not an address and a port"),
+    (line(listen="0.0.0.0:1"), "listen is not an address and a port"),
+    (line(listen=["all", 1]), "listen is not a numeric IP address"),
+    (line(listen=["0.0.0.0", 65536]), "listen is not the number of a port"),
+    (b'{"launch": 1}', "launching needs exactly secret, listen"),
+    (b'{"launch": {"secret": "00", "listen": null}}', "secret is not 32 bytes"),
 ]
 
 

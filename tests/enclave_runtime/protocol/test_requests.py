@@ -38,7 +38,7 @@ COMPLETE: dict[Kind, dict[str, Any]] = {
     Kind.JOIN: {"run": 1, "worker": 1, "arena": "a"},
     Kind.BEAT: {"group": "a", "process": 1, "leaves": 1, "run": 1, "segment": 1},
     Kind.SETTLE: {"run": 1, "offsets": {"0": 64, "12": 0}, "blind_at": {}},
-    Kind.SEGMENT: {"run": 1, "segment": 0, "worker": 1, "timed": 1},
+    Kind.SEGMENT: {"run": 1, "segment": 0, "worker": 1, "timed": 1, "carried": 9},
     Kind.COMMIT: {"run": 1, "donate": [0], "worker": 1},
     Kind.ABORT: {"run": 1},
     Kind.OPEN: {"handle": "h", "arena": "a", "offset": 0},
@@ -93,7 +93,8 @@ def test_a_field_that_is_missing(kind, name):
         *((Kind.OPEN, name) for name in ("arena", "offset")),
         (Kind.CHECKPOINT_LEAF, "handle"),
         *((Kind.BEGIN, name) for name in ("devices", "sharded")),
-        (Kind.SEGMENT, "timed"),
+        (Kind.JOIN, "arena"),
+        *((Kind.SEGMENT, name) for name in ("timed", "carried")),
         (Kind.COMMIT, "worker"),
         *((Kind.BEAT, name) for name in ("leaves", "run", "segment")),
     }

@@ -3,14 +3,16 @@
 import json
 import os
 import socket
+import threading
 import tracemalloc
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given
 
 from enclave_runtime.protocol import wire
-from enclave_runtime.protocol.wire import Frame, Kind, WireError
+from enclave_runtime.protocol.wire import Frame, Kind, Label, WireError
 
 KEY = bytes(range(32))
 CHALLENGE, NONCE = b"c" * wire.NONCE_BYTES, b"n" * wire.NONCE_BYTES
@@ -63,6 +65,12 @@ def test_frame_layout_is_frozen():  # golden bytes; bump the version before chan
     encoded = Frame(Kind.BEGIN, 5, {"a": 1}, b"xyz").encode()
     golden = "544d504f 0001 0008 0000000000000005 0000000e 00000007 7b2261223a317d 78797a"
     assert encoded == bytes.fromhex(golden)
+
+
+def test_block_layout_is_frozen():
+    header = Label(5, 6, 7).header(2, np.zeros((3, 2), np.float32))
+    golden = "544d5042 0001 0002 0000000000000005 00000006 00000007 0000000000000018"
+    assert header == bytes.fromhex(golden)
 
 
 def test_kinds_are_frozen():  # numbers on the wire; append, never renumber
@@ -273,3 +281,47 @@ def test_challenge_cannot_be_moved_into_the_nonce():
     proof = wire.prove(KEY, "host", CHALLENGE, nonce)
     with pytest.raises(WireError):
         wire.check_proof(KEY, "host", CHALLENGE[:-1], CHALLENGE[-1:] + nonce, proof)
+
+
+# Blocks
+
+
+SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+DTYPES = st.sampled_from(["float32", "float64", "int8", "bool"])
+
+
+@given(
+    types=st.lists(st.tuples(SHAPES, DTYPES), max_size=6),
+    label=st.builds(
+        Label, st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)
+    ),
+)
+def test_receiving_inverts_sending(types, label):
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=shape).astype(dtype) for shape, dtype in types]
+    own, theirs = socket.socketpair()
+    with own, theirs:
+        wire.send_blocks(theirs, label, arrays)
+        theirs.sendall(b"end")
+        for position, array in enumerate(arrays):
+            out = np.empty_like(array)
+            wire.receive_block(own, label, position, out)
+            np.testing.assert_array_equal(out, array)
+        assert own.recv(16) == b"end"
+    sizes = [wire.BLOCK.size + array.nbytes for array in arrays]
+    assert wire.blocks_bytes(arrays) == sum(sizes)
+
+
+def test_blocks_larger_than_any_buffer():
+    arrays = [np.arange(n, dtype=np.int64) for n in (1 << 20, 3, 1 << 19)] + [
+        np.full(1, n) for n in range(1000)
+    ]
+    own, theirs = socket.socketpair()
+    with own, theirs:
+        sender = threading.Thread(target=wire.send_blocks, args=(theirs, Label(1, 2, 3), arrays))
+        sender.start()
+        for position, array in enumerate(arrays):
+            out = np.empty_like(array)
+            wire.receive_block(own, Label(1, 2, 3), position, out)
+            np.testing.assert_array_equal(out, array)
+        sender.join()

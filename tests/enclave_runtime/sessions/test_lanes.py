@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+import socket
+from collections.abc import Iterator
 
 import hypothesis
 import numpy as np
@@ -13,10 +16,13 @@ from enclave_runtime.crypto.encryption import DecryptionError
 from enclave_runtime.protocol.memory import Arena, ArenaError, Lane, Shares
 from enclave_runtime.protocol.program import Program
 from enclave_runtime.protocol.requests import BeatRequest
+from enclave_runtime.protocol.wire import Label, WireError, blocks_bytes, send_blocks
+from enclave_runtime.sessions.cargo import Cargo
 from enclave_runtime.sessions.lanes import Lanes, Presence
 from tests.support.verification import V, W, X, chain, planned
 
 KEY = bytes(16)
+NONE = Cargo()
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +77,8 @@ def test_parts_cover_the_whole(program, devices, split, data):
                     view = arenas[process].view(piece.array, piece.offset)
                     np.copyto(view, whole[piece.where])
         for process in range(len(devices)):
-            lanes.take(index, process, KEY)
-            lanes.check(index, process, KEY)
+            lanes.take(index, process, KEY, NONE)
+            lanes.check(index, process, KEY, NONE)
         for one, other in zip(lanes.taken(index), wholes, strict=True):
             np.testing.assert_array_equal(one, other)
         for position, crossing in enumerate(segment.downloads):
@@ -103,13 +109,125 @@ def test_other_bytes_are_noticed(program):
     lanes, outside, arenas = joined(program, shares)
     index = next(i for i, s in enumerate(program.segments) if s.uploads)
     for process in range(2):
-        lanes.take(index, process, KEY)
+        lanes.take(index, process, KEY, NONE)
     piece = outside[0].uploads[index][0]
     assert piece is not None
     arenas[0].view(piece.array, piece.offset).reshape(-1).view(np.uint8)[0] ^= 1
-    lanes.check(index, 1, KEY)  # which brought nothing
+    lanes.check(index, 1, KEY, NONE)  # which brought nothing
     with pytest.raises(DecryptionError):
-        lanes.check(index, 0, KEY)
+        lanes.check(index, 0, KEY, NONE)
+
+
+# Parts that travel
+
+
+LABEL = Label(7, 0, 1)
+
+
+def travelling(program: Program) -> tuple[Lanes, int, Lane]:
+    """Lanes of two processes of which the second shares no memory, and a segment with uploads."""
+    shares = Shares(frozenset(divisible(program)[:1]), (1, 1))
+    lanes, lane = Lanes(program, shares), Lane(program, shares, 1)
+    lanes.join(0, arena(Lane(program, shares, 0).size))
+    lanes.join(1, None)
+    return lanes, next(i for i, pieces in enumerate(lane.uploads) if any(pieces)), lane
+
+
+def parts(lane: Lane, index: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(index)
+    pieces = [piece.array for piece in lane.uploads[index] if piece is not None]
+    return [rng.normal(size=array.shape).astype(array.dtype) for array in pieces]
+
+
+@contextlib.contextmanager
+def brought(
+    content: list[np.ndarray], index: int, label: Label | None = None, size: int | None = None
+) -> Iterator[tuple[Cargo, socket.socket]]:
+    """What a worker sends behind its request, and the worker's end of the connection."""
+    label = label or LABEL._replace(segment=index)
+    own, theirs = socket.socketpair()
+    with own, theirs:
+        send_blocks(theirs, label, content)
+        cargo = Cargo(own)
+        told = blocks_bytes(content) if size is None else size
+        cargo.announce(LABEL._replace(segment=index), told)
+        yield cargo, theirs
+
+
+def test_parts_travel_and_come_again(program):
+    lanes, index, lane = travelling(program)
+    content = parts(lane, index)
+    lanes.take(index, 0, KEY, NONE)
+    for take in (lanes.take, lanes.check):
+        with brought(content, index) as (cargo, _):
+            take(index, 1, KEY, cargo)
+            cargo.discard()  # and nothing is left
+    pieces = [piece for piece in lane.uploads[index] if piece is not None]
+    wholes = lanes.taken(index)
+    for piece, part in zip(pieces, content, strict=True):
+        assert any(
+            whole[piece.where].shape == part.shape and np.array_equal(whole[piece.where], part)
+            for whole in wholes
+        )
+    content[0].reshape(-1).view(np.uint8)[0] ^= 1
+    with brought(content, index) as (cargo, _), pytest.raises(DecryptionError):
+        lanes.check(index, 1, KEY, cargo)
+
+
+@pytest.mark.parametrize("field", ["run", "segment", "worker"])
+def test_parts_of_something_else_are_refused(program, field):
+    lanes, index, lane = travelling(program)
+    label = LABEL._replace(segment=index)
+    label = label._replace(**{field: getattr(label, field) + 1})
+    with brought(parts(lane, index), index, label) as (cargo, theirs):
+        with pytest.raises(WireError, match=f"expected block 0 of worker 1 in segment {index}"):
+            lanes.take(index, 1, KEY, cargo)
+        cargo.discard()  # so that the reply is understood
+        theirs.sendall(b"next")
+        assert cargo._connection is not None and cargo._connection.recv(4) == b"next"
+
+
+def test_parts_in_another_order_or_of_another_length_are_refused(program):
+    lanes, index, lane = travelling(program)
+    content = parts(lane, index)
+    for wrong in (content[:-1], [*content, content[0]], [np.append(a, a) for a in content]):
+        with brought(wrong, index) as (cargo, _), pytest.raises(WireError, match="bytes behind"):
+            lanes.take(index, 1, KEY, cargo)
+    size = blocks_bytes(content)
+    shifted = [np.append(content[0], content[0][:1])]
+    with brought(shifted, index, size=size) as (cargo, _):
+        with pytest.raises(WireError, match="expected block 0"):
+            lanes.take(index, 1, KEY, cargo)
+    with pytest.raises(WireError, match="brings 8 bytes behind .*, expected 0"):
+        with brought([], index, size=8) as (cargo, _):
+            lanes.take(index, 0, KEY, cargo)  # which shares memory
+
+
+def test_parts_that_are_cut_off_are_refused(program):
+    lanes, index, lane = travelling(program)
+    content = parts(lane, index)
+    with brought([], index, size=blocks_bytes(content)) as (cargo, theirs):
+        theirs.sendall(LABEL._replace(segment=index).header(0, content[0]) + bytes(5))
+        theirs.close()
+        with pytest.raises(WireError, match=f"cut off: {content[0].nbytes - 5} of"):
+            lanes.take(index, 1, KEY, cargo)
+        with pytest.raises(ConnectionError):
+            cargo.discard()
+
+
+def test_downloads_that_travel(program):
+    lanes, _, lane = travelling(program)
+    index = next(i for i, pieces in enumerate(lane.downloads) if pieces)
+    rng = np.random.default_rng(1)
+    crossings = program.segments[index].downloads
+    wholes = [rng.normal(size=c.blinded.shape).astype(c.blinded.dtype) for c in crossings]
+    for position, whole in enumerate(wholes):
+        lanes.put(index, position, whole)
+    outgoing = lanes.outgoing(index, 1)
+    for piece, part, whole in zip(lane.downloads[index], outgoing, wholes, strict=True):
+        assert part.flags.c_contiguous
+        np.testing.assert_array_equal(part, whole[piece.where])
+    assert lanes.outgoing(index, 0) == []
 
 
 @pytest.mark.parametrize("process", [-1, 2, 0])

@@ -4,6 +4,8 @@ Only the sizes are chosen here. The data is random because no cost here depends 
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +33,8 @@ class Case:
       title: names it in the table and in the plot.
       batch_size: examples in a step.
       checked_batch_size: examples in a step of the comparison in float64.
-      goal: step time over plain's to stay below, on 2 cores, with `SignedPermutation`.
+      goal: step time over plain's to stay below, on 2 cores, with `SignedPermutation`; infinite
+        where nobody set one.
       build: returns the plain step and its first state.
       draw_batch: returns a random batch of the given size.
     """
@@ -55,13 +58,13 @@ def _build_resnet(name: str) -> tuple[Step, Any]:
     return resnet.train_step, resnet.create_state(model, IMAGE_SHAPE, schedule, seed=0)
 
 
-def _build_transformer() -> tuple[Step, Any]:
+def _build_transformer(blocks: int = 4, width: int = 256, heads: int = 4) -> tuple[Step, Any]:
     # Dropout costs both sides the same, so leaving it out makes the ratio stricter.
     model = models.Transformer(
         VOCABULARY,
-        blocks=4,
-        width=256,
-        heads=4,
+        blocks=blocks,
+        width=width,
+        heads=heads,
         sequence_length=SEQUENCE_LENGTH,
         dropout_rate=0.0,
     )
@@ -69,9 +72,9 @@ def _build_transformer() -> tuple[Step, Any]:
     return transformer.train_step, state
 
 
-def _build_vit() -> tuple[Step, Any]:
+def _build_vit(blocks: int = 6, width: int = 384, heads: int = 6) -> tuple[Step, Any]:
     model = models.VisionTransformer(
-        IMAGE_SHAPE, NUM_CLASSES, blocks=6, width=384, heads=6, patch=4, rngs=nnx.Rngs(0)
+        IMAGE_SHAPE, NUM_CLASSES, blocks=blocks, width=width, heads=heads, patch=4, rngs=nnx.Rngs(0)
     )
     if jax.config.read("jax_enable_x64"):
         for block in model.blocks:
@@ -104,4 +107,22 @@ CASES = {
     "resnet18": Case("ResNet-18", 64, 4, 1.25, lambda: _build_resnet("resnet18"), _draw_images),
     "transformer": Case("transformer", 8, 2, 1.8, _build_transformer, _draw_text),
     "vit": Case("ViT-S-like", 32, 4, 1.5, _build_vit, _draw_images),
+}
+
+# What an accelerator is for; the batches of the transformers hold 4,096 patches and 8,192 tokens.
+_vit_b = functools.partial(_build_vit, blocks=12, width=768, heads=12)
+_wide = functools.partial(_build_transformer, blocks=12, width=1024, heads=16)
+LARGE = {
+    "resnet50": Case("ResNet-50", 64, 2, math.inf, lambda: _build_resnet("resnet50"), _draw_images),
+    "vit-b": Case("ViT-B-like", 64, 2, math.inf, _vit_b, _draw_images),
+    "transformer-1024": Case("transformer, d 1024", 64, 1, math.inf, _wide, _draw_text),
+}
+
+# The same kinds of models, of a size for which seconds on a CPU do.
+_vit_small = functools.partial(_build_vit, blocks=1, width=128, heads=2)
+_narrow = functools.partial(_build_transformer, blocks=1, width=128, heads=2)
+SMALL = {
+    "resnet50": Case("ResNet-20", 8, 2, math.inf, lambda: _build_resnet("resnet20"), _draw_images),
+    "vit-b": Case("ViT of one block", 8, 2, math.inf, _vit_small, _draw_images),
+    "transformer-1024": Case("transformer of one block", 4, 1, math.inf, _narrow, _draw_text),
 }

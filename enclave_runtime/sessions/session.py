@@ -424,7 +424,7 @@ class Session:
         with self._lock:
             self._busy_seconds += run.busy_seconds
             self._blindings += run.blindings
-        return {"handles": handles}
+        return {"handles": handles, "busy_seconds": run.busy_seconds}
 
     def _abort(self, asked: AbortRequest, _: bytes) -> dict[str, Any]:
         run = self._runs.get(asked.run)

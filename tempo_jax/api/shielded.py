@@ -38,6 +38,7 @@ from tempo_jax.reporting.figures import Figures
 from tempo_jax.reporting.notices import tell_of_signature, warn_of
 from tempo_jax.reporting.report import Report
 from tempo_jax.running.call import Runtime, Traffic
+from tempo_jax.running.expectation import Expectation
 from tempo_jax.running.observation import active_views
 from tempo_jax.running.transformed import (
     batched,
@@ -240,7 +241,14 @@ class Shielded(Generic[P, R]):
                     return [", ".join(v.layers) for v in figures.costs.visits]
 
                 program.runtime = Runtime(
-                    plan, self._enclave, self._options.mesh, labels, self._rules(program)
+                    plan,
+                    self._enclave,
+                    self._options.mesh,
+                    labels,
+                    self._rules(program),
+                    Expectation(
+                        self._name, lambda: figures.busy_seconds, self._enclave.doubt_costs
+                    ),
                 )
                 given = program.runtime.provisioned
                 tell_of_signature(

@@ -42,7 +42,7 @@ from tempo_jax.errors import (
     RoleError,
 )
 from tempo_jax.jaxprs import cluster
-from tempo_jax.planning.calibration import cost_model, machine_costs
+from tempo_jax.planning.calibration import cost_model, doubt, machine_costs
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.sealing.array import (
     HELD_WHOLE,
@@ -351,6 +351,16 @@ class Enclave:
         if self.processes is not None:
             self.processes.tell("costs", dataclasses.asdict(costs))
         return costs
+
+    def doubt_costs(self) -> str:
+        """Has the figures of `costs` measured anew where that is possible.
+
+        Returns:
+          What will become of them, as a sentence.
+        """
+        if isinstance(self._connection, Connection):
+            return doubt(self._connection.kind, self.costs)
+        return "They were measured by the enclave that serves; another one measures anew."
 
     def statistics(self) -> dict[str, Any]:
         """What the enclave reports of itself.

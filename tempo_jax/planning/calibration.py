@@ -1,6 +1,7 @@
 """The cost model of enclaves on this machine: measured by one of each kind, and cached.
 
-Untrusted in that a wrong figure makes a slow plan, never an insecure one.
+It is measured anew when what it depends on changes, and when runs disagree with it. Untrusted in
+that a wrong figure makes a slow plan, never an insecure one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tempo_jax.schemes import SchemeCost
 
 _FORMAT = 4  # raise when what is measured changes its meaning
 SHIPPED = "TEMPO_JAX_COSTS"  # the variable that names a file of figures
+DISAGREES = 1.5  # times that runs, or another measurement, are off either way
 KINDS = ("process", "gramine-direct", "gramine-sgx")
 
 
@@ -34,7 +36,7 @@ def machine_costs(kind: str, measure: Callable[[], dict[str, Any]]) -> CostModel
     Args:
       kind: of enclave; the same code is slower under Gramine.
       measure: has the enclave measure; called if its figures are not in the cache
-        (``$XDG_CACHE_HOME/tempo_jax``, by default ``~/.cache/tempo_jax``).
+        (``$XDG_CACHE_HOME/tempo_jax``, by default ``~/.cache/tempo_jax``), or are stale there.
 
     Raises:
       CostFileError: ``$TEMPO_JAX_COSTS`` names no file of figures.
@@ -42,17 +44,45 @@ def machine_costs(kind: str, measure: Callable[[], dict[str, Any]]) -> CostModel
     shipped = shipped_costs()
     if shipped is not None:
         return shipped
-    path = cache_directory() / f"costs-{_machine(kind)}.json"
+    path, old = _cached(kind), None
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return _read(path)
+        old = _read(path)
+        if not old.stale:
+            return old
     measured = {**measure(), "measured_at": int(time.time())}
+    if old is not None:
+        measured["confirmed"] = _alike(old, cost_model(measured))
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: another process may be reading.
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(measured, file)
-        os.replace(file.name, path)
+        _write(path, measured)
     return cost_model(measured)
+
+
+def doubt(kind: str, used: CostModel) -> str:
+    """Has the next enclave of a kind measure anew, since runs disagree with the figures.
+
+    If that comes out alike, it is not the figures that are off but what is estimated from them, and
+    they are not doubted again.
+
+    Args:
+      kind: of enclave.
+      used: the figures, which another process may have replaced by now.
+
+    Returns:
+      What becomes of them, as a sentence.
+    """
+    if os.environ.get(SHIPPED):
+        return f"Those are of the file that ${SHIPPED} names, which stays as it is."
+    path = _cached(kind)
+    try:
+        model = _read(path)
+        if model.measured_at == used.measured_at and not model.confirmed:
+            _write(path, {**dataclasses.asdict(model), "stale": True})
+            return f"They are measured anew when the next enclave is launched ({path})."
+    except (OSError, ValueError, TypeError):
+        return "They are in no cache."
+    if model.confirmed:
+        return "Two measurements agree on them, so that it is the estimate that is off."
+    return "They have been measured anew since."
 
 
 def shipped_costs() -> CostModel | None:
@@ -80,7 +110,7 @@ def cached_costs() -> dict[Path, CostModel]:
     """The figures that were measured for this machine and version, of each kind of enclave."""
     found = {}
     for kind in KINDS:
-        path = cache_directory() / f"costs-{_machine(kind)}.json"
+        path = _cached(kind)
         with contextlib.suppress(OSError, ValueError, TypeError):
             found[path] = _read(path)
     return found
@@ -95,7 +125,32 @@ def described(model: CostModel) -> str:
     if model.measured_at:
         days = int(max(time.time() - model.measured_at, 0) / 86400)
         age = f"measured {days} days ago" if days else "measured today"
+    if model.stale:
+        age += ", to be measured anew by the next launch, since runs disagreed"
     return f"{', '.join(rates)}; {age}"
+
+
+def _cached(kind: str) -> Path:
+    return cache_directory() / f"costs-{_machine(kind)}.json"
+
+
+def _write(path: Path, measured: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside and renamed: another process may be reading.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(measured, file)
+    os.replace(file.name, path)
+
+
+def _alike(one: CostModel, other: CostModel) -> bool:
+    """Whether no rate of two measurements differs by `DISAGREES` times."""
+
+    def rates(model: CostModel) -> list[float]:
+        each = [cost.blinding for _, cost in sorted(model.schemes.items())]
+        return [model.dot_flops, model.convolution_flops, model.nanoseconds_per_byte, *each]
+
+    pairs = zip(rates(one), rates(other), strict=True)
+    return all(max(a, b) <= DISAGREES * min(a, b) for a, b in pairs)
 
 
 def _read(path: Path) -> CostModel:

@@ -34,6 +34,8 @@ class CostModel:
       margin: a product goes out only where the enclave saves by this factor: what is measured once,
         in warm caches, takes up to half as long again in the middle of a step.
       measured_at: seconds since 1970 at which it was measured; 0 if that is not known.
+      stale: whether runs took so much more or less that it is to be measured anew.
+      confirmed: whether it was measured anew for that reason, and came out alike.
     """
 
     dot_flops: float = 1e11
@@ -44,6 +46,8 @@ class CostModel:
     checking: float = 0.0
     margin: float = 1.6
     measured_at: int = dataclasses.field(default=0, compare=False)
+    stale: bool = dataclasses.field(default=False, compare=False)
+    confirmed: bool = dataclasses.field(default=False, compare=False)
 
     def inside(self, eqn: JaxprEqn) -> float:
         """Seconds that the enclave takes to compute a product itself."""

@@ -11,8 +11,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from jax.extend.core import primitives as prims
+
 from enclave_runtime.protocol.descriptions import ELEMENT_ROUNDING
 from enclave_runtime.protocol.program import DEVICE, ArrayType, KeyClass
+from tempo_jax.jaxprs import equations
 from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.plan import Plan, offloaded, offloaded_work
@@ -49,6 +52,14 @@ class Figures:
     def costs(self) -> Costs:
         """What a call costs the enclave by layer, by visit and in all; estimated."""
         return costs_of(self.plan, self.model, self.arguments)
+
+    @property
+    def busy_seconds(self) -> float | None:
+        """Seconds of a call that the enclave should be busy, or None if it has a `while`."""
+        every = equations.equations(self.plan.jaxpr)
+        if any(eqn.primitive is prims.while_p for eqn in every):
+            return None
+        return self.costs.inside_seconds + self.costs.blinding_seconds
 
     @functools.cached_property
     def prospects(self) -> Prospects:

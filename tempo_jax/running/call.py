@@ -36,6 +36,7 @@ from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.jaxprs.callbacks import call as call_python
 from tempo_jax.jaxprs.trace import local_settings, without_internals
 from tempo_jax.planning.plan import Plan, offloaded
+from tempo_jax.running.expectation import Expectation
 from tempo_jax.running.host_program import HostResult, build_host_program
 from tempo_jax.running.host_run import HostRun, Served, Traffic
 from tempo_jax.running.observation import HostView, Product, add_product
@@ -74,8 +75,9 @@ class Runtime:
         mesh: Mesh | None,
         labels: Callable[[], Sequence[str]],
         rules: Rules,
+        expectation: Expectation,
     ):
-        """Provisions a plan under `rules`; `labels` names its segments, see `Served`."""
+        """Provisions a plan under `rules`; see `Served` for `labels` and `expectation`."""
         self.plan = plan
         self._enclave = enclave
         self._mesh = mesh
@@ -102,6 +104,7 @@ class Runtime:
             plan.request.scheme.device_pools,
             shares,
             self._processes,
+            expectation,
         )
 
     @property

@@ -35,6 +35,7 @@ from tempo_jax.enclave.processes import Processes
 from tempo_jax.errors import EnclaveError, TempoError
 from tempo_jax.planning.mesh import local_shape
 from tempo_jax.running import timeline, watchdog
+from tempo_jax.running.expectation import Expectation
 from tempo_jax.running.observation import HostView, add_crossing
 from tempo_jax.sealing.array import HELD_WHOLE, PUBLISHED, handle_text, is_sealed
 from tempo_jax.transport.loopback import Calls, Loopback, Shipment
@@ -97,6 +98,7 @@ class Served:
       labels: for each segment, the layers whose products the devices compute after it.
       shares: how the mesh is shared out among processes, where it spans several.
       processes: those.
+      expectation: hears of each run how long it took the enclave.
       traffic: what its runs carried.
     """
 
@@ -110,6 +112,7 @@ class Served:
     pools: int = 1
     shares: Shares | None = None
     processes: Processes | None = None
+    expectation: Expectation | None = None
     traffic: Traffic = dataclasses.field(default_factory=Traffic)
 
     @property
@@ -406,7 +409,7 @@ class HostRun:
         self._committing = True
         with self._noted("commit"):
             fields = {"donate": list(donated), "worker": self.served.process}
-            handles = self._request(Kind.COMMIT, fields)["handles"]
+            reply = self._request(Kind.COMMIT, fields)
         if self._track is not None:
             self._track.ended()
         watchdog.unwatch(self)
@@ -415,7 +418,9 @@ class HostRun:
             reserved, self._reserved = self._reserved, None
         if reserved is not None:
             self.served.lines.give_back(reserved)
-        return handles
+        if self.served.expectation is not None and "busy_seconds" in reply:
+            self.served.expectation.ran(reply["busy_seconds"])
+        return reply["handles"]
 
     def abort(self, failure: BaseException) -> None:
         """Ends the run at once, whatever the enclave is doing; nothing is committed.

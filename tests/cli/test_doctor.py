@@ -209,7 +209,10 @@ def test_rates_and_their_age(monkeypatch, tmp_path):
     found = doctor._rates()
     assert found.status == "ok"
     assert "costs-" in found.detail and "70 GFLOP/s inside" in found.detail
-    assert "measured today" in found.detail
+    assert found.detail.endswith("measured today")
+    (model,) = calibration.cached_costs().values()
+    calibration.doubt("process", model)
+    assert doctor._rates().detail.endswith("by the next launch, since runs disagreed")
     monkeypatch.setenv(calibration.SHIPPED, str(tmp_path / "none.json"))
     found = doctor._rates()
     assert found.status == "warn" and "none.json" in found.detail

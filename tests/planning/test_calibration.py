@@ -1,5 +1,6 @@
 """Whose figures a plan is made from."""
 
+import dataclasses
 import os
 
 import pytest
@@ -59,6 +60,42 @@ def test_a_file_gives_the_same_figures_anywhere(measured, monkeypatch, tmp_path)
     monkeypatch.setenv(calibration.SHIPPED, str(kept))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5})
     assert measured("gramine-sgx") == (CostModel(latency=1e-3), 1)
+
+
+def test_figures_that_runs_disagree_with_are_measured_anew_until_two_agree(measured):
+    first, _ = measured()
+    assert "next enclave is launched (" in calibration.doubt("process", first)
+    (stale,) = calibration.cached_costs().values()
+    assert stale == first and stale.stale
+    assert calibration.described(stale).endswith("since runs disagreed")
+    again, times = measured()
+    assert times == 2 and again.confirmed  # in all rates; latency is none
+    assert "Two measurements agree" in calibration.doubt("process", again)
+    assert measured() == (again, 2)
+
+
+def test_figures_that_came_out_otherwise_may_be_doubted_again(measured, monkeypatch):
+    def ask(**rates):
+        return machine_costs("process", lambda: rates)
+
+    def doubted(model):
+        return "next enclave is launched" in calibration.doubt("process", model)
+
+    measured()
+    assert doubted(calibration.cached_costs().popitem()[1])
+    assert doubted(ask(dot_flops=1.6e11))
+    assert doubted(ask(dot_flops=2e11, nanoseconds_per_byte=0.1))
+    assert not doubted(ask(dot_flops=2.9e11, nanoseconds_per_byte=0.14))
+
+
+def test_figures_that_were_replaced_or_are_a_files_are_not_doubted(measured, monkeypatch):
+    first, _ = measured()
+    older = dataclasses.replace(first, measured_at=first.measured_at - 1)
+    assert "measured anew since" in calibration.doubt("process", older)
+    assert "in no cache" in calibration.doubt("gramine-sgx", first)
+    monkeypatch.setenv(calibration.SHIPPED, "costs.json")
+    assert "stays as it is" in calibration.doubt("process", first)
+    assert not any(model.stale for model in calibration.cached_costs().values())
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"speed": 1}', '{"schemes": {"mixing": {}}}'])

@@ -119,7 +119,9 @@ def test_run_by_hand(provisioned):
     run = provisioned.begin()
     out = run_by_hand(provisioned, run)
     np.testing.assert_allclose(out, CHAIN, rtol=1e-12)
-    assert provisioned.request(Kind.COMMIT, run=run, donate=[]) == {"handles": []}
+    committed = provisioned.request(Kind.COMMIT, run=run, donate=[])
+    assert committed.keys() == {"handles", "busy_seconds"} and committed["handles"] == []
+    assert committed["busy_seconds"] > 0
     refused(provisioned, "no such run", Kind.COMMIT, run=run, donate=[])
 
 
@@ -407,7 +409,7 @@ def test_run_whose_parts_travel(provisioned):
     product = hidden @ operands[V.shape]
     (out,) = travel(provisioned, label._replace(segment=2), [product])
     np.testing.assert_allclose(out, CHAIN, rtol=1e-12)
-    assert provisioned.request(Kind.COMMIT, run=label.run, donate=[]) == {"handles": []}
+    assert provisioned.request(Kind.COMMIT, run=label.run, donate=[])["handles"] == []
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,13 @@ class NanError(TempoError, FloatingPointError):
     """A result with a NaN under `shield(..., debug_nans=True)`; it says which equation made it."""
 
 
+class CheckError(TempoError, RuntimeError):
+    """A check of the program that failed under `shield(..., reveal_checks=True)`, by its message.
+
+    Nothing was committed; the arguments are as they were.
+    """
+
+
 class RoleError(TempoError):
     """A request that the client's or the host's side cannot make; the other side can."""
 

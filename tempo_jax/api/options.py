@@ -36,6 +36,7 @@ class OptionFields(TypedDict, total=False):
     static_argnums: int | Sequence[int] | None
     static_argnames: str | Iterable[str] | None
     debug_nans: bool
+    reveal_checks: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class Options:
     static_argnums: int | Sequence[int] | None = None
     static_argnames: str | Iterable[str] | None = None
     debug_nans: bool = False
+    reveal_checks: bool = False
 
     def __post_init__(self) -> None:
         """Checks every option that needs no function."""
@@ -84,6 +86,7 @@ class Options:
         _check("donate", self.donate, (True, False))
         _check("verify", self.verify, (True, False))
         _check("debug_nans", self.debug_nans, (True, False))
+        _check("reveal_checks", self.reveal_checks, (True, False))
         if self.debug_nans and not (self.enclave.is_client and self.enclave.is_host):
             raise UnsupportedError(
                 "shield: debug_nans runs a step again to find where a NaN comes from, which the "

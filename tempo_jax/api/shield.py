@@ -91,6 +91,11 @@ def shield(  # noqa: D417 (the options are documented one by one)
       debug_nans: after each call the host learns one bit: whether the result has a NaN. If it has,
         the call is made once more, all inside, and fails with a `NanError` that names the equation
         that made the first NaN, which the host learns as well, but no value. Nothing is donated.
+      reveal_checks: whether a run-time check of Equinox (`error_if`) that fails raises a
+        `CheckError` with the check's message, as it would under `jax.experimental.checkify`. The
+        host then learns of every call whether a check failed, and which one first; the messages
+        are the program's, and no value is shown. A failed call commits nothing: its arguments are
+        as they were. By default a failed check shows in values that become NaN, inside.
 
     Returns:
       A `Shielded` function with the parameters and the result of `function`. It warns

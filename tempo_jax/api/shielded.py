@@ -217,6 +217,7 @@ class Shielded(Generic[P, R]):
             workers=options.workers,
             verify=options.verify,
             unroll_while=options.unroll_while,
+            reveal_checks=options.reveal_checks,
         )
         signed = Signed(
             self._name,

@@ -6,14 +6,25 @@ Untrusted and pure. Serves JAX 0.10 to 0.12.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax._src import source_info_util  # JAX 0.10-0.12: no public way to keep an equation's source.
+from jax.extend.core import primitives as prims
 
 from tempo_jax.jaxprs.primitives import is_check, is_debugging
 from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+# Calls whose body is inlined, with the parameter that holds it.
+_INLINED = {
+    prims.jit_p: "jaxpr",
+    prims.closed_call_p: "call_jaxpr",
+    prims.call_p: "call_jaxpr",
+    prims.custom_jvp_call_p: "call_jaxpr",
+    prims.custom_vjp_call_p: "call_jaxpr",
+    prims.remat_p: "jaxpr",
+}
 
 
 def subjaxprs(eqn: JaxprEqn) -> Iterator[Any]:
@@ -24,6 +35,23 @@ def subjaxprs(eqn: JaxprEqn) -> Iterator[Any]:
                 yield item.jaxpr
             elif isinstance(item, Jaxpr):
                 yield item
+
+
+def inlined_body(eqn: JaxprEqn) -> ClosedJaxpr | None:
+    """The program of an equation that is a mere call; None of any other."""
+    param = _INLINED.get(eqn.primitive)
+    if param is None:
+        return None
+    body = eqn.params[param]
+    return body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ())
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants and how many are carried."""
+    if "num_consts" in params:  # JAX 0.10
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = map(len, params["ft_in"].unpack())  # JAX 0.11-0.12
+    return constants, carried
 
 
 def equations(jaxpr: Any) -> Iterator[JaxprEqn]:
@@ -96,6 +124,20 @@ def bind(eqn: JaxprEqn, arguments: Sequence[Any], **changes: Any) -> list[Any]:
 def source(eqn: JaxprEqn) -> str:
     """Where in the user's program an equation comes from, as `file:line (function)`."""
     return source_info_util.summarize(eqn.source_info)
+
+
+def source_outside(eqns: Iterable[JaxprEqn], package: str) -> str:
+    """Where the first equation comes from of which that is not known to be a library's own file.
+
+    Args:
+      eqns: an equation, and those in whose programs it stands, from the inside out.
+      package: the library's name.
+    """
+    for eqn in eqns:
+        for frame in source_info_util.user_frames(eqn.source_info.traceback):
+            if package not in Path(frame.file_name).parts:
+                return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+    return "unknown"
 
 
 def line(eqn: JaxprEqn) -> str:

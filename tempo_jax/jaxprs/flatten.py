@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -25,6 +25,8 @@ from tempo_jax.jaxprs.equations import (
     debugging,
     equations,
     forward_only,
+    inlined_body,
+    scan_counts,
     source,
     subjaxprs,
 )
@@ -52,17 +54,6 @@ from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, avals_
 MAX_UNROLL = 64
 
 
-# Calls whose body is inlined, with the parameter that holds it.
-_INLINED = {
-    prims.jit_p: "jaxpr",
-    prims.closed_call_p: "call_jaxpr",
-    prims.call_p: "call_jaxpr",
-    prims.custom_jvp_call_p: "call_jaxpr",
-    prims.custom_vjp_call_p: "call_jaxpr",
-    prims.remat_p: "jaxpr",
-}
-
-
 CHECKS_GIVE_NAN = (
     "where a check of Equinox (`error_if`) fails, its values become NaN (integers their largest) "
     "and nothing is raised: compiled programs cannot"
@@ -71,12 +62,6 @@ CHECKS_GIVE_NAN = (
 
 # Placement hints for one array system; the enclave has one processor and no mesh.
 _PLACEMENT_HINTS = {prims.device_put_p, prims.sharding_constraint_p}
-
-
-def inlined_body(eqn: JaxprEqn) -> ClosedJaxpr | None:
-    """The program of an equation that is a mere call; None of any other."""
-    param = _INLINED.get(eqn.primitive)
-    return None if param is None else _closed(eqn.params[param])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,18 +82,6 @@ class Flattening:
     unroll_while: int = 0
 
 
-def _closed(jaxpr: Any) -> ClosedJaxpr:
-    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
-
-
-def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
-    """How many operands of a scan are constants and how many are carried."""
-    if "num_consts" in params:  # JAX 0.10
-        return params["num_consts"], params["num_carry"]
-    constants, carried, _ = map(len, params["ft_in"].unpack())  # JAX 0.11-0.12
-    return constants, carried
-
-
 def _may_never_end(eqn: JaxprEqn) -> bool:
     inside = (e for body in subjaxprs(eqn) for e in equations(body))
     return any(e.primitive is prims.while_p for e in (eqn, *inside))
@@ -119,7 +92,7 @@ def _carry_of(eqn: JaxprEqn) -> slice:
     if eqn.primitive is prims.while_p:
         return slice(eqn.params["cond_nconsts"] + eqn.params["body_nconsts"], None)
     if eqn.primitive is prims.scan_p:
-        constants, carried = _scan_counts(eqn.params)
+        constants, carried = scan_counts(eqn.params)
         return slice(constants, constants + carried)
     return slice(0)
 
@@ -157,12 +130,12 @@ class _Flattener:
         self, eqn: JaxprEqn, arguments: list[Any], cheap: list[bool]
     ) -> list[tuple[Any, bool]]:
         primitive = eqn.primitive
-        if primitive in _INLINED:
-            body = _closed(eqn.params[_INLINED[primitive]])
+        body = inlined_body(eqn)
+        if body is not None:
             with at_source_of(eqn):  # the names in its body begin where the call stands
                 return self.evaluate(body.jaxpr, body.consts, arguments, cheap)
         if is_check(eqn):
-            return [(x, False) for x in _failed(eqn)]
+            return [(x, False) for x in failed(eqn)]
         if is_written_in_jax(primitive):
             typed = [jax.typeof(x) for x in arguments]
             body = trace(functools.partial(primitive.impl, **eqn.params), typed)
@@ -252,7 +225,10 @@ class _Flattener:
         if eqn.primitive is prims.cond_p:
             return self._options.too_dear(eqn)
         if eqn.primitive is prims.scan_p:
-            return f"it has {eqn.params['length']} steps, and up to {MAX_UNROLL} are unrolled"
+            return (
+                f"it has {eqn.params['length']} steps, and up to {MAX_UNROLL} are unrolled. A "
+                "shielded body in a loop outside sends out every step's"
+            )
         if eqn.primitive is not prims.while_p:
             return None
         count = self._options.unroll_while
@@ -261,7 +237,8 @@ class _Flattener:
         return (
             "how often it runs is secret, while a run visits the enclave a fixed number of times. "
             "`shield(..., unroll_while=n)` sends out what the first n iterations offload, whether "
-            "they are needed or not, and keeps only those after them inside"
+            "they are needed or not, and keeps only those after them inside; a shielded body in a "
+            "loop outside, which reveals whether to go on, sends out those that are needed"
         )
 
     # How
@@ -344,7 +321,7 @@ class _Flattener:
     ) -> list[tuple[Any, bool]]:
         params = eqn.params
         body, length = params["jaxpr"], params["length"]
-        constants, carried = _scan_counts(params)
+        constants, carried = scan_counts(params)
         pairs = list(zip(arguments, cheap, strict=True))
         fixed, carry = pairs[:constants], pairs[constants : constants + carried]
         scanned = pairs[constants + carried :]
@@ -377,6 +354,13 @@ class _Flattener:
         return lax.index_in_dim(x, step, keepdims=False)
 
 
+def without_references(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """A program whose mutable references are values; its other effects are debugging's."""
+    if not any(eqn.effects for eqn in equations(closed.jaxpr)):
+        return closed
+    return cast(ClosedJaxpr, discharge_state(cast(Any, closed)))
+
+
 def flatten(closed: ClosedJaxpr, options: Flattening) -> ClosedJaxpr:
     """Traces a program anew with calls inlined and worthwhile control flow dissolved.
 
@@ -384,9 +368,7 @@ def flatten(closed: ClosedJaxpr, options: Flattening) -> ClosedJaxpr:
       An equivalent jaxpr, without dead equations, whose remaining control flow runs whole.
     """
     flattener = _Flattener(options)
-    if any(eqn.effects for eqn in equations(closed.jaxpr)):
-        # Mutable references become values; what effects remain are the debugging callbacks'.
-        closed = cast(ClosedJaxpr, discharge_state(cast(Any, closed)))
+    closed = without_references(closed)
 
     def run(*arguments: Any) -> list[Any]:
         results = flattener.evaluate(
@@ -465,16 +447,16 @@ def _undone(eqn: JaxprEqn, maker: tuple[JaxprEqn, list[Any]] | None) -> Any:
     return None
 
 
-def _failed(eqn: JaxprEqn) -> list[Any]:
+def failed(eqn: JaxprEqn) -> list[Any]:
     """What a failed check gives, as Equinox does where nothing can raise: NaN, or the largest."""
 
-    def poison(aval: Any) -> Any:
+    def of(aval: Any) -> Any:
         if jnp.issubdtype(aval.dtype, jnp.inexact):
             return lax.full(aval.shape, np.nan, aval.dtype)
         largest = aval.dtype == np.bool_ or jnp.iinfo(aval.dtype).max
         return lax.full(aval.shape, largest, aval.dtype)
 
-    return [poison(v.aval) for v in eqn.outvars]
+    return [of(v.aval) for v in eqn.outvars]
 
 
 def _without_callbacks(param: Any) -> Any:
@@ -487,7 +469,7 @@ def _without_callbacks(param: Any) -> Any:
     eqns = []
     for eqn in jaxpr.eqns:
         if is_check(eqn):
-            call = trace(jax.jit(lambda eqn=eqn: _failed(eqn)), ()).jaxpr.eqns[0]
+            call = trace(jax.jit(lambda eqn=eqn: failed(eqn)), ()).jaxpr.eqns[0]
             eqns.append(call.replace(outvars=eqn.outvars, source_info=eqn.source_info))
         elif not is_debugging(eqn):
             params = {k: _without_callbacks(v) for k, v in eqn.params.items()}

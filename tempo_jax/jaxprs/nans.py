@@ -10,8 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tempo_jax.jaxprs.equations import bind, source
-from tempo_jax.jaxprs.flatten import inlined_body
+from tempo_jax.jaxprs.equations import bind, inlined_body, source
 from tempo_jax.jaxprs.primitives import is_debugging
 from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, Literal
 

@@ -96,18 +96,19 @@ def is_callback(eqn: JaxprEqn) -> bool:
     )
 
 
-def is_check(eqn: JaxprEqn) -> bool:
-    """Whether an equation is reached only to raise, in a failed check of Equinox (`error_if`).
-
-    Its results stand for what failed. One of them must be able to be NaN, which shows the failure
-    where nothing can raise.
-    """
+def raises(eqn: JaxprEqn) -> bool:
+    """Whether an equation is reached only to raise, in a failed check of Equinox (`error_if`)."""
     called = getattr(eqn.params.get("callback"), "callback_func", None)  # JAX 0.10-0.12
-    return (
-        eqn.primitive is _pure_callback_p
-        and getattr(called, "__module__", None) == "equinox._errors"
-        and any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars)
-    )
+    module = getattr(called, "__module__", None)
+    return eqn.primitive is _pure_callback_p and module == "equinox._errors"
+
+
+def is_check(eqn: JaxprEqn) -> bool:
+    """Whether this is a failed check whose results, which stand for what failed, can show it.
+
+    One of them must be able to be NaN, which shows the failure where nothing can raise.
+    """
+    return raises(eqn) and any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars)
 
 
 def is_written_in_jax(primitive: jex_core.Primitive) -> bool:

@@ -18,6 +18,7 @@ from tempo_jax.jaxprs.flatten import Flattening
 from tempo_jax.jaxprs.products import KEPT, is_product, kept_products, work
 from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Var, array_type
 from tempo_jax.planning.cost import CostModel
+from tempo_jax.planning.failures import RunTimeCheck, revealing
 from tempo_jax.planning.following import Following, follow
 from tempo_jax.planning.matrix_form import matrix_form, split_polarities, verifiable
 from tempo_jax.planning.mesh import choose_sharded
@@ -45,6 +46,8 @@ class Plan:
       sealed: positions of the other outputs, in the order of `program.outputs`.
       sharded: key classes (numbers of `program.classes`) that are split over the workers.
       notes: what a reader of `explain` should know.
+      checks: what may fail; if there are any, the last of the revealed outputs, int32[2], says
+        which failed first, and is none of the function's own.
       layouts: how each value that exists on the host is blinded.
     """
 
@@ -57,6 +60,7 @@ class Plan:
     sealed: tuple[int, ...]
     sharded: frozenset[int]
     notes: tuple[str, ...]
+    checks: tuple[RunTimeCheck, ...]
     layouts: Mapping[Var, Layout]
 
     @property
@@ -104,23 +108,25 @@ class Flat:
       request: what is planned.
       closed: the program.
       notes: what a reader of `explain` should know.
+      checks: what it reveals the failure of.
     """
 
     request: Request
     closed: ClosedJaxpr
     notes: tuple[str, ...]
+    checks: tuple[RunTimeCheck, ...]
 
 
 def flatten_calls(request: Request) -> Flat:
     """Inlines calls, and dissolves control flow that holds work worth offloading."""
     costs = request.costs
-    _refuse_callbacks(request.closed.jaxpr)
+    _refuse_callbacks(request.closed.jaxpr, request.reveal_checks)
     notes = [
         f"the debugging callback `{eqn.primitive.name}` at {equations.source(eqn)} is left out: "
         "it would show values"
         for eqn in equations.debugging(request.closed.jaxpr)
     ]
-    if equations.checks(request.closed.jaxpr):
+    if not request.reveal_checks and equations.checks(request.closed.jaxpr):
         notes.append(flatten.CHECKS_GIVE_NAN)
 
     def worth(eqn: JaxprEqn) -> bool:
@@ -131,20 +137,29 @@ def flatten_calls(request: Request) -> Flat:
     def too_dear(eqn: JaxprEqn) -> str | None:
         return None if costs is None else costs.branches_too_dear(eqn, request.scheme)
 
+    closed, checks = request.closed, ()
+    if request.reveal_checks:
+        closed, checks = revealing(flatten.without_references(closed))
     options = Flattening(worth, notes, too_dear, request.unroll_while)
-    closed = flatten.flatten(request.closed, options)
-    return Flat(request, closed, tuple(notes))
+    closed = flatten.flatten(closed, options)
+    if checks:
+        notes.append(
+            f"each call reveals which of {len(checks)} checks failed first, if one did "
+            "(`reveal_checks=True`)"
+        )
+    return Flat(request, closed, tuple(notes), checks)
 
 
-def _refuse_callbacks(jaxpr: Jaxpr) -> None:
+def _refuse_callbacks(jaxpr: Jaxpr, reveals_checks: bool) -> None:
     for eqn in equations.equations(jaxpr):
-        if primitives.is_callback(eqn):
+        if primitives.is_callback(eqn) and not (reveals_checks and primitives.raises(eqn)):
             raise UnsupportedError(
                 f"shield: `{eqn.primitive.name}` at {equations.source(eqn)} calls back into "
                 "Python, and the enclave runs only compiled programs. Pass what the callback "
                 "computes as an argument, or return its operand through `tempo.reveal` and call "
                 "it outside. A check that raises may give NaN instead (Equinox's `error_if` does "
-                "under EQX_ON_ERROR=nan)."
+                "under EQX_ON_ERROR=nan), or be revealed where it is Equinox's "
+                "(`tempo.shield(..., reveal_checks=True)`)."
             )
 
 
@@ -162,6 +177,7 @@ class Rewritten:
       stays: for each product in order why it stays inside whatever it costs, else None.
       decoys: for each variable to whose rows decoys are appended, how many.
       notes: what a reader of `explain` should know.
+      checks: what it reveals the failure of.
     """
 
     request: Request
@@ -170,6 +186,7 @@ class Rewritten:
     stays: tuple[str | None, ...]
     decoys: Mapping[Var, int]
     notes: tuple[str, ...]
+    checks: tuple[RunTimeCheck, ...]
 
 
 def rewrite(flat: Flat) -> Rewritten:
@@ -197,7 +214,7 @@ def rewrite(flat: Flat) -> Rewritten:
         for eqn, count in zip(products.values(), counts, strict=bool(counts))
         if count
     }
-    return Rewritten(request, closed, costs, stays, decoys, flat.notes)
+    return Rewritten(request, closed, costs, stays, decoys, flat.notes, flat.checks)
 
 
 # Place
@@ -328,6 +345,7 @@ def describe(severed: Severed) -> Plan:
         if request.scheme.device_pools > 1
         else choose_sharded(classes, values, resident, request.workers),
         notes=placed.rewritten.notes,
+        checks=placed.rewritten.checks,
         layouts=layouts,
     )
 

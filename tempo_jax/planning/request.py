@@ -28,6 +28,7 @@ class Request:
       workers: devices of the mesh, 1 without one.
       verify: whether the enclave checks every product that comes back.
       unroll_while: iterations of a `while` whose products go out whether they are needed or not.
+      reveal_checks: whether the host learns which of the program's checks fails first.
     """
 
     closed: ClosedJaxpr
@@ -40,3 +41,4 @@ class Request:
     workers: int
     verify: bool = False
     unroll_while: int = 0
+    reveal_checks: bool = False

@@ -30,7 +30,7 @@ from enclave_runtime.protocol.memory import Shares
 from enclave_runtime.protocol.program import DEVICE
 from enclave_runtime.protocol.tags import Rules
 from tempo_jax.enclave.enclave import Enclave
-from tempo_jax.errors import EnclaveError, UnsupportedError, remember
+from tempo_jax.errors import CheckError, EnclaveError, UnsupportedError, remember
 from tempo_jax.jaxprs import opaque
 from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.jaxprs.callbacks import call as call_python
@@ -179,6 +179,7 @@ class Runtime:
             result, leaves = self._run_interruptibly(
                 program, run, lambda: self._placed(inputs, blinded)
             )
+            self._raise_failed_check(result.revealed)
             handles = [handle_array(h) for h in run.commit(())]
         except BaseException as error:
             run.abort(error)
@@ -246,6 +247,22 @@ class Runtime:
         concurrent.futures.wait([future], _RUN_OUT_SECONDS)
         raise failure
 
+    def _raise_failed_check(self, revealed: Sequence[Any]) -> None:
+        """Raises what a check of the program found, before anything is committed.
+
+        Raises:
+          CheckError: one failed.
+        """
+        if not self.plan.checks:
+            return
+        number, message = map(int, np.asarray(revealed[-1]))
+        if number:
+            check = self.plan.checks[number - 1]
+            raise CheckError(
+                f"shield: the check at {check.where} failed: {check.message(message)!r}. Nothing "
+                "was committed; the arguments are as they were"
+            )
+
     def _outputs(
         self,
         result: HostResult,
@@ -256,6 +273,8 @@ class Runtime:
         """The flat outputs; those in `alike` are declared as the values there are."""
         outputs: list[Any] = [None] * len(types)
         for position, value in zip(self.plan.revealed, result.revealed, strict=True):
+            if position == len(types):  # what the checks found
+                continue
             outputs[position] = jaxpr_types.from_physical(value, types[position])
         blinded = iter(result.on_devices)
         for position, port, handle in zip(
@@ -408,10 +427,11 @@ class Runtime:
 
         def commit(number: np.ndarray, _: Any, *arrays: np.ndarray) -> list[np.ndarray]:
             run = self._known(int(number))
+            revealed = arrays[len(given) :]
             with self._ending(run):
+                self._raise_failed_check(revealed)
                 handles = run.commit(donated)
             self._runs.pop(run.number, None)
-            revealed = arrays[len(given) :]
             kept = {i: x.copy() for i, x in zip(given, arrays, strict=False)}
             for i in donated:
                 if i in run.handles:

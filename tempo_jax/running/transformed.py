@@ -79,7 +79,7 @@ def unknown_outputs(plan: Plan, types: Sequence[Any], session: str, error: Excep
       error: what a program is told that needs the values after all.
     """
     outputs: list[Any] = [None] * len(types)
-    for position in plan.revealed:
+    for position in plan.revealed[: len(plan.revealed) - bool(plan.checks)]:
         struct = jaxpr_types.physical(types[position])
         value = unknown(struct.shape, struct.dtype, error)
         outputs[position] = jaxpr_types.from_physical(value, types[position])

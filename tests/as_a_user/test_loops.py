@@ -186,6 +186,42 @@ def weak_types() -> None:
         assert float(opened) == 0.125 and not opened.weak_type
 
 
+def as_long_as_what_is_revealed_says() -> None:
+    """The body of a loop and the branches of a `cond` on a predicate that the host may know."""
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(0, 0.05, (128, 128)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(256, 128)), jnp.float32)
+
+    def shrink(x: Any, w: Any) -> Any:
+        y = x @ w
+        return y, tempo.reveal(jnp.abs(y).max() > 0.1)
+
+    def loop(f: Callable[..., Any], x: Any, w: Any) -> Any:
+        def body(c: Any) -> Any:
+            return (c[0] + 1, *f(c[1], w))
+
+        return lax.while_loop(lambda c: c[2], body, (0, x, True))
+
+    count, y, _ = loop(shrink, x, w)
+    with tempo.Enclave.launch() as enclave:
+        for scheme in (Mixing(), KEPT):
+            options: Any = {"enclave": enclave, "scheme": scheme, "offload": "all"}
+            shielded = tempo.shield(shrink, donate=False, **options)
+            sealed = enclave.seal((x, w))
+            found, last, _ = jax.jit(lambda x, w, f=shielded: loop(f, x, w))(*sealed)
+            assert found == count and count > 3
+            np.testing.assert_allclose(enclave.open(last), y, rtol=1e-3, atol=1e-4)
+            # The host computes as many iterations as are needed, and no more.
+            assert shielded.traffic(*sealed).runs == count
+
+            twice = tempo.shield(lambda x: 2 * x, donate=False, **options)
+            halve = tempo.shield(lambda x: x / 2, donate=False, **options)
+            for which, factor in ((True, 2), (False, 0.5)):
+                taken = jax.jit(lambda p, x, t=twice, h=halve: lax.cond(p, t, h, x))
+                result = enclave.open(taken(which, sealed[0]))
+                np.testing.assert_allclose(result, factor * x, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("programs", "devices"),
     [
@@ -195,6 +231,7 @@ def weak_types() -> None:
                 state_that_is_used_twice,
                 old_ciphertext_is_not_taken_for_the_state,
                 weak_types,
+                as_long_as_what_is_revealed_says,
             ),
             1,
         ),

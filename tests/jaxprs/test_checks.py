@@ -13,6 +13,7 @@ from jax.interpreters import mlir
 
 import tempo_jax as tempo
 from tests.support.cases import S, W, X
+from tests.support.checks import equinox, like_equinox
 from tests.support.steps import assert_close, shield_all
 
 
@@ -39,22 +40,7 @@ def test_io_callbacks_without_results_are_left_out_like_debugging(enclave, order
     assert_close(result, jax.jit(function)(X, W))
 
 
-def _like_equinox(x: Any, failed: jax.Array) -> Any:
-    """What `equinox.error_if` traces to."""
-
-    def raises(_: Any) -> Any:
-        raise RuntimeError
-
-    raises.__module__ = "equinox._errors"
-    return lax.cond(failed, lambda: jax.pure_callback(raises, x, failed), lambda: x)
-
-
-def _equinox(x: Any, failed: jax.Array) -> Any:
-    equinox = pytest.importorskip("equinox", reason="equinox is not installed")
-    return equinox.error_if(x, failed, "too large")
-
-
-@pytest.mark.parametrize("check", [_like_equinox, _equinox])
+@pytest.mark.parametrize("check", [like_equinox, equinox])
 def test_failed_checks_give_nan_and_others_nothing(enclave, check):
     def function(x, w):
         def body(c, _):
@@ -78,7 +64,7 @@ def _solved(x: Any, s: Any) -> Any:
 
 
 def _solve(x: Any, s: Any) -> list[Any]:
-    return [jnp.linalg.solve(s, _like_equinox(x, jnp.abs(x).max() > 100))]
+    return [jnp.linalg.solve(s, like_equinox(x, jnp.abs(x).max() > 100))]
 
 
 _solve.__module__ = "lineax._solve"
@@ -105,6 +91,6 @@ def test_checks_that_a_lowering_makes_are_computed_inside(enclave, solve):
 
 
 def test_check_that_could_not_show_its_failure_is_refused(enclave):
-    shielded = tempo.shield(lambda x: _like_equinox(jnp.int32(3), x[0, 0] > 1), enclave=enclave)
+    shielded = tempo.shield(lambda x: like_equinox(jnp.int32(3), x[0, 0] > 1), enclave=enclave)
     with pytest.raises(tempo.errors.UnsupportedError, match="A check that raises may give NaN"):
         shielded(X)

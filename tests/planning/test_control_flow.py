@@ -78,6 +78,7 @@ def test_a_while_sends_out_as_many_iterations_as_it_is_told(count):
     assert "`while` at" in note and "with 1 products in its body" in note
     expected = f"after the first {count} (`unroll_while={count}`)" if count else "is secret"
     assert expected in note
+    assert ("which reveals whether to go on" in note) == (not count)
 
 
 def test_a_while_without_work_is_left_whole():
@@ -102,6 +103,7 @@ def test_a_long_scan_says_how_long_it_is():
 
     (note,) = planned(f, *arguments(SMALL)).notes
     assert "`scan` at" in note and "it has 100 steps" in note
+    assert "in a loop outside" in note
 
 
 def test_a_reveal_in_a_branch_is_named():

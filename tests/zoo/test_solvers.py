@@ -9,7 +9,14 @@ import optax
 import pytest
 
 import tempo_jax as tempo
-from tests.support.steps import Training, assert_trains_alike, shield_all, training, uniform
+from tests.support.steps import (
+    Training,
+    assert_close,
+    assert_trains_alike,
+    shield_all,
+    training,
+    uniform,
+)
 
 pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 
@@ -38,6 +45,23 @@ def test_diffrax(enclave):
 
     weights = {"field": uniform(4, FEATURES, FEATURES), "head": uniform(5, FEATURES)}
     check(enclave, training(loss, weights, VECTORS, ADAM))
+
+
+def test_diffrax_that_fails_says_why_where_checks_are_revealed(enclave):
+    diffrax = pytest.importorskip("diffrax")
+    term = diffrax.ODETerm(lambda t, y, field: jnp.tanh(y @ field))
+
+    def solve(y: jax.Array, field: jax.Array, end: jax.Array) -> jax.Array:
+        solution = diffrax.diffeqsolve(
+            *(term, diffrax.Heun(), 0.0, end, 0.1, y, field), max_steps=8
+        )
+        return tempo.reveal(solution.ys[0])
+
+    shielded = shield_all(solve, enclave=enclave, donate=False, reveal_checks=True)
+    y, field = uniform(9, ROWS, FEATURES), uniform(4, FEATURES, FEATURES)
+    assert_close(shielded(y, field, 0.5), jax.jit(solve)(y, field, 0.5))
+    with pytest.raises(tempo.errors.CheckError, match="maximum number of"):
+        shielded(y, field, 5.0)
 
 
 def test_lineax(enclave):

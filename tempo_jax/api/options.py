@@ -30,6 +30,7 @@ class OptionFields(TypedDict, total=False):
     placement: str
     offload: str
     mesh: Mesh | None
+    shard_weights: bool
     donate: bool
     verify: bool
     unroll_while: int
@@ -54,6 +55,7 @@ class Options:
     placement: str = "auto"
     offload: str = "auto"
     mesh: Mesh | None = None
+    shard_weights: bool = False
     donate: bool = True
     verify: bool = False
     unroll_while: int = 0
@@ -83,6 +85,7 @@ class Options:
                 f"shield: unroll_while is {self.unroll_while!r}, expected an integer from 0 to "
                 f"{MAX_UNROLL}, the iterations of each `while_loop` that are computed in any case"
             )
+        _check("shard_weights", self.shard_weights, (True, False))
         _check("donate", self.donate, (True, False))
         _check("verify", self.verify, (True, False))
         _check("debug_nans", self.debug_nans, (True, False))
@@ -103,6 +106,31 @@ class Options:
             raise UnsupportedError(
                 f"shield: mesh has {self.workers} devices, expected at most {MAX_WORKERS}, each of "
                 "which the enclave serves on a connection and a thread of its own"
+            )
+
+        if self.shard_weights:
+            self._check_shard_weights()
+
+    def _check_shard_weights(self) -> None:
+        scheme = self.scheme
+        if self.workers == 1:
+            raise UnsupportedError(
+                "shield: shard_weights splits weights over the devices of a mesh, and there is "
+                "none of several devices. Pass `mesh=`, or leave `shard_weights` out"
+            )
+        if self.enclave.processes is not None:
+            raise UnsupportedError(
+                "shield: shard_weights takes a mesh of one process's devices, and "
+                f"{self.enclave.processes.count} processes share this enclave, each of which has "
+                "to hold the whole state to open and save it. Leave `shard_weights` out, or train "
+                "on one process's devices"
+            )
+        if not self.offloads or scheme.key_budget == 0 or scheme.keys_per_product:
+            raise UnsupportedError(
+                "shield: shard_weights splits weights and optimizer state that lie on the devices, "
+                f"and under {scheme.name} with placement={self.placement!r} none does: they are "
+                "the enclave's. Take a scheme that keeps keys, which protects less, or leave "
+                "`shard_weights` out"
             )
 
     def check_devices(self) -> None:

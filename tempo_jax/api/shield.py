@@ -71,6 +71,11 @@ def shield(  # noqa: D417 (the options are documented one by one)
       offload: "auto" sends a product out when that is less work for the enclave; "all" sends
         every product that can be blinded.
       mesh: a mesh with one axis to spread the blinded products over.
+      shard_weights: whether each device of `mesh` keeps a part of the weights and the optimizer's
+        state that lie on the devices (under `cheap_update` and a scheme that keeps keys), in place
+        of a copy: a weight is gathered where a product takes it, and its gradient is added up and
+        shared out in one collective, as in fully sharded data parallelism. A leaf of which the
+        devices divide no axis stays whole, and `explain` says which.
       donate: whether a carried state is donated.
       verify: whether the enclave checks every product that the devices return (Freivalds). A
         wrong one stops the run with an `IntegrityError` that names the equation, and the last

@@ -218,6 +218,7 @@ class Shielded(Generic[P, R]):
             verify=options.verify,
             unroll_while=options.unroll_while,
             reveal_checks=options.reveal_checks,
+            shard_weights=options.shard_weights,
         )
         signed = Signed(
             self._name,

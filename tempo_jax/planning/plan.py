@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from enclave_runtime.protocol.memory import sharded_axis
 from enclave_runtime.protocol.program import ArrayType, KeyClass, Layout, Program
 from tempo_jax.errors import UnsupportedError
 from tempo_jax.jaxprs import equations, flatten, primitives
@@ -27,6 +28,7 @@ from tempo_jax.planning.program_writer import ProgramWriter
 from tempo_jax.planning.request import Request
 from tempo_jax.planning.segments import Cut, cut
 from tempo_jax.planning.walk import Question, Side
+from tempo_jax.planning.weights import split_values
 from tempo_jax.schemes import Group
 
 CHECKING = 1.0  # nanoseconds for each element of a checked product, see `CostModel.checking`
@@ -45,6 +47,7 @@ class Plan:
       revealed: positions of outputs that go to the host in the clear, with their variables.
       sealed: positions of the other outputs, in the order of `program.outputs`.
       sharded: key classes (numbers of `program.classes`) that are split over the workers.
+      parts: of what workers keep a part only, along which axis.
       notes: what a reader of `explain` should know.
       checks: what may fail; if there are any, the last of the revealed outputs, int32[2], says
         which failed first, and is none of the function's own.
@@ -59,6 +62,7 @@ class Plan:
     revealed: tuple[int, ...]
     sealed: tuple[int, ...]
     sharded: frozenset[int]
+    parts: Mapping[Var, int]
     notes: tuple[str, ...]
     checks: tuple[RunTimeCheck, ...]
     layouts: Mapping[Var, Layout]
@@ -333,6 +337,12 @@ def describe(severed: Severed) -> Plan:
     program = writer.write(jaxpr, placement.resident, severed.sealed, severed.on_device)
     resident = [layouts[jaxpr.invars[i]] for i in placement.resident]
     values = [(layouts[v], layouts[v].blinded(array_type(v.aval), classes).nbytes) for v in layouts]
+    sharded: frozenset[int] = frozenset()
+    if request.scheme.device_pools == 1:
+        sharded = choose_sharded(classes, values, resident, request.workers)
+    kept: Mapping[Var, int] = {}
+    if request.shard_weights:
+        kept = _parts(severed, layouts, classes, sharded)
     return Plan(
         request=request,
         flat=placed.rewritten.closed,
@@ -341,13 +351,47 @@ def describe(severed: Severed) -> Plan:
         program=program,
         revealed=severed.revealed,
         sealed=severed.sealed,
-        sharded=frozenset()
-        if request.scheme.device_pools > 1
-        else choose_sharded(classes, values, resident, request.workers),
+        sharded=sharded,
+        parts=kept,
         notes=placed.rewritten.notes,
         checks=placed.rewritten.checks,
         layouts=layouts,
     )
+
+
+def _parts(
+    severed: Severed,
+    layouts: Mapping[Var, Layout],
+    classes: tuple[KeyClass, ...],
+    sharded: frozenset[int],
+) -> Mapping[Var, int]:
+    """Of what workers keep a part, and along which axis.
+
+    Raises:
+      UnsupportedError: nothing lies on the devices.
+    """
+    jaxpr, resident = severed.placed.jaxpr, severed.placed.placement.resident
+    leaves = [jaxpr.invars[i] for i in sorted(resident)]
+    if not leaves:
+        reasons = sorted(set(severed.placed.placement.reasons.values()))
+        why = f" ({reasons[0]})" if reasons else ""
+        raise UnsupportedError(
+            "shield: shard_weights splits weights and optimizer state that lie on the devices, and "
+            f"none does in this step{why}. Wrap the optimizer in `tempo.cheap_update`, take a "
+            'scheme that keeps keys and `offload="all"` where the step is small, or leave '
+            "`shard_weights` out"
+        )
+
+    def shape(v: Any) -> tuple[int, ...]:
+        layout = layouts.get(v) if isinstance(v, Var) else None
+        if layout is None or sharded_axis(layout, sharded) is not None:
+            return ()
+        return layout.blinded(array_type(v.aval), classes).shape
+
+    kept = [jaxpr.outvars[i] for i in severed.sealed]
+    leaves += [v for v in kept if isinstance(v, Var) and v in severed.on_device]
+    host = [equation.eqn for equation in severed.cut.host]
+    return split_values(leaves, host, shape, severed.placed.request.workers)
 
 
 def _layouts(

@@ -27,6 +27,7 @@ class Request:
       offload: whether anything is offloaded.
       workers: devices of the mesh, 1 without one.
       verify: whether the enclave checks every product that comes back.
+      shard_weights: whether each worker keeps a part of what lies on the devices.
       unroll_while: iterations of a `while` whose products go out whether they are needed or not.
       reveal_checks: whether the host learns which of the program's checks fails first.
     """
@@ -42,3 +43,4 @@ class Request:
     verify: bool = False
     unroll_while: int = 0
     reveal_checks: bool = False
+    shard_weights: bool = False

@@ -85,6 +85,29 @@ class Figures:
         return {self.arguments[i]: self.keys(self.plan.jaxpr.invars[i]) for i in positions}
 
     @property
+    def split_leaves(self) -> dict[str, int | None]:
+        """With `shard_weights`, the axis of which each worker keeps a part; None where it is whole.
+
+        Of each device-resident leaf.
+        """
+        if not self.plan.request.shard_weights:
+            return {}
+        positions = sorted(self.plan.placement.resident)
+        return {
+            self.arguments[i]: self.plan.parts.get(self.plan.jaxpr.invars[i]) for i in positions
+        }
+
+    @property
+    def resident_bytes(self) -> tuple[int, int]:
+        """Bytes of the device-resident leaves that each worker keeps, and of all of them."""
+        plan, kept, whole = self.plan, 0, 0
+        for v in (plan.jaxpr.invars[i] for i in plan.placement.resident):
+            size = plan.blinded(v).nbytes
+            kept += size // plan.request.workers if v in plan.parts else size
+            whole += size
+        return kept, whole
+
+    @property
     def fallbacks(self) -> dict[str, str]:
         """Leaves whose update is marked cheap but runs in the enclave, with the reason."""
         return {self.arguments[i]: why for i, why in sorted(self.plan.placement.reasons.items())}

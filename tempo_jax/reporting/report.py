@@ -68,6 +68,7 @@ class Report(Figures):
                 "layers": [dataclasses.asdict(layer) for layer in costs.layers],
                 "visits": [dataclasses.asdict(visit) for visit in costs.visits],
                 "resident": self.resident,
+                "split_leaves": self.split_leaves,
                 "fallbacks": self.fallbacks,
                 "notes": list(self.plan.notes),
             }

@@ -261,7 +261,26 @@ def _crossings(figures: Figures) -> list[str]:
     elif plan.request.workers > 1:
         split = ", ".join(f"k{c}" for c in sorted(plan.sharded)) or "none"
         lines.append(f"{plan.request.workers} workers; classes split over them: {split}")
+        lines += _split_leaves(figures)
     return lines
+
+
+def _split_leaves(figures: Figures) -> list[str]:
+    """What `shard_weights` splits, and what it cannot."""
+    leaves, workers = figures.split_leaves, figures.plan.request.workers
+    if not leaves:
+        return []
+    kept, whole = figures.resident_bytes
+    split = sum(axis is not None for axis in leaves.values())
+    text = (
+        f"weights and optimizer state on the devices: {split} of {len(leaves)} leaves split, "
+        f"{kept / 1e6:.2g} of {whole / 1e6:.2g} MB on each"
+    )
+    rest = [name for name, axis in leaves.items() if axis is None]
+    if rest:
+        named = f"{rest[0]} (and {len(rest) - 1} more)" if len(rest) > 1 else rest[0]
+        text += f"; whole on each, as {workers} divides no axis: {named}"
+    return [text]
 
 
 def _grouped(lines: Iterable[tuple[str, str]]) -> list[str]:

@@ -37,7 +37,7 @@ from tempo_jax.jaxprs.callbacks import call as call_python
 from tempo_jax.jaxprs.trace import local_settings, without_internals
 from tempo_jax.planning.plan import Plan, offloaded
 from tempo_jax.running.expectation import Expectation
-from tempo_jax.running.host_program import HostResult, build_host_program
+from tempo_jax.running.host_program import HostResult, build_host_program, leaf_specs
 from tempo_jax.running.host_run import HostRun, Served, Traffic
 from tempo_jax.running.observation import HostView, Product, add_product
 from tempo_jax.running.provisioning import provisioned
@@ -131,7 +131,7 @@ class Runtime:
                     for p in self._program.inputs
                     if p.place == DEVICE
                 ]
-                jitted = jax.jit(function, in_shardings=self._sharding(), keep_unused=True)
+                jitted = jax.jit(function, in_shardings=self._shardings(), keep_unused=True)
                 self._compiled[observe] = jitted.lower(run, leaves).compile()
             return self._compiled[observe]
 
@@ -139,6 +139,14 @@ class Runtime:
         if self._mesh is None:
             return jax.sharding.SingleDeviceSharding(self._device)
         return NamedSharding(self._mesh, PartitionSpec())
+
+    def _shardings(self) -> tuple[Any, list[Any]]:
+        """Of the run's number, and of each device-resident leaf."""
+        if self._mesh is None:
+            return self._sharding(), [self._sharding()] * len(self.plan.placement.resident)
+        (axis,) = self._mesh.axis_names
+        specs = leaf_specs(self.plan, axis)
+        return self._sharding(), [NamedSharding(self._mesh, spec) for spec in specs]
 
     # Visits, see `running.host_program.Visits`
 
@@ -199,14 +207,16 @@ class Runtime:
     ) -> list[jax.Array]:
         """The device-resident inputs on the devices."""
         leaves = []
+        shardings = iter(self._shardings()[1])
         for i, (port, x) in enumerate(zip(self._program.inputs, inputs, strict=True)):
             if port.place != DEVICE:
                 continue
+            sharding = next(shardings)
             if i in blinded and self._processes is not None and self._mesh is not None:
                 leaves.append(spread(self._mesh, port.array, blinded[i]))
             else:
                 content = blinded[i] if i in blinded else x.content
-                leaves.append(jax.device_put(content, self._sharding()))
+                leaves.append(jax.device_put(content, sharding))
         return leaves
 
     def _run_interruptibly(

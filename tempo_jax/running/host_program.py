@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import primitives as prims
 from jax.sharding import Mesh, PartitionSpec
 
 from enclave_runtime.protocol.memory import sharded_axis
@@ -28,6 +29,7 @@ from tempo_jax.jaxprs.products import contracted_axes, is_product
 from tempo_jax.jaxprs.types import JaxprEqn, Literal, Var
 from tempo_jax.planning.mesh import local_shape
 from tempo_jax.planning.plan import Plan, offloaded
+from tempo_jax.planning.weights import is_elementwise
 from tempo_jax.running import integers
 
 
@@ -86,10 +88,27 @@ def build_host_program(
     return jax.shard_map(
         program.run,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec()),
+        in_specs=(PartitionSpec(), leaf_specs(plan, axis)),
         out_specs=program.out_specs(axis),
         check_vma=False,
     )
+
+
+def leaf_specs(plan: Plan, axis: str) -> list[PartitionSpec]:
+    """How the device-resident leaves are spread over the mesh, in the order of their positions."""
+    leaves = (plan.jaxpr.invars[i] for i in sorted(plan.placement.resident))
+    return [_part_spec(plan.parts.get(v), axis) for v in leaves]
+
+
+def _part_spec(split: int | None, axis: str) -> PartitionSpec:
+    return PartitionSpec() if split is None else PartitionSpec(*[None] * split, axis)
+
+
+class _Part(NamedTuple):
+    """What one worker keeps of a value that is split along an axis."""
+
+    array: Any
+    axis: int
 
 
 class _HostProgram:
@@ -117,8 +136,9 @@ class _HostProgram:
         return ArrayType(shape, blinded.dtype)
 
     def _spec(self, v: Any, axis: str) -> PartitionSpec:
-        split = sharded_axis(self.plan.layout(v), self.plan.sharded, self.plan.pools)
-        return PartitionSpec() if split is None else PartitionSpec(*[None] * split, axis)
+        return _part_spec(
+            sharded_axis(self.plan.layout(v), self.plan.sharded, self.plan.pools), axis
+        )
 
     def out_specs(self, axis: str) -> HostResult:
         """How the results are spread over the mesh."""
@@ -131,7 +151,12 @@ class _HostProgram:
                     observed.append((specs, self._spec(eqn.outvars[0], axis)))
         return HostResult(
             [PartitionSpec() for _ in self.revealed],
-            [self._spec(v, axis) for v in self.on_devices],
+            [
+                _part_spec(self.plan.parts[v], axis)
+                if v in self.plan.parts
+                else self._spec(v, axis)
+                for v in self.on_devices
+            ],
             observed,
             PartitionSpec(),
         )
@@ -143,7 +168,10 @@ class _HostProgram:
         plan = self.plan
         worker = jnp.int32(0) if self.axis is None else lax.axis_index(self.axis)
         token = jnp.int32(0)
-        values: dict[Any, Any] = dict(zip(self.resident, leaves, strict=True))
+        values: dict[Any, Any] = {
+            v: _Part(x, plan.parts[v]) if v in plan.parts else x
+            for v, x in zip(self.resident, leaves, strict=True)
+        }
         for eqn in plan.cut.constants:
             values.update(
                 zip(eqn.outvars, equations.bind(eqn, _read(eqn.invars, values)), strict=True)
@@ -153,7 +181,7 @@ class _HostProgram:
         pending = list(plan.cut.host)
         for index, segment in enumerate(plan.cut.segments):
             pending = self._equations(pending, index, values, received, observed)
-            uploads = [values[v] for v in segment.uploads]
+            uploads = [self._whole(values[v]) for v in segment.uploads]
             token, downloads = self._visit(index, run, worker, token, uploads)
             received.update(zip(segment.downloads, downloads, strict=True))
         self._equations(pending, len(plan.cut.segments), values, received, observed)
@@ -161,7 +189,10 @@ class _HostProgram:
             token = lax.psum(token, self.axis)
         return HostResult(
             [received[v] for v in self.revealed],
-            [values[v] for v in self.on_devices],
+            [
+                self._part(values[v], plan.parts[v]) if v in plan.parts else values[v]
+                for v in self.on_devices
+            ],
             observed,
             token,
         )
@@ -213,11 +244,40 @@ class _HostProgram:
             arguments = _read(eqn.invars, first, second)
             values[out] = self._evaluate(eqn, arguments)
             if self.observe and equation.number in self.products:
-                observed.append((arguments, values[out]))
+                operands = [self._whole(x) for x in arguments]
+                observed.append((operands, self._whole(values[out])))
         return later
 
+    # Parts of what lies on the devices
+
+    def _whole(self, x: Any) -> Any:
+        if not isinstance(x, _Part):
+            return x
+        return lax.all_gather(x.array, self.axis, axis=x.axis, tiled=True)
+
+    def _part(self, x: Any, axis: int) -> Any:
+        if isinstance(x, _Part) and x.axis == axis:
+            return x.array
+        whole = self._whole(x)
+        size = whole.shape[axis] // self.workers
+        return lax.dynamic_slice_in_dim(whole, lax.axis_index(self.axis) * size, size, axis)
+
     def _evaluate(self, eqn: JaxprEqn, arguments: list[Any]) -> Any:
+        """An equation's result: what the worker has of it, a `_Part` where it keeps no more."""
         out = eqn.outvars[0]
+        split = self.plan.parts.get(out)
+        if split is not None and is_elementwise(eqn):
+            parts = [
+                self._part(x, split) if v.aval.shape else x
+                for v, x in zip(eqn.invars, arguments, strict=True)
+            ]
+            (result,) = equations.bind(eqn, parts)
+            return _Part(result, split)
+        if split is not None and eqn.primitive is prims.transpose_p:
+            source = eqn.params["permutation"][split]
+            (result,) = equations.bind(eqn, [self._part(arguments[0], source)])
+            return _Part(result, split)
+        arguments = [self._whole(x) for x in arguments]
         changes: dict[str, Any] = {}
         for name in ("shape", "new_sizes"):
             if name in eqn.params:
@@ -228,6 +288,9 @@ class _HostProgram:
         else:
             (result,) = equations.bind(eqn, arguments, **changes)
         if self.axis is not None and self._is_contracted(eqn):
+            if split is not None:
+                summed = lax.psum_scatter(result, self.axis, scatter_dimension=split, tiled=True)
+                return _Part(summed, split)
             result = lax.psum(result, self.axis)
         return result
 

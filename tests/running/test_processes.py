@@ -157,6 +157,8 @@ def refused() -> None:
         with pytest.raises(UnsupportedError, match="2 processes share this enclave"):
             tempo.shield(lambda x: x, enclave=enclave, mesh=other)
     task = make_task(MLP(), (8, 6), ADAMW)
+    with pytest.raises(UnsupportedError, match="shard_weights takes a mesh of one process's"):
+        shield_all(task.step, enclave=enclave, mesh=mesh, shard_weights=True)
     shielded = shield_all(task.step, enclave=enclave, mesh=mesh)
     state = enclave.seal(task.state)
     rows = NamedSharding(mesh, PartitionSpec("workers"))

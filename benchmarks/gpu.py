@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -60,14 +60,12 @@ class Part:
       budget: seconds that it gets at least, if those before it keep to theirs.
       command: what runs, a folder for its files given.
       result: the file in that folder that it writes, more with every step; None for none.
-      environment: variables that it gets beside this process's.
     """
 
     name: str
     budget: float
     command: Callable[[pathlib.Path, float], list[str]]
     result: str | None = None
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 # One model, in a process of its own
@@ -152,11 +150,11 @@ def parts(small: bool) -> list[Part]:
 
         return Part(name, budget, command, "model.json")
 
-    def benchmark(name: str, budget: float, *options: str, **variables: str) -> Part:
+    def benchmark(name: str, budget: float, *options: str) -> Part:
         def command(folder: pathlib.Path, _: float) -> list[str]:
             return [*module, f"benchmarks.{name}", *options, "--out", str(folder)]
 
-        return Part(name, budget, command, f"{name}.json", variables)
+        return Part(name, budget, command, f"{name}.json")
 
     def tests(folder: pathlib.Path, seconds: float) -> list[str]:
         # It ends by itself a little earlier, and then says how many passed.
@@ -167,15 +165,20 @@ def parts(small: bool) -> list[Part]:
     widths = ["128"] if small else ["1024", "2048"]
     placement = ["--widths", *widths, "--rows", "256" if small else "4096", "--launches", "1"]
     placement += ["--steps", "1" if small else "3", "--schemes", *SCHEMES[::-1]]
+    # Simulated devices of the CPU: one GPU has no workers to share the products out to.
+    workers = ["--width", widths[0], "--rows", "256" if small else "4096", "--schemes", SCHEMES[1]]
+    workers += ["--steps", "1" if small else "2", "--workers", "1", "2"]
+    workers += [] if small else ["4", "8"]
     overhead = ["--models", "resnet20" if small else "transformer", "--first-calls", "1"]
     overhead += ["--steps", "1" if small else "3", "--scheme", SCHEMES[0]]
     return [
-        model("transformer-1024", 130.0),
-        model("resnet50", 95.0),
-        model("vit-b", 75.0),
-        Part("tests", 70.0, tests),
-        benchmark("placement", 60.0, *placement),
-        benchmark("overhead", 95.0, *overhead),
+        model("transformer-1024", 120.0),
+        model("resnet50", 90.0),
+        model("vit-b", 70.0),
+        Part("tests", 60.0, tests),
+        benchmark("placement", 50.0, *placement),
+        benchmark("workers", 50.0, *workers),
+        benchmark("overhead", 85.0, *overhead),
     ]
 
 
@@ -189,7 +192,7 @@ def run(part: Part, seconds: float) -> Json:
     with tempfile.TemporaryDirectory(prefix="tempo_jax-gpu-") as name:
         folder, began = pathlib.Path(name), time.monotonic()
         # JAX would take most of the GPU's memory for the first process alone.
-        variables = {**os.environ, **ALLOCATOR_ENVIRONMENT, **part.environment}
+        variables = {**os.environ, **ALLOCATOR_ENVIRONMENT}
         variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         with open(folder / "said", "w+") as said:
             process = subprocess.Popen(

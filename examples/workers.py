@@ -124,11 +124,15 @@ def join(options: argparse.Namespace) -> None:
 # Several on this machine
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
 def start(count: int, folder: pathlib.Path) -> list[subprocess.Popen[bytes]]:
     """Starts the processes of a cluster, each with this one's options."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    started = []
+    port, started = free_port(), []
     for index in range(count):
         own = ["--coordinator", f"127.0.0.1:{port}", "--count", str(count), "--index", str(index)]
         command = [sys.executable, "-m", "examples.workers", *sys.argv[1:]]

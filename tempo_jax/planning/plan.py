@@ -22,13 +22,12 @@ from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.failures import RunTimeCheck, revealing
 from tempo_jax.planning.following import Following, follow
 from tempo_jax.planning.matrix_form import matrix_form, split_polarities, verifiable
-from tempo_jax.planning.mesh import choose_sharded
+from tempo_jax.planning.mesh import choose_sharded, split_values
 from tempo_jax.planning.placement import Placement, place
 from tempo_jax.planning.program_writer import ProgramWriter
 from tempo_jax.planning.request import Request
 from tempo_jax.planning.segments import Cut, cut
 from tempo_jax.planning.walk import Question, Side
-from tempo_jax.planning.weights import split_values
 from tempo_jax.schemes import Group
 
 CHECKING = 1.0  # nanoseconds for each element of a checked product, see `CostModel.checking`

@@ -27,9 +27,8 @@ from tempo_jax.jaxprs import equations
 from tempo_jax.jaxprs.callbacks import call
 from tempo_jax.jaxprs.products import contracted_axes, is_product
 from tempo_jax.jaxprs.types import JaxprEqn, Literal, Var
-from tempo_jax.planning.mesh import local_shape
+from tempo_jax.planning.mesh import is_elementwise, local_shape
 from tempo_jax.planning.plan import Plan, offloaded
-from tempo_jax.planning.weights import is_elementwise
 from tempo_jax.running import integers
 
 

@@ -10,7 +10,7 @@ import pytest
 import tempo_jax as tempo
 from tempo_jax.api.shielded import Shielded
 from tempo_jax.errors import UnsupportedError
-from tempo_jax.planning.weights import split_axis
+from tempo_jax.planning.mesh import split_axis
 from tempo_jax.schemes import Mixing, Orthogonal, SecretShares, SignedPermutation, Tempo
 from tempo_jax.sealing.array import BLINDED, is_sealed
 from tests.support.steps import assert_close, shield_all

@@ -3,10 +3,10 @@
 Sharding a class says everything about the products that use it: on a free or batch axis each worker
 computes its own part, on a contracted axis the parts are summed (`psum`).
 
-With ``shard_weights=True`` each worker keeps a part of what lies on the devices, as in fully sharded
-data parallelism: a leaf is split along one axis, what meets it in its update is split alike, so
-that the update runs on parts; its gradient is added up and shared out in one collective, and the
-whole is gathered where a product takes it. Untrusted and pure.
+With ``shard_weights=True`` each worker keeps a part of what lies on the devices, as in fully
+sharded data parallelism: a leaf is split along one axis, what meets it in its update is split
+alike, so that the update runs on parts; its gradient is added up and shared out in one collective,
+and the whole is gathered where a product takes it. Untrusted and pure.
 
 References:
   Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models,

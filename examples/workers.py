@@ -2,13 +2,15 @@
 
 ``--processes 4`` starts four on this machine and looks after them. Without it this is one process
 of a cluster that something else started (Slurm, or a shell on each machine), which
-`jax.distributed.initialize` finds. Process 0 launches the enclave and holds the data, the key and
-the checkpoints; all of them multiply. Should one be lost, the others say so, and the rest start
-again from the last checkpoint.
+`jax.distributed.initialize` finds. Where they are on several machines, ``--listen 0.0.0.0:7443``
+has the enclave listen for the others. Process 0 launches the enclave and holds the data, the key
+and the checkpoints; all of them multiply. Should one be lost, the others say so, and the rest
+start again from the last checkpoint.
 """
 
 import argparse
 import contextlib
+import functools
 import os
 import pathlib
 import signal
@@ -42,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--count", type=positive, help="of processes, with --coordinator")
     made.add_argument("--index", type=int, help="of this process, with --coordinator")
     made.add_argument(
+        "--listen", help="numeric address:port of process 0's machine, if others are on other ones"
+    )
+    made.add_argument(
         "--folder", type=pathlib.Path, help="of the checkpoints; by default one that is not kept"
     )
     return made
@@ -69,7 +74,8 @@ def work(options: argparse.Namespace) -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("workers",))
     first, folder = jax.process_index() == 0, options.folder
     state, step = training(options.width, learning_rate=1e-3)
-    with tempo.Enclave.across_processes() as enclave:
+    launch = functools.partial(tempo.Enclave.launch, listen=options.listen)
+    with tempo.Enclave.across_processes(launch) as enclave:
         shielded = tempo.shield(
             step,
             enclave=enclave,
@@ -103,10 +109,12 @@ def work(options: argparse.Namespace) -> None:
                 seconds = time.perf_counter() - began
                 print(f"step {number + 1:3d}: loss {loss:.4f}, {seconds:.2f} s", flush=True)
         traffic = shielded.traffic(sealed, batch)
+        up, down = (rate / 1e6 for rate in traffic.rates)
+        rates = f", over TCP at {up:.0f} and {down:.0f} MB/s" if traffic.sent else ""
         print(
             f"process {jax.process_index()} of {jax.process_count()}: "
             f"{traffic.up / 1e6:.1f} MB up and {traffic.down / 1e6:.1f} MB down in "
-            f"{traffic.runs} steps",
+            f"{traffic.runs} steps{rates}",
             flush=True,
         )
 

@@ -67,6 +67,7 @@ class Processes:
         self.broken = False
         self._at, self._since = (0, 0), time.monotonic()
         self._patience = patience
+        self._heard = time.monotonic()  # when the enclave last answered
         self._silence = 0.0  # of the process that gave no sign of life for longest, in seconds
         self._lines: Loopback | None = None
         self._ended = threading.Event()
@@ -88,7 +89,7 @@ class Processes:
 
     def watch(self, lines: Loopback, group: str) -> None:
         """Gives signs of life, and looks for those of the others, until `leave`."""
-        self._lines, self._group = lines, group
+        self._lines, self._group, self._heard = lines, group, time.monotonic()
         threading.Thread(target=_beat, args=(weakref.ref(self),), daemon=True).start()
         atexit.register(_leave_at_exit, weakref.ref(self))
 
@@ -157,7 +158,11 @@ class Processes:
         fields = {"group": self._group, "process": self.index, "leaves": leaves}
         run, segment = self._at
         fields |= {"run": run, "segment": segment}
-        return self._lines.request(Kind.BEAT, fields, seconds=self._patience)
+        # As long as the others wait for this one: since it last heard anything.
+        left = self._heard + self._patience - time.monotonic()
+        found = self._lines.request(Kind.BEAT, fields, seconds=max(left, _BEAT_SECONDS))
+        self._heard = time.monotonic()
+        return found
 
     def _look(self) -> None:
         """Gives a sign of life, and finds out who gives none."""

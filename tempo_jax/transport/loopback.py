@@ -279,8 +279,9 @@ class Loopback(Owned):
             if calls.cancelled:
                 raise EnclaveError("the request was given up: its run was aborted") from error
             if isinstance(error, TimeoutError):
+                waited = f"{seconds or ANSWER_SECONDS:.3g} s"
                 raise EnclaveTimeoutError(
-                    f"{self!r}: no reply to {kind.name} in {seconds or ANSWER_SECONDS:g} s. If the "
+                    f"{self!r}: no reply to {kind.name} in {waited}. If the "
                     "enclave is stopped, continue it (SIGCONT); if the machine is overloaded, call "
                     f"again.{self._why_silent()}"
                 ) from error

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from benchmarks.namespaces import Machine
 from tests.support.fresh import ROOT, environment
 
 # Processes compute what tests compare with sums in another order.
@@ -20,7 +21,7 @@ _START = """
 import jax
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize("127.0.0.1:{port}", {processes}, {index})
+jax.distributed.initialize("{address}:{port}", {processes}, {index})
 """
 
 
@@ -32,7 +33,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def cluster(
-    functions: Sequence[Callable[[], object]], processes: int, devices: int = 1
+    functions: Sequence[Callable[[], object]],
+    processes: int,
+    devices: int = 1,
+    machines: Sequence[Machine] = (),
 ) -> Iterator[list[tuple[subprocess.Popen[str], IO[str]]]]:
     """Starts functions in processes of one cluster; ends those that are left.
 
@@ -40,6 +44,7 @@ def cluster(
       functions: each takes no argument, and stands at a module's top; called in this order.
       processes: how many.
       devices: of the CPU, in each.
+      machines: where each runs; without any, all run here.
 
     Yields:
       Each process, with a file that it writes both its outputs to.
@@ -58,9 +63,11 @@ def cluster(
         started = []
         for index in range(processes):
             output = stack.enter_context(tempfile.TemporaryFile("w+"))
-            script = _START.format(port=port, processes=processes, index=index)
+            address = machines[0].address if machines else "127.0.0.1"
+            script = _START.format(address=address, port=port, processes=processes, index=index)
+            command = [sys.executable, "-c", "\n".join((script, *calls))]
             process = subprocess.Popen(
-                [sys.executable, "-c", "\n".join((script, *calls))],
+                machines[index].command(command) if machines else command,
                 env=variables,
                 cwd=ROOT,
                 stdout=output,
@@ -81,7 +88,11 @@ def said(output: IO[str]) -> str:
 
 
 def run_processes(
-    *functions: Callable[[], object], processes: int = 2, devices: int = 1, seconds: float = 240
+    *functions: Callable[[], object],
+    processes: int = 2,
+    devices: int = 1,
+    seconds: float = 240,
+    machines: Sequence[Machine] = (),
 ) -> list[str]:
     """Calls functions in every process of a cluster and returns what each wrote.
 
@@ -89,7 +100,7 @@ def run_processes(
       AssertionError: it failed in one, or they hung; with what they wrote.
     """
     end = time.monotonic() + seconds
-    with cluster(functions, processes, devices) as started:
+    with cluster(functions, processes, devices, machines) as started:
         states: list[int | None] = [None]
         while None in states and not any(states) and time.monotonic() < end:
             time.sleep(0.05)

@@ -17,7 +17,7 @@ import math
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -262,9 +262,22 @@ def send_blocks(connection: socket.socket, label: Label, arrays: Sequence[np.nda
 
 
 def receive_block(
-    connection: socket.socket, label: Label, position: int, array: np.ndarray
+    connection: socket.socket,
+    label: Label,
+    position: int,
+    array: np.ndarray,
+    each: Callable[[np.ndarray], object] | None = None,
+    part_bytes: int = 1 << 30,
 ) -> None:
     """Receives one block into a C-contiguous array's own memory.
+
+    Args:
+      connection: a connected stream socket.
+      label: what the block belongs to.
+      position: among the blocks of its frame.
+      array: what the content fills.
+      each: called with each part of the array's bytes when it has come; one part if it is empty.
+      part_bytes: length of a part, but for the last.
 
     Raises:
       WireError: it is another block than the one that is next, or was cut off.
@@ -276,7 +289,12 @@ def receive_block(
             f"expected block {position} of worker {label.worker} in segment {label.segment} of run "
             f"{label.run}, with {array.nbytes} bytes, and another one came"
         )
-    _receive_into(connection, _content(array))
+    flat = array.reshape(-1).view(np.uint8)
+    for start in range(0, max(array.nbytes, 1), part_bytes):
+        part = flat[start : start + part_bytes]
+        _receive_into(connection, part.data)
+        if each is not None:
+            each(part)
 
 
 def _receive_into(connection: socket.socket, view: memoryview) -> None:

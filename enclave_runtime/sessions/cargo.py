@@ -8,7 +8,7 @@ private memory when its header is the very one that is next, and takes nothing e
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -43,8 +43,18 @@ class Cargo:
         """Notes what is said to come."""
         self._label, self.size, self._left = label, size, size
 
-    def receive(self, out: np.ndarray) -> None:
+    def receive(
+        self,
+        out: np.ndarray,
+        each: Callable[[np.ndarray], object] | None = None,
+        part_bytes: int = 1 << 30,
+    ) -> None:
         """Receives the next block into a C-contiguous array in private memory.
+
+        Args:
+          out: the array.
+          each: called with so many bytes of it at a time, as they come.
+          part_bytes: how many.
 
         Raises:
           WireError: another block comes, or it is cut off.
@@ -52,7 +62,7 @@ class Cargo:
         if self._connection is None:
             raise WireError("nothing can follow this request")
         try:
-            receive_block(self._connection, self._label, self._position, out)
+            receive_block(self._connection, self._label, self._position, out, each, part_bytes)
         except WireError:
             self._left -= BLOCK.size  # by then the header has been read
             raise

@@ -24,6 +24,8 @@ from enclave_runtime.protocol.wire import WireError, blocks_bytes
 from enclave_runtime.sessions.cargo import Cargo
 from enclave_runtime.verifying.integrity import private
 
+_PART_BYTES = 1 << 22  # that are tagged at a time
+
 
 class Lanes:
     """The lanes of one run's processes, each of which has to `join` with its memory."""
@@ -86,9 +88,7 @@ class Lanes:
         tags: list[list[bytes]] = []
         for piece, whole in zip(self._lanes[process].uploads[index], wholes, strict=True):
             if piece is not None:
-                own = whole[piece.where]
-                self._copy(process, piece, own, cargo)
-                tags.append(authenticate(key, own))
+                tags.append(self._bring(process, piece, whole[piece.where], key, cargo))
         self._tags[process] = tags
 
     def _check_size(self, index: int, process: int, cargo: Cargo) -> None:
@@ -103,17 +103,27 @@ class Lanes:
     def _pieces(self, index: int, process: int) -> list[Piece]:
         return [piece for piece in self._lanes[process].uploads[index] if piece is not None]
 
+    def _bring(
+        self, process: int, piece: Piece, out: np.ndarray, key: bytes, cargo: Cargo
+    ) -> list[bytes]:
+        """Copies one part out of the host's reach, and tags it."""
+        if self._arenas[process] is not None:
+            self._copy(process, piece, out, cargo)
+            return authenticate(key, out, _PART_BYTES)
+        own = out if out.flags.c_contiguous else private(piece.array)
+        tags: list[bytes] = []
+        # Tagged as it comes: the system receives the next part meanwhile.
+        cargo.receive(own, lambda part: tags.extend(authenticate(key, part)), _PART_BYTES)
+        if own is not out:
+            np.copyto(out, own)
+        return tags
+
     def _copy(self, process: int, piece: Piece, out: np.ndarray, cargo: Cargo) -> None:
-        """Copies one part out of the host's reach."""
         arena = self._arenas[process]
         if arena is not None:
             np.copyto(out, arena.view(piece.array, piece.offset))
-        elif out.flags.c_contiguous:
-            cargo.receive(out)
         else:
-            own = private(piece.array)
-            cargo.receive(own)
-            np.copyto(out, own)
+            cargo.receive(out)
 
     def taken(self, index: int) -> list[np.ndarray]:
         """A segment's uploads, joined, when every process's were taken; they are asked for once."""
@@ -132,7 +142,7 @@ class Lanes:
         for piece, tags in zip(pieces, self._tags[process], strict=True):
             own = private(piece.array)
             self._copy(process, piece, own, cargo)
-            check_authentic(key, own, tags)
+            check_authentic(key, own, tags, _PART_BYTES)
 
     def put(self, index: int, position: int, whole: np.ndarray) -> None:
         """Gives every process its part of one of a segment's downloads.

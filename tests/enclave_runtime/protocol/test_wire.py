@@ -322,6 +322,13 @@ def test_blocks_larger_than_any_buffer():
         sender.start()
         for position, array in enumerate(arrays):
             out = np.empty_like(array)
-            wire.receive_block(own, Label(1, 2, 3), position, out)
+            parts: list[bytes] = []
+            wire.receive_block(
+                *(own, Label(1, 2, 3), position, out),
+                each=lambda part, parts=parts: parts.append(part.tobytes()),
+                part_bytes=1 << 20,
+            )
             np.testing.assert_array_equal(out, array)
+            assert b"".join(parts) == array.tobytes()
+            assert len(parts) == -(-array.nbytes // (1 << 20))
         sender.join()

@@ -125,7 +125,7 @@ def test_the_command(small, tools, tmp_path, capsys):
     assert cli.main(["current", out]) == 0
     capsys.readouterr()
     assert cli.main(["check", out, "--cpus", "64"]) == 1
-    assert "expected at least 414 for 64 processors" in capsys.readouterr().out
+    assert "expected at least 447 for 64 processors" in capsys.readouterr().out
     (tmp_path / "out/enclave.manifest").write_text("no = toml = here")
     assert cli.main(["check", out]) == 1
     assert "is not TOML" in capsys.readouterr().err

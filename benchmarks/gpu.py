@@ -167,7 +167,7 @@ def parts(small: bool) -> list[Part]:
     placement += ["--steps", "1" if small else "3", "--schemes", *SCHEMES[::-1]]
     # Simulated devices of the CPU: one GPU has no workers to share the products out to.
     workers = ["--width", widths[0], "--rows", "256" if small else "4096", "--schemes", SCHEMES[1]]
-    workers += ["--steps", "1" if small else "2", "--workers", "1", "2"]
+    workers += ["--steps", "1" if small else "2", "--launches", "1", "--workers", "1", "2"]
     workers += [] if small else ["4", "8"]
     overhead = ["--models", "resnet20" if small else "transformer", "--first-calls", "1"]
     overhead += ["--steps", "1" if small else "3", "--scheme", SCHEMES[0]]

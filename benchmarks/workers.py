@@ -8,6 +8,7 @@ help is computed from what the plan costs the enclave.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -185,18 +186,25 @@ def summary(workers: int, scheme: str, every: Sequence[Json]) -> Json:
     }
 
 
+def better(first: Json | None, second: Json) -> Json:
+    """The least times of two launches of one point; all else is the second's."""
+    if first is None:
+        return second
+    return second | {n: min(first[n], second[n]) for n in ("step", "busy", "transfers")}
+
+
 def table(results: Json) -> str:
     """Returns a line on the machine and a Markdown table."""
     how = "processes with one device each" if results["processes"] else "devices of one process"
-    rates = ", ".join(f"×{rate}" for rate in RATES)
     lines = [
         f"{describe(results['environment'])}; {how}; width {results['width']}, "
-        f"{results['rows']} rows, least of {results['steps']} steps.",
+        f"{results['rows']} rows, least of {results['steps']} steps in each of "
+        f"{results['launches']} launches in turn.",
         "",
-        "| scheme | workers | enclave busy ÷ one worker's | step ÷ one worker's "
+        "| scheme | workers | enclave busy ÷ the first's | step ÷ the first's "
         "| enclave's share of the step | MB up, a worker | MB down, a worker | round trips "
-        f"| host's copies, ms a worker | more stop helping from (devices {rates}) |",
-        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| host's copies, ms a worker |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     alone = {r["scheme"]: r for r in reversed(results["results"])}  # the first of each
     for r in results["results"]:
@@ -205,8 +213,14 @@ def table(results: Json) -> str:
         cells += [f"{r['busy'] / one['busy']:.2f}", f"{r['step'] / one['step']:.2f}"]
         cells += [f"{r['busy'] / r['step']:.0%}", f"{r['up'] / 1e6:.1f}", f"{r['down'] / 1e6:.1f}"]
         cells += [f"{r['round_trips']:.0f}", f"{r['transfers'] * 1e3:.1f}"]
-        cells += [", ".join(str(r["limits"]["workers"][str(rate)]) for rate in RATES)]
         lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for scheme, r in {r["scheme"]: r for r in results["results"]}.items():
+        counts = [str(r["limits"]["workers"][str(rate)]) for rate in RATES]
+        lines.append(
+            f"{scheme}: more stop helping from {', '.join(counts)} workers on, with devices "
+            f"{', '.join(map(str, RATES))} times as fast as the enclave (cost model)."
+        )
     return "\n".join(lines)
 
 
@@ -226,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=common.positive, default=WIDTH)
     parser.add_argument("--rows", type=common.positive, default=ROWS, help="examples in a step")
     parser.add_argument("--steps", type=common.positive, default=5, help="steps that count")
+    parser.add_argument("--launches", type=common.positive, default=3, help="of each point")
     parser.add_argument("--processes", action="store_true", help="a process for each worker")
     parser.add_argument(
         "--out",
@@ -250,14 +265,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "width": options.width,
         "rows": options.rows,
         "steps": options.steps,
+        "launches": options.launches,
         "processes": options.processes,
         "results": [],
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    for scheme in options.schemes:
-        for workers in options.workers:
+    found: dict[tuple[str, int], Json] = {}
+    for _ in range(options.launches):
+        for point in itertools.product(options.schemes, options.workers):
+            scheme, workers = point
             print(f"{scheme}: {workers} workers", file=sys.stderr, flush=True)
-            results["results"].append(_point(workers, scheme, options))
+            found[point] = better(found.get(point), _point(workers, scheme, options))
+            results["results"] = [found[p] for p in sorted(found)]
             (options.out / "workers.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
 

@@ -61,16 +61,26 @@ def test_bytes_and_copies_are_a_workers():
 
 def test_the_table_compares_with_one_worker():
     results = {"environment": environment(), "width": 8, "rows": 4, "steps": 2, "processes": False}
+    results["launches"] = 1
     points = [workers.summary(1, "mixing", [measured()])]
     points.append(workers.summary(2, "mixing", [measured(seconds=[1.0], busy=[0.75])]))
     lines = workers.table(results | {"results": points}).splitlines()
-    assert "| mixing | 2 | 1.50 | 0.50 | 75% | 4.0 | 2.0 | 7 | 10.0 | 64, 6, 1 |" in lines
+    assert "| mixing | 2 | 1.50 | 0.50 | 75% | 4.0 | 2.0 | 7 | 10.0 |" in lines
+    assert lines[-1].startswith("mixing: more stop helping from 64, 6, 1 workers on")
+
+
+def test_launches_keep_the_least_times():
+    slow = workers.summary(2, "mixing", [measured(seconds=[3.0], busy=[0.4])])
+    fast = workers.summary(2, "mixing", [measured(transfers=0.01)])
+    assert workers.better(None, slow) == slow
+    found = workers.better(slow, fast)
+    assert (found["step"], found["busy"], found["transfers"]) == (2.0, 0.4, 0.005)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [False, True])
 def test_workers_are_measured(tmp_path, processes):
-    options = ["--workers", "2", "--width", "64", "--rows", "64", "--steps", "1"]
+    options = ["--workers", "2", "--width", "64", "--rows", "64", "--steps", "1", "--launches", "1"]
     options += ["--schemes", "signed-permutation", "--out", str(tmp_path)]
     workers.main(options + ["--processes"] * processes)
     (found,) = json.loads((tmp_path / "workers.json").read_text())["results"]

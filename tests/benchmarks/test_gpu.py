@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.machine import environment
-from tests.support.processes import is_running, wait_until
+from tests.support.processes import ROOT, is_running, wait_until
 
 # Writes a result, starts a process of its own, and hangs.
 HANGS = """
@@ -35,6 +35,7 @@ def test_all_parts_fit_in_the_time():
     names = [part.name for part in gpu.parts(False)]
     assert len(set(names)) == len(names)
     assert {name for name, _ in gpu.GOALS} <= set(names)
+    assert all((ROOT / name).exists() for name in (*gpu.TESTS, *gpu.SMALL_TESTS))
 
 
 def test_a_part_gets_what_those_after_it_do_not_need():

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 import pytest
 
 import tempo_jax as tempo
@@ -28,6 +29,9 @@ from tests.support.workers import (
 
 MOMENTUM = tempo.cheap_update(optax.sgd(1e-2, momentum=0.9))
 CLIPPED = tempo.cheap_update(optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2)))
+# Updates that take more than what is at an element's place: products, and means over an axis.
+MUON = tempo.cheap_update(optax.contrib.muon(1e-2))
+ADAFACTOR = tempo.cheap_update(optax.adafactor(1e-2, min_dim_size_to_factor=4))
 # Each with an optimizer under which its weights stay on the devices.
 SCHEMES = {
     "signed-permutation": (SignedPermutation(), ADAMW),
@@ -86,9 +90,11 @@ def test_parts_equal_one_device(enclave, name, workers):
         (ConvNet(), (8, 4, 4, 2), ADAMW),
         (Attention(), (8, 3, 6), ADAMW),
         (MLP(16, 8), (8, 8), CLIPPED),
+        (MLP(16, 8), (8, 8), MUON),
+        (MLP(16, 8), (8, 8), ADAFACTOR),
         (MLP(16, 8), (7, 8), ADAMW),
     ],
-    ids=["convnet", "attention", "clipped", "batch that does not divide"],
+    ids=["convnet", "attention", "clipped", "muon", "adafactor", "batch that does not divide"],
 )
 def test_other_models_equal_one_device(enclave, model, shape, optimizer):
     task = make_task(model, shape, optimizer)

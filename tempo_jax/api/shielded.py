@@ -180,7 +180,19 @@ class Shielded(Generic[P, R]):
     def _make(
         self, signature: Signature, options: Options, costs: CostModel | None = None
     ) -> _PlannedSignature:
-        """Traces and plans a signature; `costs` instead of the enclave's measured ones."""
+        """Traces and plans a signature; `costs` instead of the enclave's measured ones.
+
+        A mesh of `jax.set_mesh` says nothing of the enclave, which has one processor. A function
+        that asks for it, as `with_sharding_constraint` does, is traced under it nevertheless.
+        """
+        if trace.mesh_around():
+            with contextlib.suppress(Exception), trace.without_mesh():
+                return self._traced(signature, options, costs)
+        return self._traced(signature, options, costs)
+
+    def _traced(
+        self, signature: Signature, options: Options, costs: CostModel | None
+    ) -> _PlannedSignature:
         start = time.perf_counter()
         structures: list[Any] = []
 

@@ -10,11 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
+import numpy as np
 from jax._src import api_util as jax_api_util  # JAX 0.10-0.12: what `debug_nans` raises.
 from jax._src import config as jax_config  # JAX 0.10-0.12: flags for one thread.
+from jax._src import sharding_impls as jax_sharding  # JAX 0.10-0.12: the mesh of `set_mesh`.
 from jax.extend import core as jex_core
 
 from tempo_jax.jaxprs.types import ClosedJaxpr
+
+# The devices of the mesh of `jax.set_mesh`: a setting in JAX 0.10, an object of its own later.
+_of_devices = getattr(jax_sharding, "device_context", None) or cast(Any, jax_config).device_context
 
 
 def trace(
@@ -41,6 +46,23 @@ def without_locations() -> contextlib.AbstractContextManager[None]:
 def settings_key() -> Any:
     """What of JAX's settings changes the meaning of a program that is traced now; hashable."""
     return jax_config.trace_context()
+
+
+@contextlib.contextmanager
+def without_mesh() -> Iterator[None]:
+    """While this lasts, no mesh of `jax.set_mesh` is around what is traced or compiled."""
+    devices = _of_devices.swap_local(jax.sharding.Mesh(np.empty((), object), ()))
+    try:
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            yield
+    finally:
+        _of_devices.set_local(devices)
+
+
+def mesh_around() -> int:
+    """How many devices the mesh of `jax.set_mesh` has that the caller is under; 0 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 0 if mesh.empty else mesh.size
 
 
 def local_settings() -> Callable[[], contextlib.AbstractContextManager[None]]:

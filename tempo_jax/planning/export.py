@@ -74,7 +74,7 @@ def _structure(segment: TrustedSegment) -> Any:
 def _export(segment: TrustedSegment) -> jax.export.Exported:
     avals = [jaxpr_types.physical(v.aval) for v in segment.inputs]
     run = jax.jit(_function(segment), keep_unused=True)
-    with trace.without_locations():
+    with trace.without_locations(), trace.without_mesh():
         return jax.export.export(run, platforms=["cpu"], disabled_checks=_LAPACK)(*avals)
 
 

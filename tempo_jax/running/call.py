@@ -34,7 +34,7 @@ from tempo_jax.errors import CheckError, EnclaveError, UnsupportedError, remembe
 from tempo_jax.jaxprs import opaque
 from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.jaxprs.callbacks import call as call_python
-from tempo_jax.jaxprs.trace import local_settings, without_internals
+from tempo_jax.jaxprs.trace import local_settings, mesh_around, without_internals, without_mesh
 from tempo_jax.planning.plan import Plan, offloaded
 from tempo_jax.running.expectation import Expectation
 from tempo_jax.running.host_program import HostResult, build_host_program, leaf_specs
@@ -132,7 +132,8 @@ class Runtime:
                     if p.place == DEVICE
                 ]
                 jitted = jax.jit(function, in_shardings=self._shardings(), keep_unused=True)
-                self._compiled[observe] = jitted.lower(run, leaves).compile()
+                with without_mesh():  # its own is in its shardings
+                    self._compiled[observe] = jitted.lower(run, leaves).compile()
             return self._compiled[observe]
 
     def _sharding(self) -> Any:
@@ -339,8 +340,14 @@ class Runtime:
           donated: positions of inputs that the run consumes.
 
         Raises:
-          UnsupportedError: the mesh spans processes.
+          UnsupportedError: the mesh spans processes, or the program runs on a mesh and this not.
         """
+        if self._mesh is None and (devices := mesh_around()) > 1:
+            raise UnsupportedError(
+                f"shield: inside jit, scan or another transformation under `jax.set_mesh` of "
+                f"{devices} devices a shielded function needs a mesh as well. Give it that mesh, "
+                "`tempo.shield(..., mesh=mesh)`, or call it outside jit, in a Python loop"
+            )
         if self._processes is not None:
             raise UnsupportedError(
                 "shield: inside jit, scan or another transformation a mesh is one process's, and "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import tempo_jax as tempo
 from tempo_jax.schemes import SignedPermutation
@@ -171,6 +171,39 @@ def transfers_of_our_own() -> None:
                 np.testing.assert_allclose(
                     enclave.open(enclave.copy(again)), np.tanh(X @ W), atol=2e-3
                 )
+
+
+def constrained(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.tanh(lax.with_sharding_constraint(x, PartitionSpec("data")) @ w)
+
+
+def a_mesh_of_several_devices() -> None:
+    """`jax.set_mesh` says where plain arrays lie; the enclave has one processor."""
+    kinds = (AxisType.Explicit, AxisType.Auto)
+    meshes = [jax.make_mesh((2,), ("data",), axis_types=(kind,)) for kind in kinds]
+    with tempo.Enclave.launch() as enclave:
+        options: Any = {"scheme": SignedPermutation(), "offload": "all", "donate": False}
+        sealed = enclave.seal((X, W))
+        for mesh in meshes:
+            functions = [product, looped, steep]
+            functions += [constrained] if mesh is meshes[1] else []
+            for function in functions:
+
+                def revealing(*a: Any, f: Any = function) -> Any:
+                    return tempo.reveal(f(*a))
+
+                with jax.set_mesh(mesh):
+                    plain = np.asarray(jax.jit(function)(X, W))
+                    ours = tempo.shield(revealing, enclave=enclave, **options)
+                    spread = tempo.shield(revealing, enclave=enclave, mesh=mesh, **options)
+                    for call in (ours, spread, jax.jit(spread)):
+                        np.testing.assert_allclose(call(*sealed), plain, atol=1e-3)
+                    with pytest.raises(tempo.errors.UnsupportedError, match="mesh=mesh"):
+                        jax.jit(ours)(*sealed)
+
+
+def test_a_mesh_around_is_not_the_enclaves():
+    run_fresh(a_mesh_of_several_devices, devices=2)
 
 
 @pytest.mark.slow

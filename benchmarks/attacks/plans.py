@@ -96,8 +96,8 @@ def all_plans(*, quick: bool) -> list[Plan]:
     align: Run = congruence.attack
     shoot: Run = few_shot.attack
     if quick:
-        align = functools.partial(congruence.attack, lengths=(4,), restarts=3, singles=2)
-        shoot = functools.partial(few_shot.attack, restarts=4, steps=4)
+        align = functools.partial(congruence.attack, lengths=(4,), restarts=2, singles=2)
+        shoot = functools.partial(few_shot.attack, restarts=3, steps=3)
     # To align 128 columns with 576 takes many times as long.
     align_wide: Run = functools.partial(congruence.attack, lengths=(4, 10), restarts=4, singles=1)
     permuted = {

@@ -1,4 +1,4 @@
-"""Four processes of one machine train together, and three go on when one is lost."""
+"""Processes of one machine train together, and those that are left go on when one is lost."""
 
 import contextlib
 import os
@@ -63,21 +63,23 @@ def child(parent: int, index: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("signum", "index"),
-    [(signal.SIGKILL, 2), (signal.SIGSTOP, 1), (signal.SIGKILL, 0)],
+    ("signum", "index", "count"),
+    [(signal.SIGKILL, 2, 4), (signal.SIGSTOP, 1, 3), (signal.SIGKILL, 0, 3)],
     ids=["killed", "stopped", "first"],
 )
-def test_training_goes_on_without_a_lost_process(signum, index):
-    with nothing_left_behind(), training("--processes", "4", "--steps", "200") as (process, wrote):
+def test_training_goes_on_without_a_lost_process(signum, index, count):
+    options = ("--processes", f"{count}", "--steps", "200")
+    going_on = f"going on with {count - 1}"
+    with nothing_left_behind(), training(*options) as (process, wrote):
         wait_for(wrote, r"step +3: ")
         os.kill(child(process.pid, index), signum)
-        text = wait_for(wrote, f"process {index} is lost; going on with 3")
+        text = wait_for(wrote, f"process {index} is lost; {going_on}")
         if index:
-            # The other three say who is lost.
+            # The others say who is lost.
             named = re.findall(rf"no sign of life of process {index} \((\d+) s\)", text)
-            assert len(named) >= 3 and max(map(int, named)) < 10
+            assert len(named) >= count - 1 and max(map(int, named)) < 10
         last = max(int(n) for n in re.findall(r"step +(\d+): ", text))
-        wait_for(wrote, rf"going on with 3(?s:.*)step +{last + 1}: ")
+        wait_for(wrote, rf"{going_on}(?s:.*)step +{last + 1}: ")
         assert process.poll() is None
 
 

@@ -83,6 +83,7 @@ def test_training_goes_on_without_a_lost_process(signum, index, count):
         assert process.poll() is None
 
 
+@pytest.mark.slow
 def test_two_processes_train():
     with nothing_left_behind(), training("--processes", "2", "--steps", "2") as (process, wrote):
         assert process.wait(SECONDS) == 0, wrote()

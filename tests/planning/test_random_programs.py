@@ -137,7 +137,11 @@ def state_of_all_shapes() -> Any:
     return params, jax.tree.map(jnp.zeros_like, params)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "scheme",
+    [*(pytest.param(s, marks=pytest.mark.slow) for s in SCHEMES[1:3]), SCHEMES[0], SCHEMES[3]],
+    ids=lambda s: s.name,
+)
 @hypothesis.settings(max_examples=EXAMPLES)
 @hypothesis.given(
     st.lists(INSTRUCTIONS, max_size=6), st.lists(INSTRUCTIONS, max_size=5), st.booleans()

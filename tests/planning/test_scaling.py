@@ -81,7 +81,11 @@ def calls_of(work: Callable[[], Any]) -> int:
     return count
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "scheme",
+    [*(pytest.param(s, marks=pytest.mark.slow) for s in SCHEMES[:3]), SCHEMES[3]],
+    ids=lambda s: s.name,
+)
 def test_planning_twice_the_layers_is_twice_the_work(scheme):
     requests = [planned(dense(layers), scheme).request for layers in (4, 8, 16)]
     first, second, third = (calls_of(functools.partial(make_plan, request)) for request in requests)
@@ -89,7 +93,7 @@ def test_planning_twice_the_layers_is_twice_the_work(scheme):
     assert third - second < 2.2 * (second - first)
 
 
-@pytest.mark.parametrize("model", [dense, transformer])
+@pytest.mark.parametrize("model", [dense, pytest.param(transformer, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scheme", [SIGNED_PERMUTATION, Mixing()], ids=lambda s: s.name)
 def test_more_layers_are_no_more_exports(model, scheme, monkeypatch):
     exports = []

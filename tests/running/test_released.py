@@ -5,6 +5,7 @@ import threading
 import weakref
 
 import numpy as np
+import pytest
 
 import tempo_jax as tempo
 from tests.support.fresh import run_fresh
@@ -65,6 +66,7 @@ def closed_over_arrays_leave_no_memory() -> None:
         assert grown < 2 * MEGABYTES << 20, memory
 
 
+@pytest.mark.slow
 def test_closed_over_arrays_leave_no_memory():
     run_fresh(closed_over_arrays_leave_no_memory, optimized=False)
 
@@ -82,5 +84,6 @@ def a_function_in_the_users_jit_lives_on() -> None:
             assert enclave.statistics()["programs"] == 1
 
 
+@pytest.mark.slow
 def test_a_function_in_the_users_jit_lives_as_long_as_that():
     run_fresh(a_function_in_the_users_jit_lives_on, optimized=False)

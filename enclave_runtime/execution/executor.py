@@ -62,6 +62,7 @@ class Executor:
         self._warm = weakref.WeakValueDictionary()
         # What was given and not yet claimed by as many holders, the oldest first.
         self._given: dict[str, tuple[int, Compiled]] = {}
+        self._loaded: set[type[Scheme]] = set()
         self._lock = threading.Lock()
 
     def compile(self, blob: bytes) -> str:
@@ -104,6 +105,13 @@ class Executor:
         keyed = tuple(None if c is None else classes[c].batch for c in layout.classes)
         use = (scheme, array, keyed, layout.parities)
         return [self.prepare(use, functools.partial(scheme.warm_up, array, layout, classes))]
+
+    def load(self, scheme: type[Scheme]) -> None:
+        """Starts loading a scheme's kernels, once; what fails will fail again where it is used."""
+        with self._lock:
+            if scheme not in self._loaded:
+                self._loaded.add(scheme)
+                self._pool.submit(scheme.load)
 
     def prepare(self, use: Hashable, function: Callable[[], object]) -> Compilation:
         """Starts compiling something else, once for each use while somebody holds it."""

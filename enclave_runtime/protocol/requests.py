@@ -350,6 +350,13 @@ class ReleaseRequest:
     programs: Integers
 
 
+@dataclasses.dataclass(frozen=True)
+class PrepareRequest:
+    """Load a scheme's kernels in the background: a program that takes them is being planned."""
+
+    scheme: Text
+
+
 REQUESTS: Mapping[Kind, type[Any]] = {
     Kind.MAP: MapRequest,
     Kind.UNMAP: UnmapRequest,
@@ -373,6 +380,7 @@ REQUESTS: Mapping[Kind, type[Any]] = {
     Kind.RESTORE_LEAF: LeafRequest,
     Kind.FIND: FindRequest,
     Kind.RELEASE: ReleaseRequest,
+    Kind.PREPARE: PrepareRequest,
 }
 
 

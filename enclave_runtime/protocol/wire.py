@@ -72,6 +72,7 @@ class Kind(enum.IntEnum):
     RELEASE = 24
     JOIN = 25
     BEAT = 26
+    PREPARE = 27
 
 
 class Frame(NamedTuple):

@@ -276,6 +276,11 @@ class Scheme(abc.ABC):
         """What is left of an operand's secret when all products with it have come back."""
         return secret
 
+    @classmethod
+    @abc.abstractmethod
+    def load(cls) -> None:
+        """Compiles or loads the kernels that do not depend on shapes, which may take a second."""
+
     @abc.abstractmethod
     def warm_up(self, array: ArrayType, layout: Layout, classes: tuple[KeyClass, ...]) -> None:
         """Compiles what `blind` and `unblind` need for such values."""

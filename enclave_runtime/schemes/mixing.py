@@ -352,9 +352,14 @@ class Mixing(Scheme):
         """Without its arrays: the products with it have all come back."""
         return TensorSecret(secret.scalars)
 
+    @classmethod
+    def load(cls) -> None:
+        """Compiles or loads all kernels."""
+        hadamard.warm_up()
+
     def warm_up(self, array: ArrayType, layout: Layout, classes: tuple[KeyClass, ...]) -> None:
         """Compiles the kernels; they do not depend on shapes."""
-        hadamard.warm_up()
+        self.load()
 
 
 def _scales(

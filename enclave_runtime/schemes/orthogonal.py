@@ -117,9 +117,14 @@ class Orthogonal(Scheme):
                 x = np.take(x, key.inverse, axis=axis)
         return jnp.asarray(rounded(hadamard.mix(x, maps), blinded.dtype))
 
+    @classmethod
+    def load(cls) -> None:
+        """Compiles or loads all kernels."""
+        hadamard.warm_up()
+
     def warm_up(self, array: ArrayType, layout: Layout, classes: tuple[KeyClass, ...]) -> None:
         """Compiles the kernels; they do not depend on shapes."""
-        hadamard.warm_up()
+        self.load()
 
 
 def to_mixable(x: jax.Array | np.ndarray) -> np.ndarray:

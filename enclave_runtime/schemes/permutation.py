@@ -99,6 +99,11 @@ class PermutationScheme(Scheme):
         """Inverse of `blind`, bit for bit as far as the factors and theirs are exact."""
         return self._applied(blinded, layout, keys, inverse=True)
 
+    @classmethod
+    def load(cls) -> None:
+        """Compiles or loads the kernel that draws permutations."""
+        KeyStream(bytes(32)).permutation(2)
+
     def warm_up(self, array: ArrayType, layout: Layout, classes: tuple[KeyClass, ...]) -> None:
         """Compiles the kernel for such values; blinding and unblinding share it."""
         keys = {}

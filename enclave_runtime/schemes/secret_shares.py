@@ -286,9 +286,14 @@ class SecretShares(Scheme):
         """Without the operand."""
         return secret._replace(plain=None)
 
+    @classmethod
+    def load(cls) -> None:
+        """Compiles or loads all kernels."""
+        residues.warm_up()
+
     def warm_up(self, array: ArrayType, layout: Layout, classes: tuple[KeyClass, ...]) -> None:
         """Compiles the kernels; they do not depend on shapes."""
-        residues.warm_up()
+        self.load()
 
 
 @functools.cache

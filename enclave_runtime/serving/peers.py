@@ -24,7 +24,7 @@ from enclave_runtime.sessions.session import Session
 CLIENT_KINDS = frozenset(
     {
         *(Kind.COMPILE, Kind.PROVISION, Kind.RELEASE, Kind.CALIBRATE, Kind.OPEN),
-        Kind.CHECKPOINT_KEY,
+        *(Kind.CHECKPOINT_KEY, Kind.PREPARE),
     }
 )
 HOST_KINDS = frozenset(

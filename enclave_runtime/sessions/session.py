@@ -41,6 +41,7 @@ from enclave_runtime.protocol.requests import (
     JoinRequest,
     MapRequest,
     OpenRequest,
+    PrepareRequest,
     ProvisionRequest,
     PublishedInput,
     ReleaseRequest,
@@ -56,7 +57,7 @@ from enclave_runtime.protocol.tags import (
     published_array,
 )
 from enclave_runtime.protocol.wire import Frame, Kind, Label
-from enclave_runtime.schemes import check_program, make_scheme
+from enclave_runtime.schemes import SCHEMES, check_program, make_scheme
 from enclave_runtime.sessions.admission import Admission, Tag
 from enclave_runtime.sessions.attempts import Attempts
 from enclave_runtime.sessions.cargo import Cargo
@@ -117,6 +118,7 @@ class Session:
             Kind.RESTORE_LEAF: self._checkpoints.read,
             Kind.FIND: self._find,
             Kind.RELEASE: self._release,
+            Kind.PREPARE: self._prepare,
         }
 
     def handle(self, frame: Frame, cargo: Cargo | None = None) -> tuple[dict[str, Any], bytes]:
@@ -210,6 +212,13 @@ class Session:
     def _find(self, asked: FindRequest, _: bytes) -> dict[str, Any]:
         """The number of the program that the client provisioned under this digest."""
         return {"program": self._programs.find(asked.digest)}
+
+    def _prepare(self, asked: PrepareRequest, _: bytes) -> dict[str, Any]:
+        """Has a scheme's kernels ready by the time that its client has planned."""
+        if asked.scheme not in SCHEMES:
+            raise RequestError(f"the scheme is not one of {', '.join(sorted(SCHEMES))}")
+        self._executor.load(SCHEMES[asked.scheme])
+        return {}
 
     def _release(self, asked: ReleaseRequest, _: bytes) -> dict[str, Any]:
         """Frees programs that the client needs no more; runs of them that are open go on."""

@@ -32,7 +32,7 @@ from tempo_jax.errors import RoleError, SecrecyError, UnsupportedError
 from tempo_jax.jaxprs import trace, transforms
 from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.planning.cost import CostModel
-from tempo_jax.planning.plan import Plan, make_plan
+from tempo_jax.planning.plan import Plan, make_plan, offloaded
 from tempo_jax.planning.request import Request
 from tempo_jax.reporting.figures import Figures
 from tempo_jax.reporting.notices import tell_of_signature, warn_of
@@ -174,8 +174,14 @@ class Shielded(Generic[P, R]):
                 wanted = program.plan.request.on_devices | program.plan.placement.resident
                 if signature.on_devices <= wanted:
                     return program
-            programs.append(self._make(signature, self._options))
-            return programs[-1]
+            # Of what is weighed it is not known yet whether anything leaves.
+            if self._options.offloads and not self._options.weighs_costs:
+                self._enclave.prepare(self._options.scheme.name)
+            made = self._make(signature, self._options)
+            if offloaded(made.plan):
+                self._enclave.prepare(self._options.scheme.name)
+            programs.append(made)
+            return made
 
     def _make(
         self, signature: Signature, options: Options, costs: CostModel | None = None

@@ -87,6 +87,7 @@ class Enclave:
         self._connection = connection
         self.processes = processes
         self.handles = Handles()
+        self._prepared: set[str] = set()
         self._released: collections.deque[int] = collections.deque()
         self._running: set[Future[Any]] = set()
         self._checkpointing = CheckpointRequests()
@@ -361,6 +362,12 @@ class Enclave:
         if isinstance(self._connection, Connection):
             return doubt(self._connection.kind, self.costs)
         return "They were measured by the enclave that serves; another one measures anew."
+
+    def prepare(self, scheme: str) -> None:
+        """Has the enclave load a scheme's kernels while a program that takes them is planned."""
+        if self.is_client and not self.follows and scheme not in self._prepared:
+            self._prepared.add(scheme)
+            self._connection.request(Kind.PREPARE, {"scheme": scheme})
 
     def statistics(self) -> dict[str, Any]:
         """What the enclave reports of itself.

@@ -62,6 +62,10 @@ class Rotation(Scheme):
             blinded = np.roll(blinded, keys[number], axis)
         return jnp.asarray(blinded)
 
+    @classmethod
+    def load(cls) -> None:
+        """Has no kernels."""
+
     def warm_up(self, array: ArrayType, layout: Layout, classes: tuple[KeyClass, ...]) -> None:
         """Nothing to compile."""
 

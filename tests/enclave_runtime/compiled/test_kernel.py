@@ -10,6 +10,9 @@ import pytest
 import tempo_jax as tempo
 from enclave_runtime.compiled import kernel
 from enclave_runtime.compiled.kernel import Kernel, KernelError
+from enclave_runtime.protocol.wire import Kind
+from tempo_jax.api import shielded as shielded_module
+from tempo_jax.schemes import Mixing
 from tests.support.boundary import mappings
 from tests.support.steps import uniform
 
@@ -33,6 +36,35 @@ def test_a_running_enclave_loads_the_compiler_when_a_scheme_needs_it():
         x, w = uniform(1, 130, 64), uniform(2, 64, 66)
         enclave.open(tempo.shield(lambda x, w: x @ w, enclave=enclave, offload="all")(x, w))
         assert "/llvmlite/" in mappings(process)
+
+
+def test_kernels_are_loaded_while_their_program_is_planned(enclave, monkeypatch):
+    """Where everything goes out that can; else when the plan says that something does."""
+    sent: list[tuple[str, dict[str, str]]] = []
+    real_plan, real = shielded_module.make_plan, enclave.connection.request
+
+    def request(kind: Kind, fields: Any, *rest: Any) -> Any:
+        if kind is Kind.PREPARE:
+            sent.append(("prepare", fields))
+        return real(kind, fields, *rest)
+
+    def plan(request: Any) -> Any:
+        sent.append(("plan", {}))
+        return real_plan(request)
+
+    monkeypatch.setattr(enclave.connection, "request", request)
+    monkeypatch.setattr(shielded_module, "make_plan", plan)
+    x, w = uniform(1, 130, 64), uniform(2, 64, 66)
+    for offload, expected in (("all", ["prepare", "plan"]), ("auto", ["plan"])):
+        sent.clear()
+        monkeypatch.setattr(enclave, "_prepared", set())
+        for scheme in (Mixing(), Mixing(condition=3.0)):
+            function = tempo.shield(
+                lambda x, w: x @ w, enclave=enclave, scheme=scheme, offload=offload
+            )
+            function.explain(x, w)
+        # Once for a scheme: its kernels are the same under all parameters.
+        assert [name for name, _ in sent] == [*expected, "plan"]
 
 
 class Library:

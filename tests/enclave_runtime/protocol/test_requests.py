@@ -52,6 +52,7 @@ COMPLETE: dict[Kind, dict[str, Any]] = {
     Kind.RESTORE_LEAF: {"identifier": "0", "leaf": 0, "arena": "a", "offset": 0},
     Kind.FIND: {"digest": "0"},
     Kind.RELEASE: {"programs": [0]},
+    Kind.PREPARE: {"scheme": "mixing"},
 }
 FIELDS = [(kind, name) for kind, fields in COMPLETE.items() for name in fields]
 # None of them is what any field takes.

@@ -78,7 +78,7 @@ def test_kinds_are_frozen():  # numbers on the wire; append, never renumber
         *("REPLY", "ERROR", "HELLO", "PROOF", "MAP", "UNMAP", "COMPILE", "PROVISION", "BEGIN"),
         *("SETTLE", "SEGMENT", "COMMIT", "ABORT", "OPEN", "FREE", "STATISTICS", "CALIBRATE"),
         *("CHECKPOINT_KEY", "CHECKPOINT", "CHECKPOINT_LEAF", "RESTORE", "RESTORE_LEAF"),
-        *("OWN", "FIND", "RELEASE", "JOIN", "BEAT"),
+        *("OWN", "FIND", "RELEASE", "JOIN", "BEAT", "PREPARE"),
     ]
     assert [int(kind) for kind in Kind] == list(range(len(Kind)))
 

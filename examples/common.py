@@ -81,6 +81,20 @@ def add_scheme_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def marked(optimizer: optax.GradientTransformation, scheme: str) -> optax.GradientTransformation:
+    """Marks an optimizer for the devices, under a scheme that keeps weights there.
+
+    Under any other the mark would have no effect, and the library would say so.
+
+    Args:
+      optimizer: from Optax.
+      scheme: of `SCHEMES`.
+    """
+    chosen = SCHEMES[scheme]()
+    keeps = chosen.key_budget != 0 and not chosen.keys_per_product
+    return tempo.cheap_update(optimizer) if keeps else optimizer
+
+
 def add_training_options(
     parser: argparse.ArgumentParser, *, learning_rate: float, plot: str
 ) -> None:

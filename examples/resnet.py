@@ -5,7 +5,7 @@ Run it from the repository's root: ``python -m examples.resnet``.
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -58,7 +58,11 @@ def evaluate_step(state: TrainState, batch: common.Batch) -> common.Metrics:
 
 
 def create_state(
-    model: models.ResNet, image_shape: tuple[int, ...], schedule: optax.Schedule, seed: int
+    model: models.ResNet,
+    image_shape: tuple[int, ...],
+    schedule: optax.Schedule,
+    seed: int,
+    mark: Callable[..., Any] = tempo.cheap_update,
 ) -> TrainState:
     """Draws the first weights and sets up momentum.
 
@@ -67,9 +71,10 @@ def create_state(
       image_shape: height, width and channels of one image.
       schedule: learning rate over the steps.
       seed: of the weights.
+      mark: marks the optimizer for the devices, or leaves it.
     """
     variables = model.init(jax.random.PRNGKey(seed), jnp.zeros((1, *image_shape)), train=False)
-    tx = tempo.cheap_update(
+    tx = mark(
         optax.chain(
             optax.add_decayed_weights(WEIGHT_DECAY),
             optax.sgd(schedule, momentum=0.9, nesterov=True),
@@ -103,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data.train_images.shape[1:],
         common.warmup_cosine(options.learning_rate, options.steps),
         options.seed,
+        functools.partial(common.marked, scheme=options.scheme),
     )
     common.compare(
         train_step,

@@ -65,12 +65,12 @@ def train_step(
     }
 
 
-def create_state(data: common.ImageData, seed: int) -> train_state.TrainState:
+def create_state(data: common.ImageData, seed: int, scheme: str) -> train_state.TrainState:
     """Draws the first weights."""
     model = models.ConvNet(data.num_classes)
     images = jnp.zeros((1, *data.train_images.shape[1:]))
     params = model.init(jax.random.PRNGKey(seed), images)["params"]
-    tx = tempo.cheap_update(optax.adam(LEARNING_RATE))
+    tx = common.marked(optax.adam(LEARNING_RATE), scheme)
     return train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
 
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the example."""
     options = parse_options(arguments)
     data, client = common.load_digits(), Client(options.client)
-    state = create_state(data, options.seed)
+    state = create_state(data, options.seed, options.scheme)
     launched = tempo.Enclave.launch(checkpoint_key=client.key, checkpoint_ledger=client.ledger)
     with launched as enclave, ocp.CheckpointManager(options.host.resolve()) as manager:
         start, newest = 0, manager.latest_step()

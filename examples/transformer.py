@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -119,20 +119,26 @@ def evaluate_step(state: TrainState, batch: common.Batch) -> common.Metrics:
     }
 
 
-def create_state(model: models.Transformer, schedule: optax.Schedule, seed: int) -> TrainState:
+def create_state(
+    model: models.Transformer,
+    schedule: optax.Schedule,
+    seed: int,
+    mark: Callable[..., Any] = tempo.cheap_update,
+) -> TrainState:
     """Draws the first weights and sets up AdamW.
 
     Args:
       model: the network.
       schedule: learning rate over the steps.
       seed: of the weights and of dropout.
+      mark: marks the optimizer for the devices, or leaves it.
     """
     weights_key, dropout_key = jax.random.split(jax.random.PRNGKey(seed))
     tokens = jnp.zeros((1, model.sequence_length), jnp.int32)
     return TrainState.create(
         apply_fn=model.apply,
         params=model.init(weights_key, tokens, train=False)["params"],
-        tx=tempo.cheap_update(optax.adamw(schedule, b2=0.99, weight_decay=WEIGHT_DECAY)),
+        tx=mark(optax.adamw(schedule, b2=0.99, weight_decay=WEIGHT_DECAY)),
         dropout_key=dropout_key,
     )
 
@@ -167,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     window = (options.batch_size, options.sequence_length)
     common.compare(
         train_step,
-        create_state(model, schedule, options.seed),
+        create_state(
+            model, schedule, options.seed, functools.partial(common.marked, scheme=options.scheme)
+        ),
         functools.partial(text_batches, data, *window, options.seed),
         lambda state: common.evaluate(evaluate_step, state, held_out_batches(data, *window)),
         options,

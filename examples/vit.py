@@ -6,6 +6,7 @@ Run it from the repository's root: ``python -m examples.vit``.
 import argparse
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import optax
@@ -61,10 +62,18 @@ def make_evaluate_step(
 
 
 def create_state(
-    model: models.VisionTransformer, schedule: optax.Schedule
+    model: models.VisionTransformer,
+    schedule: optax.Schedule,
+    mark: Callable[..., Any] = tempo.cheap_update,
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """Sets up AdamW for the model, and splits both into their structure and one pytree."""
-    tx = tempo.cheap_update(optax.adamw(schedule, weight_decay=WEIGHT_DECAY))
+    """Sets up AdamW for the model, and splits both into their structure and one pytree.
+
+    Args:
+      model: the network.
+      schedule: learning rate over the steps.
+      mark: marks the optimizer for the devices, or leaves it.
+    """
+    tx = mark(optax.adamw(schedule, weight_decay=WEIGHT_DECAY))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     return nnx.split((model, optimizer))
 
@@ -95,7 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rngs=nnx.Rngs(options.seed),
     )
     schedule = common.warmup_cosine(options.learning_rate, options.steps)
-    graphdef, state = create_state(model, schedule)
+    graphdef, state = create_state(
+        model, schedule, functools.partial(common.marked, scheme=options.scheme)
+    )
     evaluate_step = make_evaluate_step(graphdef)
     common.compare(
         make_train_step(graphdef),

@@ -42,6 +42,10 @@ class WireError(Exception):
     """A frame that does not follow the format, or a peer that failed to prove itself."""
 
 
+class PeerLeftError(ConnectionError):
+    """The peer closed the connection between two frames, as it may at any time."""
+
+
 class Kind(enum.IntEnum):
     """What a frame asks for; a reply is `REPLY` or `ERROR`."""
 
@@ -164,7 +168,13 @@ def decode_body(kind: Kind, request: int, body: bytes) -> Frame:
     return Frame(kind, request, fields, body[end:])
 
 
-def _receive_exactly(connection: socket.socket, count: int, deadline: float | None) -> bytes:
+def _receive_exactly(
+    connection: socket.socket,
+    count: int,
+    deadline: float | None,
+    at_once: type[ConnectionError] = ConnectionError,
+) -> bytes:
+    """So many bytes; `at_once` is raised if the peer closes the connection before the first."""
     buffer = bytearray(count)
     view = memoryview(buffer)
     while count:
@@ -175,7 +185,8 @@ def _receive_exactly(connection: socket.socket, count: int, deadline: float | No
             connection.settimeout(left)
         received = connection.recv_into(view, count)
         if not received:
-            raise ConnectionError("the peer closed the connection")
+            error = at_once if count == len(buffer) else ConnectionError
+            raise error("the peer closed the connection")
         view = view[received:]
         count -= received
     return bytes(buffer)
@@ -199,10 +210,12 @@ def receive(
 
     Raises:
       WireError: the frame breaks the format or exceeds `max_body`.
-      ConnectionError: the peer closed the connection.
+      PeerLeftError: the peer closed the connection before the frame.
+      ConnectionError: the peer closed the connection within the frame.
       TimeoutError: the deadline, or the socket's own timeout, has passed.
     """
-    kind, request, length = decode_header(_receive_exactly(connection, HEADER.size, deadline))
+    header = _receive_exactly(connection, HEADER.size, deadline, PeerLeftError)
+    kind, request, length = decode_header(header)
     if length > max_body:
         raise WireError(f"a body of {length} bytes, expected at most {max_body}")
     return decode_body(kind, request, _receive_exactly(connection, length, deadline))

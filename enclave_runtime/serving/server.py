@@ -256,6 +256,8 @@ class _Listener:
                 raise WireError(f"{self._role.connections} of the {self._role.name} are open")
             connection.settimeout(None)
             self._converse(connection)
+        except wire.PeerLeftError:
+            pass  # who only looked (`tempo-jax enclave inspect`) was refused nothing
         except _REFUSED as error:
             _log.warning("refused a connection: %s", error)
         except Exception:

@@ -73,6 +73,9 @@ class Options:
             )
         if self.scheme is None:
             object.__setattr__(self, "scheme", Mixing())
+        if isinstance(self.scheme, type) and issubclass(self.scheme, Scheme):
+            name = self.scheme.__name__
+            raise UnsupportedError(f"shield: scheme is the class `{name}`; call it: `{name}()`")
         if not isinstance(self.scheme, Scheme):
             raise UnsupportedError(
                 f"shield: scheme is a {type(self.scheme).__name__}, expected an object such as "

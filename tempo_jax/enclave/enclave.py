@@ -312,9 +312,11 @@ class Enclave:
         """The client's keys of the session, for `what`.
 
         Raises:
+          EnclaveError: this enclave was closed.
           RoleError: this is the host's side, or another process than the first.
         """
         self.check_process()
+        self._connection.check_open()
         self._leads(what)
         if self._connection.keys is None:
             raise RoleError(

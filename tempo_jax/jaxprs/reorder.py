@@ -1,4 +1,6 @@
-"""The same program with its sums in another order, to see what that alone changes.
+"""The same program with other roundings, to see what they alone change.
+
+Its sums are in another order, and its products rounded more coarsely if that is wanted.
 
 Untrusted and pure. Serves JAX 0.10 to 0.12.
 """
@@ -21,26 +23,32 @@ from tempo_jax.jaxprs.trace import trace
 from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, avals_of
 
 
-def reordered(closed: ClosedJaxpr, seed: int) -> Callable[..., list[Any]]:
+def reordered(closed: ClosedJaxpr, seed: int, rounding: float = 0.0) -> Callable[..., list[Any]]:
     """A program in which what products, convolutions and sums add is permuted, at any depth.
 
     Of a convolution the features are, and so, in the gradient of its kernel, the batch. With exact
-    arithmetic the results would be the same.
+    arithmetic and no `rounding` the results would be the same.
 
     Args:
       closed: the program.
-      seed: of the permutations.
+      seed: of the permutations and of the noise.
+      rounding: standard deviation of normal noise that is added to what products and convolutions
+        give, in units of the dtype's epsilon times the root mean square of the result.
 
     Returns:
       A function of the program's flat inputs.
     """
     return lambda *arguments: _evaluate(
-        closed.jaxpr, closed.consts, arguments, np.random.default_rng(seed)
+        closed.jaxpr, closed.consts, arguments, np.random.default_rng(seed), rounding
     )
 
 
 def _evaluate(
-    jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], rng: np.random.Generator
+    jaxpr: Jaxpr,
+    consts: Sequence[Any],
+    arguments: Sequence[Any],
+    rng: np.random.Generator,
+    rounding: float,
 ) -> list[Any]:
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, arguments, strict=True))
@@ -50,23 +58,36 @@ def _evaluate(
 
     for eqn in jaxpr.eqns:
         operands = _permuted(eqn, [read(v) for v in eqn.invars], rng)
-        inner = {k: _inner(p, rng) for k, p in eqn.params.items()}
+        inner = {k: _inner(p, rng, rounding) for k, p in eqn.params.items()}
         changed = {k: p for k, p in inner.items() if p is not eqn.params[k]}
-        env.update(zip(eqn.outvars, bind(eqn, operands, **changed), strict=True))
+        results = bind(eqn, operands, **changed)
+        if rounding and eqn.primitive in (dot_general_p, conv_p):
+            results = [_noisy(x, rng, rounding) for x in results]
+        env.update(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _inner(param: Any, rng: np.random.Generator) -> Any:
-    """An equation's parameter with the programs in it reordered."""
+def _noisy(x: jax.Array, rng: np.random.Generator, rounding: float) -> jax.Array:
+    """A product, rounded more coarsely."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    noise = jax.random.normal(jax.random.key(int(rng.integers(1 << 31))), x.shape, x.dtype)
+    unit = rounding * float(jnp.finfo(x.dtype).eps)
+    return x + (unit * jnp.sqrt(jnp.mean(x * x)) * noise).astype(x.dtype)
+
+
+def _inner(param: Any, rng: np.random.Generator, rounding: float) -> Any:
+    """An equation's parameter with the programs in it changed alike."""
     if type(param) in (tuple, list) and any(isinstance(p, ClosedJaxpr) for p in param):
-        return type(param)(_inner(p, rng) for p in param)
+        return type(param)(_inner(p, rng, rounding) for p in param)
     if not isinstance(param, ClosedJaxpr):
         # From JAX 0.11 on there is one class for both, and no such case.
         open_jaxpr = isinstance(param, Jaxpr) and not param.constvars
-        return _inner(ClosedJaxpr(param, ()), rng).jaxpr if open_jaxpr else param
+        return _inner(ClosedJaxpr(param, ()), rng, rounding).jaxpr if open_jaxpr else param
     if param.jaxpr.effects:
         return param
-    return trace(reordered(param, int(rng.integers(1 << 32))), avals_of(param))
+    changed = reordered(param, int(rng.integers(1 << 32)), rounding)
+    return trace(changed, avals_of(param))
 
 
 def _permuted(eqn: JaxprEqn, operands: list[Any], rng: np.random.Generator) -> list[Any]:

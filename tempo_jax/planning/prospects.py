@@ -1,7 +1,7 @@
 """How much of a program would leave the enclave if it were larger.
 
-Whether sending a product out pays depends on its rows and its width. Both are imagined larger
-here, without tracing the program again. Untrusted and pure.
+Whether sending a product out pays depends on its rows and its width. Each is imagined larger here,
+and where neither suffices both together, without tracing the program again. Untrusted and pure.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from tempo_jax.planning.plan import Plan, flatten_calls
 ENOUGH = 0.5  # share of the arithmetic outside from which a larger program is worth naming
 _ROWS = tuple(Growth(rows=2**n) for n in range(1, 8))
 _WIDTHS = tuple(Growth(width=2**n) for n in range(1, 6))
+# The least arithmetic first.
+_BOTH = sorted(
+    (Growth(tall.rows, wide.width) for tall in _ROWS for wide in _WIDTHS),
+    key=lambda growth: growth.arithmetic,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +48,13 @@ class Prospects:
     Attributes:
       rows: how many rows would, or None if no number up to 128 times as many does.
       width: how wide layers would, or None if no width up to 32 times as wide does.
+      both: where neither does, so many rows of so wide layers, those with the least arithmetic;
+        else None, and also if no such two do.
     """
 
     rows: Prospect | None
     width: Prospect | None
+    both: tuple[Prospect, Prospect] | None = None
 
 
 def prospects(plan: Plan, costs: CostModel) -> Prospects:
@@ -75,10 +83,16 @@ def prospects(plan: Plan, costs: CostModel) -> Prospects:
         shares = zip(growths, (n / total for n in outside), strict=True)
         return next(((g, share) for g, share in shares if share >= ENOUGH), None)
 
-    taller, wider = first(_ROWS), first(_WIDTHS)
+    def taller(found: tuple[Growth, float]) -> Prospect:
+        return Prospect(rows * found[0].rows, rows, min(found[1], 1.0))
+
+    def wider(found: tuple[Growth, float]) -> Prospect:
+        return Prospect(inner * found[0].width, inner, min(found[1], 1.0))
+
+    tall, wide = first(_ROWS), first(_WIDTHS)
+    both = None if tall or wide else first(_BOTH)
     return Prospects(
-        taller and Prospect(rows * taller[0].rows, rows, min(taller[1], 1.0)),
-        wider and Prospect(inner * wider[0].width, inner, min(wider[1], 1.0)),
+        tall and taller(tall), wide and wider(wide), both and (taller(both), wider(both))
     )
 
 

@@ -23,7 +23,10 @@ _PACKAGE = str(Path(__file__).parent.parent)
 
 
 def warn_of(figures: Figures, told: set[str]) -> None:
-    """Warns of what a plan does not do, through `warnings` and the logger `tempo_jax`.
+    """Warns of what a plan does not do, through `warnings` alone.
+
+    A log that is shown beside them would say the same twice; `logging.captureWarnings(True)` has
+    them in the log instead.
 
     Args:
       figures: of the plan.
@@ -32,9 +35,6 @@ def warn_of(figures: Figures, told: set[str]) -> None:
     for subject, words in _notices(figures):
         if subject not in told:
             told.add(subject)
-            # Where nobody set up logging it would print the same line a second time.
-            if _log.hasHandlers():
-                _log.warning(words)
             warnings.warn(words, PlanWarning, stacklevel=_depth())
 
 

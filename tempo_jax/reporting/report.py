@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from pathlib import Path
 
+from tempo_jax.errors import UnsupportedError
 from tempo_jax.reporting.figures import Figures
 from tempo_jax.reporting.page import fragment, page
 from tempo_jax.reporting.text import as_text, sentence
@@ -31,18 +33,28 @@ class Report(Figures):
         return fragment(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the report as one self-contained HTML page, with a drawing of the step.
+        """Writes the report to a file, in the form that the file's suffix names.
 
         Args:
-          path: of the file, replaced if it exists.
+          path: of the file, replaced if it exists: ``.html`` is one self-contained page with a
+            drawing of the step, ``.json`` what `to_json` gives, ``.txt`` what `print` shows.
+
+        Raises:
+          UnsupportedError: it has another suffix, or none.
         """
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page(self))
+        forms = {".html": page, ".json": Report.to_json, ".txt": str}
+        suffix = Path(path).suffix
+        if suffix not in forms:
+            raise UnsupportedError(
+                f"save: the file's suffix is {suffix!r}, expected one of {', '.join(forms)}"
+            )
+        Path(path).write_text(forms[suffix](self), encoding="utf-8")
 
     def to_json(self) -> str:
         """The report as a JSON object.
 
-        Seconds are estimates for this enclave, bytes are those of one call.
+        Seconds are estimates for this enclave, bytes are those of one call; `placement` and
+        `offload` are as in `shield`, `offload` null where all runs inside.
         """
         costs, (outside, total) = self.costs, self.products
         request = self.plan.request
@@ -51,7 +63,10 @@ class Report(Figures):
                 "function": self.name,
                 "sentence": sentence(self),
                 "scheme": request.scheme.name,
-                "offload": request.offload,
+                "placement": "auto" if request.offload else "enclave",
+                "offload": ("all" if request.costs is None else "auto")
+                if request.offload
+                else None,
                 "verify": request.verify,
                 "workers": request.workers,
                 "products": total,

@@ -92,8 +92,12 @@ def would_leave(figures: Figures) -> str:
         ways.append((f"from {found.rows.size:,} rows on (now {found.rows.now:,})", found.rows))
     if found.width is not None:
         ways.append((f"from width {found.width.size:,} on (now {found.width.now:,})", found.width))
+    if found.both is not None:
+        rows, width = found.both
+        words = f"with {rows.size:,} rows (now {rows.now:,}) and width {width.size:,} "
+        ways.append((f"{words}(now {width.now:,}) together", rows))
     if not ways:
-        return "Neither more rows nor wider layers would change that."
+        return "Neither more rows nor wider layers, nor both together, would change that."
     share = percent(min(way.share for _, way in ways), 1)
     words = ", or ".join(words for words, _ in ways)
     return f"{words[0].upper()}{words[1:]}, {share} of it would leave on this machine."

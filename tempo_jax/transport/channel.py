@@ -227,8 +227,7 @@ class Channel(Owned):
           UnsupportedError: the request is too long for one frame.
         """
         self.check_process()
-        if self.closed:
-            raise EnclaveError("this connection was closed; connect again with the same identity")
+        self.check_open()
         with self._lock:
             number = next(self._requests)
             try:
@@ -257,6 +256,15 @@ class Channel(Owned):
     def request(self, kind: Kind, fields: dict[str, Any], attachment: bytes = b"") -> Any:
         """Asks the enclave and returns the reply's fields; see `exchange`."""
         return self.exchange(kind, fields, attachment).fields
+
+    def check_open(self) -> None:
+        """Refuses use after `close`.
+
+        Raises:
+          EnclaveError: it was closed.
+        """
+        if self.closed:
+            raise EnclaveError("this connection was closed; connect again with the same identity")
 
     def close(self) -> None:
         """Leaves; the enclave goes on, and the same identity may come back.

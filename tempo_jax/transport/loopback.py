@@ -259,8 +259,7 @@ class Loopback(Owned):
           EnclaveError: it refused; `SealedValueError` or `SharedMemoryError` where those fit.
         """
         self.check_process()
-        if self.closed:
-            raise EnclaveError("this enclave was closed; launch a new one")
+        self.check_open()
         calls = calls or Calls()
         try:
             with self._borrowed(seconds) as connection, calls.on(connection):
@@ -353,6 +352,15 @@ class Loopback(Owned):
         """Forgets memory that a failed run may still be using."""
         with contextlib.suppress(TempoError):
             self._unmap(reserved[0], seconds)
+
+    def check_open(self) -> None:
+        """Refuses use after `close`.
+
+        Raises:
+          EnclaveError: it was closed.
+        """
+        if self.closed:
+            raise EnclaveError("this enclave was closed; launch a new one")
 
     def close(self) -> None:
         """Closes all connections; a forked child leaves its parent's as they are."""

@@ -168,6 +168,55 @@ def test_reordered_programs_are_the_same_programs():
             np.testing.assert_array_equal(ours, theirs)
 
 
+def test_products_round_as_coarsely_as_asked():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((64, 64)), jnp.float32)
+    w = jnp.eye(64, dtype=jnp.float32)  # of one term each: no order changes the sums
+
+    @jax.jit
+    def inside(x):
+        return lax.scan(jax.checkpoint(lambda c, _: (c @ w, None)), x, None, length=1)[0]
+
+    closed = trace.trace(inside, (x,))
+    for times in (0, 100):
+        (found,) = jax.jit(reordered(closed, 0, times))(x)
+        error = jnp.sqrt(jnp.mean((found - x) ** 2) / jnp.mean(x**2)) / jnp.finfo(x.dtype).eps
+        assert abs(error - times) <= 0.05 * times
+
+
+def kinks_are_the_roundings_own() -> None:
+    """Where a product decides a comparison, rounding it changes the result by far more."""
+
+    def step(w, x):
+        def loss_of(w):
+            # Sums of integers: many are exactly 0, in whatever order, where the slope changes.
+            hidden = jax.nn.relu(x @ w["first"])
+            return jnp.mean((jax.nn.relu(hidden @ w["second"]) @ w["last"] - 1) ** 2)
+
+        return jax.grad(loss_of)(w), None
+
+    rng = np.random.default_rng(0)
+    sides = {"first": (128, 128), "second": (128, 128), "last": (128, 64)}
+    w = {k: jnp.asarray(rng.normal(0, 0.1, side), jnp.float32) for k, side in sides.items()}
+    w["first"] = jnp.asarray(rng.integers(-1, 2, (128, 128)), jnp.float32)
+    x = jnp.asarray(rng.integers(-1, 2, (512, 128)), jnp.float32)
+    with tempo.Enclave.launch() as enclave:
+        for scheme in (Mixing(), SignedPermutation()):
+            shielded: Any = tempo.shield(step, enclave=enclave, scheme=scheme, offload="all")
+            found = tempo.testing.compare(shielded, w, x, steps=1)
+            assert found.verdict == "plain's own", found
+            mixes = isinstance(scheme, Mixing)
+            first = next(leaf for leaf in found.leaves if "first" in leaf.name)
+            assert first.by_rounding == mixes, found
+            assert (first.shielded > 1e-3) == mixes, found
+            assert ("rounding of its products" in str(found)) == mixes
+    print("done")
+
+
+def test_what_a_scheme_rounds_is_said():
+    assert run_fresh(kinks_are_the_roundings_own, seconds=200).endswith("done\n")
+
+
 def test_sums_run_in_another_order():
     rng = np.random.default_rng(0)
     image = jnp.asarray(rng.normal(size=(4, 8, 8, 32)), jnp.float32)

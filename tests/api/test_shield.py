@@ -75,6 +75,7 @@ def test_method(enclave):
         ({"placement": "host"}, "placement is 'host', expected one of auto, enclave"),
         ({"offload": "none"}, "offload is 'none', expected one of auto, all"),
         ({"scheme": "signed_permutation"}, "scheme is a str, expected an object"),
+        ({"scheme": tempo.schemes.Mixing}, r"scheme is the class `Mixing`; call it: `Mixing\(\)`"),
         ({"enclave": None}, "enclave is a NoneType, expected what `Enclave.launch"),
         ({"mesh": 2}, r"mesh is a int, expected a mesh of devices with one axis, such as"),
         ({"verify": "yes"}, "verify is 'yes', expected one of True, False"),

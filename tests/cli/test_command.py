@@ -39,6 +39,12 @@ def test_inspection_says_that_nothing_is_proved(ports, capsys):
     assert "It shows no SGX quote and proves nothing" in printed
 
 
+def test_inspection_is_not_called_a_refused_connection(capfd):
+    assert main(["enclave", "inspect", "--local"]) == 0
+    assert "It shows no SGX quote and proves nothing" in (shown := capfd.readouterr()).out
+    assert "refused" not in shown.err
+
+
 def test_inspection_owns_nothing_and_reads_by_machine(ports, capsys):
     for _ in range(2):
         assert main(["enclave", "inspect", ports.client, "--json"]) == 0

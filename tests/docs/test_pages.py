@@ -1,6 +1,7 @@
 """The documentation: the tutorial runs as it stands, and the reference has every public name."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,32 @@ def test_the_reference_has_every_public_name(module):
     missing = {f"{module}.{n}" for n in names if n not in SUBMODULES | {"SCHEMES"}}
     missing -= {*described, *(f"{module}.{d.rpartition('.')[2]}" for d in described)}
     assert not missing
+
+
+def test_a_broken_link_fails_the_gate(tmp_path):
+    """With the very flags that the gate builds the pages with."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    for entry in ROOT.iterdir():  # what pages take in from beside them
+        if entry.name not in ("docs", ".git"):
+            (tmp_path / entry.name).symlink_to(entry)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    with (tmp_path / "docs/pages/glossary.md").open("a") as page:
+        page.write("\n[broken](nowhere.md)\n")
+    build = re.search(r'bin/mkdocs" (build [^"]*)"\$scratch/site"', (ROOT / ".ci/run").read_text())
+    assert build is not None
+    flags = build[1].replace("\\\n", " ").split()
+    ended = subprocess.run(
+        [sys.executable, "-m", "mkdocs", *flags, str(tmp_path / "site")],
+        env={**environment(), "NO_MKDOCS_2_WARNING": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = ended.stdout + ended.stderr
+    assert ended.returncode != 0 and "nowhere.md" in said
+    assert "Aborted with 1 warnings" in said, said  # and no other
 
 
 def test_every_page_is_in_the_navigation():

@@ -33,7 +33,14 @@ def test_close_ends_the_process():
             np.testing.assert_array_equal(running.open(results[0]), [0, 2, 4])
         assert process.poll() is not None and not is_running(process.pid)
     assert repr(running) == "Enclave(closed)"
-    for use in (running.statistics, lambda: running.open(results)):
+    refused = (
+        running.statistics,
+        lambda: running.open(results),
+        lambda: running.seal(1.0),
+        lambda: running.publish(1.0, tag="rate"),
+        lambda: running.checkpoint(results),
+    )
+    for use in refused:
         with pytest.raises(EnclaveError, match="closed; launch a new one"):
             use()
     running.close()  # a second time does nothing

@@ -49,6 +49,16 @@ def test_few_rows_of_a_wide_program_are_the_reason(enclave):
     assert found.rows.size >= 128  # fewer hide too little
 
 
+def test_rows_and_width_together_where_neither_suffices(enclave):
+    scheme = tempo.schemes.Mixing()
+    found = prospects(planned(enclave, scheme, 64, 64), CostModel())
+    assert found.rows is None and found.width is None and found.both is not None
+    rows, width = found.both
+    assert (rows.now, width.now) == (64, 64) and rows.size > 64 and width.size > 64
+    assert rows.share == width.share >= ENOUGH
+    assert share(planned(enclave, scheme, rows.size, width.size)) >= ENOUGH
+
+
 def test_without_products_nothing_would_leave(enclave):
     plan = tempo.shield(jnp.tanh, enclave=enclave).explain(jnp.ones(3)).plan
     found = prospects(plan, CostModel())

@@ -192,6 +192,28 @@ def test_json_has_the_figures(gradient, network):
     assert len(fields["visits"]) == report.round_trips
 
 
+def test_json_names_the_options_as_shield_does(enclave):
+    def named(**options):
+        report = tempo.shield(lambda x: x @ x.T, enclave=enclave, **options).explain(X)
+        fields = json.loads(report.to_json())
+        return fields["placement"], fields["offload"]
+
+    assert named() == ("auto", "auto")
+    assert named(offload="all") == ("auto", "all")
+    assert named(placement="enclave") == ("enclave", None)
+
+
+def test_the_suffix_names_the_form(gradient, network, tmp_path):
+    report = gradient.explain(network[1], X)
+    report.save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").read_text() == report.to_json()
+    report.save(str(tmp_path / "plan.txt"))
+    assert (tmp_path / "plan.txt").read_text() == str(report)
+    with pytest.raises(UnsupportedError, match=r"suffix is '.pdf', expected one of .html, .json"):
+        report.save(tmp_path / "plan.pdf")
+    assert not (tmp_path / "plan.pdf").exists()
+
+
 def test_page_needs_nothing_beside_itself(gradient, network, tmp_path):
     report = gradient.explain(network[1], X)
     report.save(tmp_path / "plan.html")

@@ -53,7 +53,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="leak against cost")
     parser.add_argument(
-        "--cache", type=pathlib.Path, metavar="DIR", default=traces.CACHE, help="folder for traces"
+        "--cache",
+        type=pathlib.Path,
+        metavar="DIR",
+        default=traces.CACHE,
+        help="folder for traces, which are kept for later runs: 5 GB with --quick, tens of GB in "
+        "all. Remove the folder to have the space back",
     )
     options = parser.parse_args(arguments)
     if options.quick:

@@ -232,8 +232,9 @@ def test_peer_that_closes_in_the_middle(sent):
     with there:
         with here:
             here.sendall(Frame(Kind.BEGIN, 1, {"a": 1}).encode()[:sent])
-        with pytest.raises(ConnectionError):
+        with pytest.raises(ConnectionError) as raised:
             wire.receive(there)
+    assert (raised.type is wire.PeerLeftError) == (sent == 0)  # between frames anyone may leave
 
 
 # Proofs

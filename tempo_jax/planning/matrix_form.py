@@ -39,7 +39,7 @@ from tempo_jax.jaxprs.products import (
     work,
 )
 from tempo_jax.jaxprs.types import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
-from tempo_jax.planning.cost import CostModel, too_cheap
+from tempo_jax.planning.cost import CostModel
 from tempo_jax.schemes import Scheme
 
 
@@ -218,7 +218,7 @@ class _Policy:
                 inside *= growth.arithmetic
                 outside = self._outside(fused, self.costs, *sizes)
                 if not self.costs.worthwhile(inside, outside):
-                    why = too_cheap(inside, outside)
+                    why = self.costs.too_cheap(inside, outside)
             if why is None:
                 out.append(fused)
             else:

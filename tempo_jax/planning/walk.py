@@ -23,7 +23,7 @@ from tempo_jax.jaxprs.equations import source
 from tempo_jax.jaxprs.primitives import cheap_p, reveal_p
 from tempo_jax.jaxprs.products import description, feeds_update, is_product, variables
 from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Literal, Var, array_type
-from tempo_jax.planning.cost import CostModel, too_cheap
+from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.following import followable, unfollowed_product
 from tempo_jax.schemes import Scheme
 
@@ -270,7 +270,7 @@ class Walk:
         if question.costs is not None and not question.scheme.keys_per_product:
             inside, outside = question.costs.inside(eqn), self._outside(eqn, question.costs)
             if not question.costs.worthwhile(inside, outside):
-                self.too_dear[number] = too_cheap(inside, outside)
+                self.too_dear[number] = question.costs.too_cheap(inside, outside)
                 raise NotEquivariantError(self.too_dear[number])
         if question.verify:
             self._require_checkable(eqn)

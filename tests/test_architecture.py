@@ -167,6 +167,12 @@ def test_host_imports_only_what_both_sides_share():
             assert source in ground or source.startswith(shared), module
 
 
+def test_no_two_test_files_have_one_name():
+    """Without packages around them pytest takes the second for the first, and refuses it."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(names)
+
+
 def test_no_two_classes_have_one_name():
     places: dict[str, list[str]] = {}
     for package in RULES:

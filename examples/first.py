@@ -245,7 +245,7 @@ def draw_picture(
             limit = np.percentile(np.abs(shown), 99)
             axes.imshow(shown, cmap="gray", vmin=-limit, vmax=limit, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
-            axes.set_title(f"{name}: {title}", fontsize=10)
+            axes.set_title(f"{name}\n{title}", fontsize=10)
     axes = figure.add_subplot(grid[:, 3:])
     steps = range(1, len(plain.losses) + 1)
     axes.plot(steps, plain.losses, color="tab:orange", linewidth=5, alpha=0.5, label="plain")

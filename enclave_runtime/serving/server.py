@@ -160,7 +160,9 @@ def _answer(ownership: Ownership, role: Role, frame: Frame, cargo: Cargo) -> Fra
         fields, attachment = ownership.session.handle(frame, cargo)
         return Frame(Kind.REPLY, frame.request, fields, attachment)
     except tuple(_CODES) as error:
-        _log.warning("refused %s: %s", frame.kind.name, error)
+        # Who launched the enclave shares its standard error, and is told by the reply.
+        level = logging.INFO if role is PARENT else logging.WARNING
+        _log.log(level, "refused %s: %s", frame.kind.name, error)
         code = next(_CODES[base] for base in type(error).__mro__ if base in _CODES)
         text = str(error)
     except (KeyError, TypeError, ValueError, AttributeError):

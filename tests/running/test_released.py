@@ -18,7 +18,7 @@ def fresh_shields_leave_nothing() -> None:
         x = np.ones((8, 8), np.float32)
         before = enclave.statistics()["programs"]
         threads = threading.active_count()
-        for number in range(20):
+        for number in range(60):
             shielded = tempo.shield(
                 lambda x, n=number: tempo.reveal(x @ x + n), enclave=enclave, offload="all"
             )
@@ -33,6 +33,7 @@ def fresh_shields_leave_nothing() -> None:
         assert threading.active_count() <= threads
 
 
+@pytest.mark.slow
 def test_fresh_shields_leave_no_program_and_no_thread():
     run_fresh(fresh_shields_leave_nothing, optimized=False)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import tempo_jax as tempo
 from enclave_runtime.protocol import wire
 from enclave_runtime.protocol.refusals import ErrorCode, refusal, refused
 from enclave_runtime.protocol.wire import Frame, Kind
@@ -131,6 +132,12 @@ def test_log_of_the_enclave_has_the_detail(tmp_path, capfd):
     assert "enclave: refused SEGMENT: no such run" in written
     assert "enclave: refused FREE: a malformed FREE request: it has no `handles`" in written
     assert 0 < written.count("refused FIND") <= log.BURST
+
+
+def test_who_launched_the_enclave_hears_of_a_refusal_once(capfd):
+    with tempo.Enclave.launch() as enclave, pytest.raises(EnclaveError, match="no such run"):
+        enclave.connection.request(Kind.SEGMENT, {"run": 3, "segment": 0, "worker": 0})
+    assert capfd.readouterr().err == ""
 
 
 def test_log_is_limited_by_place_and_says_so(monkeypatch):

@@ -30,7 +30,7 @@ from examples.common import SCHEMES, argument_parser, positive
 from examples.first import batches, training
 
 DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)  # of which no other process is the cause
-END_SECONDS = 20.0  # that processes get to end when one has: they look for a lost one for eight
+END_SECONDS = 20.0  # that processes get to end when one has: they look for a lost one for seven
 
 
 def parser() -> argparse.ArgumentParser:

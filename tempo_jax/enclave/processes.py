@@ -40,10 +40,10 @@ import jax
 from enclave_runtime.protocol.wire import Kind
 from tempo_jax.errors import EnclaveError, EnclaveTimeoutError, TempoError
 from tempo_jax.jaxprs import cluster
-from tempo_jax.transport.loopback import Loopback
+from tempo_jax.transport.loopback import HERE, Loopback
 
 WORKER_SECONDS = 30.0  # that a worker of a run may come later than the first
-PATIENCE_SECONDS = 8.0  # without a sign of life, after which a process is lost
+PATIENCE_SECONDS = 7.0  # without a sign of life, after which a process is lost
 _BEAT_SECONDS = 1.0  # between signs of life
 _LOOK_SECONDS = 0.5  # between looks for Ctrl-C while another process is waited for
 
@@ -170,7 +170,8 @@ class Processes:
             found = self._exchange()
         except TempoError as error:
             # Cut off, or the enclave stands still: JAX would wait for its coordinator, beside it.
-            self.broken = self.broken or isinstance(error, EnclaveTimeoutError)
+            away = self._lines is not None and self._lines.host != HERE
+            self.broken = self.broken or away or isinstance(error, EnclaveTimeoutError)
             self._fail(error)
             return
         left = [p for p in found["left"] if p != self.index]

@@ -87,4 +87,4 @@ class Joined(Loopback):
         return self._key
 
     def _died(self) -> EnclaveDiedError:
-        return gone(repr(self))
+        return gone(repr(self), self._why_silent())

@@ -394,10 +394,10 @@ def greet(connection: socket.socket, key: bytes) -> dict[str, Any]:
     return greeting
 
 
-def gone(where: str) -> EnclaveDiedError:
+def gone(where: str, why: str = "") -> EnclaveDiedError:
     """What a broken connection to an enclave that is no child of this process means."""
     return EnclaveDiedError(
-        f"the connection to the enclave on {where} broke. If its process ended, what "
+        f"the connection to the enclave on {where} broke.{why} If its process ended, what "
         "it held is lost: serve a new one and let its client restore the last checkpoint."
     )
 

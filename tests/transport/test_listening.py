@@ -59,6 +59,15 @@ def test_memory_that_is_not_shared_is_noticed(told, monkeypatch, tmp_path):
     lines.close()
 
 
+def test_a_connection_that_breaks_may_be_the_link(told):
+    lines = Joined(told, share_memory=False)
+    lines._idle.pop().close()
+    lines.host, lines.port = "127.0.0.2", free_port()  # as another machine, where nothing answers
+    with pytest.raises(EnclaveDiedError, match="broke. It is on another machine: .*the link may"):
+        lines.request(Kind.STATISTICS, {})
+    lines.close()
+
+
 @pytest.mark.parametrize("listens", ["127.0.0.1", "0.0.0.0"])
 def test_where_nothing_answers_the_other_port_does(told, listens):
     _, port = told["listens"]

@@ -20,7 +20,7 @@ from jax.extend.core import primitives as prims
 from tempo_jax.equivariance.classes import ONE, Axes, Keying, resolve_parity
 from tempo_jax.jaxprs.products import is_product, variables
 from tempo_jax.jaxprs.types import JaxprEqn, Literal, Var, nbytes
-from tempo_jax.planning.walk import Demotions, Facts, Question, Side, Walk
+from tempo_jax.planning.walk import FOLLOWS, Demotions, Facts, Question, Side, Walk
 from tempo_jax.schemes import Group
 
 _NARROW = "verify=True keeps it inside: 16-bit formats round more than a checksum may let pass"
@@ -210,7 +210,10 @@ def _tie_new_values(walk: Walk) -> None:
 
 
 def _cause(walk: Walk, eqn: JaxprEqn) -> str:
-    """The first equation that the host was refused among those that led to this one."""
+    """The first equation that the host was refused among those that led to this one.
+
+    One that was refused for its own sake, if there is any.
+    """
     facts = walk.facts
     refused: dict[int, str] = {}
     pending, seen = [eqn], set()
@@ -224,6 +227,8 @@ def _cause(walk: Walk, eqn: JaxprEqn) -> str:
             refused[facts.order[out]] = f"{current.primitive.name}: {walk.refused[out]}"
         led = [v for v in variables(current) if v in facts.cheap or v in facts.to_update]
         pending += [facts.eqns[facts.order[v]] for v in led if v in facts.order]
+    own = {number: why for number, why in refused.items() if FOLLOWS not in why}
+    refused = own or refused
     return refused[min(refused)] if refused else "its gradient is computed in the enclave"
 
 

@@ -27,6 +27,8 @@ from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.following import followable, unfollowed_product
 from tempo_jax.schemes import Scheme
 
+# The reason of what was refused because something before it was.
+FOLLOWS = "another operand is inside the enclave"
 _NOT_FOLLOWED = "verify=True follows linear updates on the devices alone"
 
 
@@ -260,7 +262,7 @@ class Walk:
             return Operand(axes, zero=v in self._zero, blinded=False)
         if update and not v.aval.shape:
             return Operand((), blinded=False)
-        raise NotEquivariantError("another operand is inside the enclave")
+        raise NotEquivariantError(FOLLOWS)
 
     def _product(self, number: int, eqn: JaxprEqn) -> None:
         """A product with at least one operand that the enclave would have to blind."""

@@ -34,6 +34,7 @@ _REORDERS, _MIXES = 32.0, 2048.0
 # A step with kinks (ReLU) can make much of that, in the few units that it switches, so it is tried
 # on plain as well: 8 times as coarse, lest one try switch none. 1e-4 in float32.
 _MIXED_ROUNDING = 800.0  # times a dtype's epsilon
+_NARROWED = 2.0  # times what a scheme says that operands of fewer bits round; more would drown all
 _AS_ROUNDED = 2.0  # how much further than that one try a shielded step may be
 # Of a leaf in which plain JAX has not two digits in common with itself nothing can be said.
 _NO_DIGITS = 1e-2
@@ -136,7 +137,8 @@ def compare(step: Shielded[..., Any], *args: Any, steps: int = 3, **kwargs: Any)
     that a scheme which mixes may be as far beyond as it rounds more. Under such a scheme they are
     taken a fourth time, with noise on every product: `Mixing` rounds products in float32 by some
     1e-5 where plain rounds by 1e-7, and the noise is 8 times as large, since a rounding matters
-    most where it switches one of a few units (ReLU). Where the text says that this explains an
+    most where it switches one of a few units (ReLU); where operands cross in bfloat16 it is twice
+    what that rounds. Where the text says that this explains an
     error and you doubt it, compare in float64 (`jax_enable_x64`): what is rounding shrinks to
     1e-10 and less there, and a fault stays.
 
@@ -173,7 +175,7 @@ def compare(step: Shielded[..., Any], *args: Any, steps: int = 3, **kwargs: Any)
     others.append(flat.take(jax.jit(reordered(closed, seed=0)), steps))
     rounded = plain
     if not flat.only_reorders:
-        rounded = flat.take(jax.jit(reordered(closed, 1, _MIXED_ROUNDING)), steps)
+        rounded = flat.take(jax.jit(reordered(closed, 1, flat.rounding)), steps)
     shielded = flat.take(flat.shielded, steps)
     allowed = _REORDERS if flat.only_reorders else _MIXES
     leaves = [
@@ -209,6 +211,10 @@ class _Flat:
         for i, position in self._carried.items():
             self.names[position] = arguments[i]
         self.units = [_unit(aval.dtype) for aval in program.types]
+        # Of a step in float64 nothing is narrowed, and a fault must show.
+        single = _unit(np.float32)
+        narrowed = request.scheme.narrowing("float32") if single in self.units else 0.0
+        self.rounding = max(_MIXED_ROUNDING, _NARROWED * narrowed / single)
 
     def plain(self, *leaves: Any) -> list[Any]:
         """The function itself."""

@@ -177,7 +177,8 @@ class Crossing:
     Attributes:
       value: the value's number.
       array: its shape and dtype, in the clear.
-      blinded: its shape and dtype in the arena; for shares int8, with axes before its own.
+      blinded: its shape and dtype in the arena; for shares int8, with axes before its own; for
+        operands that cross in fewer bits bfloat16.
       layout: how it is blinded; without any keyed axis it passes in the clear (revealed
         outputs, scalars of a device-side update).
       offset: bytes from the start of the arena, a multiple of `ALIGNMENT`.
@@ -205,7 +206,7 @@ class Crossing:
         blinded = ArrayType.decode(fields.get("blinded"))
         expected = layout.blinded(array, classes)
         _require(
-            blinded == expected or (layout.keyed and _in_residues(blinded, expected)),
+            blinded == expected or (layout.keyed and _represents(blinded, expected)),
             "a crossing has the wrong blinded type",
         )
         operands = fields.get("operands")
@@ -227,10 +228,15 @@ class Crossing:
         )
 
 
-def _in_residues(blinded: ArrayType, plain: ArrayType) -> bool:
-    """Whether a type may be a value's in shares and residues; the scheme says in which."""
+def _represents(blinded: ArrayType, plain: ArrayType) -> bool:
+    """Whether a type may be a value's in shares and residues or in fewer bits.
+
+    The scheme says which, see `enclave_runtime.schemes.checks`.
+    """
     lead = blinded.rank - plain.rank
-    return blinded.dtype == "int8" and lead > 1 and blinded.shape[lead:] == plain.shape
+    if blinded.dtype == "int8":
+        return lead > 1 and blinded.shape[lead:] == plain.shape
+    return blinded == ArrayType(plain.shape, "bfloat16") and plain.dtype == "float32"
 
 
 @dataclasses.dataclass(frozen=True)

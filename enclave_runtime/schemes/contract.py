@@ -170,6 +170,14 @@ class Scheme(abc.ABC):
         """
         return array
 
+    def narrowing(self, dtype: str) -> float:
+        """How far off, relative, a product is because its operands cross in fewer bits; else 0.
+
+        Args:
+          dtype: of the operands.
+        """
+        return 0.0
+
     def refuses(self, lhs: ArrayType, rhs: ArrayType, out: ArrayType, terms: int) -> str | None:
         """Why the devices cannot compute a product, whatever it costs; None where they can.
 

@@ -394,7 +394,9 @@ class Verifier:
         """
         check = self._checks[crossing.value]
         assert crossing.operands is not None
-        lhs, rhs = (self._copies[v] for v in crossing.operands)
+        # What was sent in fewer bits is multiplied as exactly as if it had all of them.
+        types = zip(crossing.operands, (check.lhs, check.rhs), strict=True)
+        lhs, rhs = (self._copies[v].astype(array.dtype) for v, array in types)
         right = matches(check, lhs, rhs, jnp.asarray(received), stream())
         if right is None:
             return np.asarray(computed_inside(check)(lhs, rhs))

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from enclave_runtime.protocol.program import ArrayType
 from tempo_jax.families.finder import FORWARD, TO_INPUT, TO_WEIGHT, Family, find_families
 from tempo_jax.families.fusion import Fused, contracted, fuse, order
 from tempo_jax.families.labels import find_backward, flow, last_products
@@ -281,10 +282,11 @@ class _Policy:
         seconds += costs.keys((padded + inner + columns) * copies, self.scheme)
         for name in fused.parts[0].operands:
             operand = fused.operand(name)[0]
-            itemsize = operand.variable.aval.dtype.itemsize
-            seconds += costs.tensor(lengths[name] * copies, itemsize, self.scheme)
+            dtype = operand.variable.aval.dtype
+            sent = self.scheme.representation(ArrayType((), dtype.name), product=False).nbytes
+            seconds += costs.tensor(lengths[name] * copies, sent, self.scheme)
             if isinstance(operand.form, Patches):
-                seconds += costs.rearranging(lengths[name], itemsize)
+                seconds += costs.rearranging(lengths[name], dtype.itemsize)
         for kind in fused.kinds:
             name = {FORWARD: "g", TO_INPUT: "x", TO_WEIGHT: "w"}[kind]
             number = fused.equations(kind)[0]

@@ -306,7 +306,12 @@ def _multiplied(eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
     """A product of other operands; of 8-bit integers in int32."""
     if lhs.dtype == jnp.int8:
         return integers.multiply(eqn, lhs, rhs)
-    (result,) = equations.bind(eqn, [lhs, rhs])
+    changes: dict[str, Any] = {}
+    if any(x.dtype != v.aval.dtype for x, v in zip((lhs, rhs), eqn.invars, strict=True)):
+        # Operands that cross in fewer bits: no precision is theirs, and their sums have all bits.
+        dtype = eqn.outvars[0].aval.dtype
+        changes = {"precision": None, "preferred_element_type": dtype}
+    (result,) = equations.bind(eqn, [lhs, rhs], **changes)
     return result
 
 

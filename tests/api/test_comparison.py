@@ -201,7 +201,7 @@ def kinks_are_the_roundings_own() -> None:
     w["first"] = jnp.asarray(rng.integers(-1, 2, (128, 128)), jnp.float32)
     x = jnp.asarray(rng.integers(-1, 2, (512, 128)), jnp.float32)
     with tempo.Enclave.launch() as enclave:
-        for scheme in (Mixing(), SignedPermutation()):
+        for scheme in (Mixing(), Mixing(wire="bfloat16"), SignedPermutation()):
             shielded: Any = tempo.shield(step, enclave=enclave, scheme=scheme, offload="all")
             found = tempo.testing.compare(shielded, w, x, steps=1)
             assert found.verdict == "plain's own", found

@@ -39,7 +39,7 @@ def test_scheme_is_found_by_name_and_parameters(scheme):
     assert SCHEMES[scheme.name] is type(scheme)
 
 
-MIXING = {"condition": 4.0, "decoy_rows": 32, "traded": 8, "mask_energy": 9.0}
+MIXING = {"condition": 4.0, "decoy_rows": 32, "traded": 8, "mask_energy": 9.0, "wire": None}
 SCHEME_REFUSALS: list[tuple[str, Any, str]] = [
     (
         "",
@@ -62,6 +62,7 @@ SCHEME_REFUSALS: list[tuple[str, Any, str]] = [
         ("mixing", MIXING | {"mask_energy": x}, "out of range")
         for x in (-1.0, 1e5, float("nan"), True, None, "9", [])
     ),
+    *(("mixing", MIXING | {"wire": x}, "out of range") for x in ("", "float32", True, [], {})),
     *(("tempo", {"coefficients": x}, "out of range") for x in ("", "reals", None, [], {})),
 ]
 

@@ -178,6 +178,8 @@ class Lane:
     Both sides work it out from the program. All segments use the same memory in turn, uploads from
     the start and downloads behind the longest of them: a process brings parts of the next segment
     when it has those of this one, whose last downloads another of its threads may still be reading.
+    Uploads of segments without downloads lie behind both: nobody waits for such a segment, so they
+    may be brought before the segment in front has run, and read when the next one's are.
 
     Attributes:
       uploads: for each segment and upload the piece, None where another process brings it.
@@ -189,21 +191,29 @@ class Lane:
         """Works out the lane of one of the processes that `shares` counts."""
         self._shares = shares
         self._process = process
-        self.uploads: list[list[Piece | None]] = []
+        self.uploads: list[list[Piece | None]] = [[] for _ in program.segments]
         self.downloads: list[list[Piece]] = []
-        start = 0
+        above = self._bring(program, 0, awaited=True)
+        beside = above
         for segment in program.segments:
-            # What is not split every process has whole, and the first one brings it.
-            own = [process == 0 or self._shares.axis(c) is not None for c in segment.uploads]
-            pieces, end = self._lay(itertools.compress(segment.uploads, own), 0)
-            given = iter(pieces)
-            self.uploads.append([next(given) if brought else None for brought in own])
-            start = max(start, end)
-        self.size = start
-        for segment in program.segments:
-            pieces, end = self._lay(segment.downloads, start)
+            pieces, end = self._lay(segment.downloads, above)
             self.downloads.append(pieces)
-            self.size = max(self.size, end)
+            beside = max(beside, end)
+        self.size = self._bring(program, beside, awaited=False)
+
+    def _bring(self, program: Program, start: int, awaited: bool) -> int:
+        """Lays the uploads of segments with, or without, downloads; returns where they end."""
+        longest = start
+        for index, segment in enumerate(program.segments):
+            if bool(segment.downloads) is not awaited:
+                continue
+            # What is not split every process has whole, and the first one brings it.
+            own = [self._process == 0 or self._shares.axis(c) is not None for c in segment.uploads]
+            pieces, end = self._lay(itertools.compress(segment.uploads, own), start)
+            given = iter(pieces)
+            self.uploads[index] = [next(given) if brought else None for brought in own]
+            longest = max(longest, end)
+        return longest
 
     def _lay(self, crossings: Iterable[Crossing], offset: int) -> tuple[list[Piece], int]:
         """Lays parts behind each other from an offset on; returns where they end as well."""

@@ -6,6 +6,10 @@ same bytes; with other bytes, never. Nothing is kept until the commit, so a fail
 aborted run leaves the last committed state as it was. Every run draws its ephemeral
 keys anew.
 
+The host may ask for a segment while its devices are still at products of a later one, which is how
+the two work at the same time. That gives it no choice: the program says what a segment takes, and
+what is sent depends on nothing that comes later.
+
 Where the workers are processes with memory of their own (`lanes`), each brings its parts, which are
 joined, and gets its parts; and the run is committed when all of them have asked for it, so that
 none goes on with what another lost.

@@ -18,6 +18,8 @@ from tempo_jax.jaxprs.products import description, is_product, work
 from tempo_jax.jaxprs.types import JaxprEqn, array_type, nbytes
 from tempo_jax.schemes import Scheme, SchemeCost
 
+_REQUEST = 3  # what one more request takes, in latencies of one more product
+
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
@@ -75,6 +77,10 @@ class CostModel:
         array = array_type(aval)
         held = scheme.representation(array, product=product)
         return self.tensor(array.size, held.nbytes / max(array.size, 1), scheme)
+
+    def deserves_request(self, aval: Any, scheme: Scheme) -> bool:
+        """Whether taking in a product is work enough for a request of its own."""
+        return self.crossing(aval, scheme, product=True) > _REQUEST * self.latency
 
     def check_of(self, eqn: JaxprEqn) -> float:
         """Seconds to check an equation's result."""

@@ -315,7 +315,12 @@ def cut_apart(placed: Placed) -> Severed:
         on_device = {outputs[i] for i in sealed if _stays_blinded(outputs[i], placement)}
     revealed = tuple(sorted(open_ones))
     inside = [outputs[i] for i in sealed if outputs[i] not in on_device]
-    parts = cut(jaxpr, placement, [outputs[i] for i in revealed], inside)
+    costs, scheme = placed.rewritten.costs, placed.request.scheme
+
+    def may_be_late(v: Var) -> bool:
+        return costs is None or costs.deserves_request(v.aval, scheme)
+
+    parts = cut(jaxpr, placement, [outputs[i] for i in revealed], inside, may_be_late)
     return Severed(placed, parts, revealed, sealed, frozenset(on_device))
 
 

@@ -65,8 +65,11 @@ class ProgramWriter:
             v: e.eqn for e in cut.host for v in e.eqn.outvars
         }
         # Downloads and uploads lie apart: a worker of a mesh that is ahead may bring its uploads
-        # while another still copies its downloads of the segment before.
+        # while another still copies its downloads of the segment before. So do uploads of segments
+        # without downloads: they are brought while the one before runs, and read when the next are.
         self._above = max((self._room(s.downloads) for s in cut.segments), default=0)
+        awaited = (self._room(s.uploads) for s in cut.segments if s.downloads)
+        self._beside = self._above + max(awaited, default=0)
 
     def write(
         self,
@@ -144,10 +147,10 @@ class ProgramWriter:
 
     def _arena(self, arriving: Sequence[Port]) -> int:
         """Bytes of shared memory that one run needs."""
-        uploads = max((self._room(s.uploads) for s in self._cut.segments), default=0)
+        beside = (self._room(s.uploads) for s in self._cut.segments if not s.downloads)
         # Inputs cross once, before segment 0: ciphertext, or a leaf on its way to the devices.
         inputs = sum(input_bytes(port.array) for port in arriving)
-        return aligned(max(self._above + uploads, inputs, 1))
+        return aligned(max(self._beside + max(beside, default=0), inputs, 1))
 
     # Segments
 
@@ -171,7 +174,9 @@ class ProgramWriter:
             executable="",
             inputs=tuple(map(self._number, segment.inputs)),
             outputs=tuple(map(self._number, segment.outputs)),
-            uploads=self._crossings(segment.uploads, self._above),
+            uploads=self._crossings(
+                segment.uploads, self._above if segment.downloads else self._beside
+            ),
             downloads=self._crossings(segment.downloads, 0),
             dead=dead,
         )

@@ -4,20 +4,27 @@ The segment of a value is the number of visits to the host on the longest path t
 round trip serves everything that can go out together. A value that a later segment needs is either
 kept or computed again: a minimum cut between what is there anyway and what is needed decides,
 weighing bytes kept against elements recomputed (as rematerialization does for the memory of
-training, Chen et al., arXiv 1604.06174). Untrusted and pure.
+training, Chen et al., arXiv 1604.06174).
+
+A product that nothing sent depends on, as the gradient of a weight that is updated inside, need not
+hold up what is sent: it is *late*. The devices compute it while the enclave runs the segment that
+could have read it, and what the enclave makes of it is a segment of its own behind that one, which
+runs while the devices are at the next products. Untrusted and pure.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from jax.extend.core import primitives as prims
 
 from tempo_jax.jaxprs.equations import forward_only
+from tempo_jax.jaxprs.products import is_product
 from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Var, nbytes
 from tempo_jax.planning.placement import Placement
 from tempo_jax.planning.walk import Side
@@ -103,6 +110,8 @@ class TrustedSegment:
       downloads: values that go to the host after it, blinded unless scalar or revealed.
       inputs: values it reads, uploads included.
       outputs: values it makes that are sent, kept or read later.
+      beside: whether its uploads need nothing that the segment before sends, and nobody waits for
+        downloads of its own: the host brings them while the enclave runs that one.
     """
 
     eqns: tuple[JaxprEqn, ...]
@@ -110,6 +119,7 @@ class TrustedSegment:
     downloads: tuple[Var, ...]
     inputs: tuple[Var, ...]
     outputs: tuple[Var, ...]
+    beside: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +147,14 @@ class Cut:
       levels: for each value on the host the first segment that can read it.
       host: the host's equations, in order.
       constants: equations of known constants that the host evaluates for itself.
+      late: results of products that the devices compute while the enclave runs a segment.
     """
 
     segments: tuple[TrustedSegment, ...]
     levels: dict[Var, int]
     host: tuple[HostEquation, ...]
     constants: tuple[JaxprEqn, ...]
+    late: frozenset[Var]
 
 
 def cut(
@@ -150,6 +162,7 @@ def cut(
     placement: Placement,
     revealed: Iterable[Var],
     sealed_inside: Iterable[Var],
+    may_be_late: Callable[[Var], bool],
 ) -> Cut:
     """Cuts a placed program.
 
@@ -158,8 +171,29 @@ def cut(
       placement: where each equation runs.
       revealed: outputs that go to the host in the clear.
       sealed_inside: outputs that stay in the enclave.
+      may_be_late: whether a product is large enough for a request of its own.
     """
-    return _Cutter(jaxpr, placement, revealed, sealed_inside).cut()
+    return _Cutter(jaxpr, placement, revealed, sealed_inside, may_be_late).cut()
+
+
+def _late(jaxpr: Jaxpr, placement: Placement, may_be_late: Callable[[Var], bool]) -> frozenset[Var]:
+    """Results of the host's products that nothing that is sent depends on."""
+    needed: set[Var] = set()
+    late: set[Var] = set()
+    for eqn, side in zip(reversed(jaxpr.eqns), reversed(placement.sides), strict=True):
+        host = side is Side.HOST
+        if (
+            host
+            and is_product(eqn)
+            and eqn.outvars[0] not in needed
+            and may_be_late(eqn.outvars[0])
+        ):
+            late.add(eqn.outvars[0])
+        is_needed = not needed.isdisjoint(eqn.outvars)
+        for v in _variables(eqn.invars):
+            if is_needed or (host and v not in placement.host):
+                needed.add(v)
+    return frozenset(late)
 
 
 def _variables(atoms: Sequence[Any]) -> list[Var]:
@@ -173,7 +207,11 @@ class _Cutter:
         placement: Placement,
         revealed: Iterable[Var],
         sealed_inside: Iterable[Var],
+        may_be_late: Callable[[Var], bool],
     ):
+        # Until `cut` counts segments, they have even numbers, and 2n + 1 is the one behind the n-th
+        # that takes what comes late.
+        self.late = _late(jaxpr, placement, may_be_late)
         self.made_by: dict[Var, JaxprEqn] = {}  # values made inside
         self.order: dict[int, int] = {}
         self.home: dict[Var, int] = {}  # the segment of a value inside
@@ -216,20 +254,21 @@ class _Cutter:
             if v in self.level:
                 level = max(level, self.level[v])
             elif sent or v not in self.anyone:
-                level = max(level, self.home[v] + 1)
+                level = max(level, self.home[v] // 2 * 2 + 2)
                 self.sent[v] = None
-        self.level[eqn.outvars[0]] = level
+        self.level[eqn.outvars[0]] = level | (eqn.outvars[0] in self.late)
         self.host.append(HostEquation(eqn, number, sent))
 
     def cut(self) -> Cut:
-        wanted: dict[int, dict[Var, None]] = {}
+        wanted: dict[int, dict[Var, None]] = {0: {}}
         for v in (*self.sent, *self.sealed):
             wanted.setdefault(self._ready(v), {})[v] = None
-        count = 1 + max(wanted, default=0)
         materialized = {*self.sent, *self.sealed}
-        segments: list[TrustedSegment] = []
-        for index in reversed(range(count)):
-            roots = wanted.get(index, {})
+        segments: dict[int, TrustedSegment] = {}
+        for index in reversed(range(1 + max(wanted))):
+            if index not in wanted:
+                continue
+            roots = wanted[index]
             frontier = self._frontier(roots, index)
             again = self._recompute(frontier, index, materialized)
             eqns, inputs = self._collect(roots, index, again)
@@ -237,18 +276,24 @@ class _Cutter:
                 materialized.add(v)
                 if v in self.made_by:
                     wanted.setdefault(self.home[v], {})[v] = None
-            outputs = tuple(v for v in roots if v in self.made_by)
-            segments.append(
-                TrustedSegment(
-                    eqns=tuple(eqns),
-                    uploads=tuple(v for v in (*inputs, *roots) if v in self.level),
-                    downloads=tuple(v for v in roots if v in self.sent),
-                    inputs=tuple(inputs),
-                    outputs=outputs,
-                )
+            segments[index] = TrustedSegment(
+                eqns=tuple(eqns),
+                uploads=tuple(v for v in (*inputs, *roots) if v in self.level),
+                downloads=tuple(v for v in roots if v in self.sent),
+                inputs=tuple(inputs),
+                outputs=tuple(v for v in roots if v in self.made_by),
             )
-        segments.reverse()
-        return Cut(_upload_once(segments), self.level, tuple(self.host), tuple(self.constants))
+        numbers = sorted(segments)
+        inorder = [
+            dataclasses.replace(
+                segments[n], beside=n % 2 == 1 and n - 1 in segments and not segments[n].downloads
+            )
+            for n in numbers
+        ]
+        levels = {v: bisect.bisect_left(numbers, n // 2 * 2) for v, n in self.level.items()}
+        return Cut(
+            _upload_once(inorder), levels, tuple(self.host), tuple(self.constants), self.late
+        )
 
     def _frontier(self, roots: Iterable[Var], index: int) -> list[Var]:
         """Values that this segment reads and that were there for earlier ones."""

@@ -253,11 +253,12 @@ class _Estimate:
 
     def _computed_outside(self) -> dict[int, list[int]]:
         """For each visit the products that the devices compute after it."""
-        last = len(self.plan.cut.segments) - 1
+        awaited = [i for i, s in enumerate(self.plan.cut.segments) if not s.beside]
         after: dict[int, list[int]] = {}
         for number in sorted(self.outside):
             level = self.plan.cut.levels[self.eqns[number].outvars[0]]
-            after.setdefault(min(max(level - 1, 0), last), []).append(number)
+            visit = max((i for i in awaited if i < level), default=0)
+            after.setdefault(visit, []).append(number)
         return after
 
     def _crossing(self, v: Var) -> float:

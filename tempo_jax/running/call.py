@@ -38,9 +38,10 @@ from tempo_jax.jaxprs.trace import local_settings, mesh_around, without_internal
 from tempo_jax.planning.plan import Plan, offloaded
 from tempo_jax.running.expectation import Expectation
 from tempo_jax.running.host_program import HostResult, build_host_program, leaf_specs
-from tempo_jax.running.host_run import HostRun, Served, Traffic
+from tempo_jax.running.host_run import HostRun
 from tempo_jax.running.observation import HostView, Product, add_product
 from tempo_jax.running.provisioning import provisioned
+from tempo_jax.running.served import Served, Traffic
 from tempo_jax.running.spanning import devices_of, spread, started
 from tempo_jax.running.together import Together
 from tempo_jax.sealing.array import (
@@ -309,12 +310,9 @@ class Runtime:
         return outputs
 
     def _record(self, view: HostView, result: HostResult, leaves: Sequence[Any]) -> None:
-        eqns = {number: eqn for number, eqn in offloaded(self.plan)}
-        order = [e.number for e in self.plan.cut.host if e.number in eqns]
-        # The host program evaluates by level, so its order need not be the program's.
-        order.sort(key=lambda n: self.plan.cut.levels[eqns[n].outvars[0]])
-        for number, (operands, product) in zip(order, result.observed, strict=True):
-            eqn = eqns[number]
+        for (number, eqn), (operands, product) in zip(
+            offloaded(self.plan), result.observed, strict=True
+        ):
             lhs, rhs = (np.asarray(x) for x in operands)
             params = dict(eqn.params)
             add_product(
@@ -521,6 +519,10 @@ class _Poisoned:
         """See `running.host_program.Visits`."""
         self._attempt(run, lambda known: self._runtime._bring(known, worker, index, uploads))
 
+    def start(self, run: int, worker: int, index: int) -> None:
+        """See `running.host_program.Visits`."""
+        self._attempt(run, lambda known: known.start(worker, index))
+
     def fetch(self, run: int, worker: int, index: int) -> Sequence[np.ndarray]:
         """See `running.host_program.Visits`."""
         found = self._attempt(run, lambda known: self._runtime._fetch(known, worker, index))
@@ -547,6 +549,12 @@ class _Raising:
         known = self._runtime._known(run)
         with self._runtime._ending(known):
             self._runtime._bring(known, worker, index, uploads)
+
+    def start(self, run: int, worker: int, index: int) -> None:
+        """See `running.host_program.Visits`."""
+        known = self._runtime._known(run)
+        with self._runtime._ending(known):
+            known.start(worker, index)
 
     def fetch(self, run: int, worker: int, index: int) -> Sequence[np.ndarray]:
         """See `running.host_program.Visits`."""

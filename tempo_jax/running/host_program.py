@@ -4,7 +4,13 @@ It holds blinded values, scalars of the device-side update and revealed outputs,
 equation. A token threads through the visits, because JAX may drop, repeat or reorder a call into
 Python that nothing ties down. On a mesh the function runs under `jax.shard_map`, and every worker
 calls with its own shard: it brings its uploads, the workers meet in a collective, and it fetches
-its downloads, so that no call waits for another worker's. Untrusted.
+its downloads, so that no call waits for another worker's.
+
+Where there are late products (see `planning.segments`), the enclave begins with what was brought
+while the devices compute them, and they are brought before the downloads are fetched. Neither XLA's
+scheduler nor a stream of an accelerator would order it so by itself: each late product is a branch
+taken on the token that the first call returned, and the fetch is given an element of its result.
+Untrusted.
 """
 
 from __future__ import annotations
@@ -29,7 +35,10 @@ from tempo_jax.jaxprs.products import contracted_axes, is_product
 from tempo_jax.jaxprs.types import JaxprEqn, Literal, Var
 from tempo_jax.planning.mesh import is_elementwise, local_shape
 from tempo_jax.planning.plan import Plan, offloaded
+from tempo_jax.planning.segments import HostEquation
 from tempo_jax.running import integers
+
+_MET = jax.ShapeDtypeStruct((), jnp.int32)  # what a token is
 
 
 class Visits(Protocol):
@@ -40,6 +49,9 @@ class Visits(Protocol):
 
     def bring(self, run: int, worker: int, index: int, uploads: Sequence[np.ndarray]) -> None:
         """Hands over one worker's parts of a segment's uploads."""
+
+    def start(self, run: int, worker: int, index: int) -> None:
+        """Has the enclave run a segment that every worker has brought, and does not wait."""
 
     def fetch(self, run: int, worker: int, index: int) -> Sequence[np.ndarray]:
         """One worker's parts of the downloads, when all have brought theirs."""
@@ -53,7 +65,8 @@ class HostResult:
     Attributes:
       revealed: the revealed outputs, in order.
       on_devices: the blinded outputs, in the order of the program's `DEVICE` outputs.
-      observed: (operands, result) of every offloaded product, if observation was asked for.
+      observed: (operands, result) of every offloaded product in the order of `plan.offloaded`, if
+        observation was asked for.
       token: depends on every visit of every worker.
     """
 
@@ -116,9 +129,8 @@ class _HostProgram:
         self.visits = visits
         self.axis = None if mesh is None else mesh.axis_names[0]
         self.workers = 1 if mesh is None else mesh.size
-        self.observe = observe
         self.resident = [plan.jaxpr.invars[i] for i in sorted(plan.placement.resident)]
-        self.products = {number for number, _ in offloaded(plan)}
+        self._observed = dict(offloaded(plan)) if observe else {}
         self.revealed = [plan.jaxpr.outvars[i] for i in plan.revealed]
         self.on_devices = [
             plan.jaxpr.outvars[i]
@@ -142,12 +154,9 @@ class _HostProgram:
     def out_specs(self, axis: str) -> HostResult:
         """How the results are spread over the mesh."""
         observed: list[tuple[list[Any], Any]] = []
-        if self.observe:
-            for equation in self.plan.cut.host:
-                if equation.number in self.products:
-                    eqn = equation.eqn
-                    specs = [self._spec(v, axis) for v in eqn.invars]
-                    observed.append((specs, self._spec(eqn.outvars[0], axis)))
+        for eqn in self._observed.values():
+            specs = [self._spec(v, axis) for v in eqn.invars]
+            observed.append((specs, self._spec(eqn.outvars[0], axis)))
         return HostResult(
             [PartitionSpec() for _ in self.revealed],
             [
@@ -176,14 +185,31 @@ class _HostProgram:
                 zip(eqn.outvars, equations.bind(eqn, _read(eqn.invars, values)), strict=True)
             )
         received: dict[Any, Any] = {}
-        observed: list[tuple[list[Any], Any]] = []
+        observed: dict[int, tuple[list[Any], Any]] = {}
         pending = list(plan.cut.host)
-        for index, segment in enumerate(plan.cut.segments):
-            pending = self._equations(pending, index, values, received, observed)
+        evaluate = functools.partial(self._equations, values, received, observed)
+        segments = plan.cut.segments
+        for index, segment in enumerate(segments):
+            if segment.beside:
+                continue  # brought with the one before
+            ready = [e for e in pending if plan.cut.levels[e.eqn.outvars[0]] <= index]
+            pending = [e for e in pending if plan.cut.levels[e.eqn.outvars[0]] > index]
+            now, late = self._sorted(ready, segment.uploads)
+            evaluate(now)
             uploads = [self._whole(values[v]) for v in segment.uploads]
-            token, downloads = self._visit(index, run, worker, token, uploads)
+            if not late:
+                token, downloads = self._visit(index, run, worker, token, uploads)
+            else:
+                token = self._start(index, run, worker, token, uploads)
+                evaluate(late, token)
+                if index + 1 < len(segments) and segments[index + 1].beside:
+                    uploads = [self._whole(values[v]) for v in segments[index + 1].uploads]
+                    token = self._start(index + 1, run, worker, token, uploads)
+                products = [e.eqn.outvars[0] for e in late if e.eqn.outvars[0] in plan.cut.late]
+                computed = [values[v] for v in products]
+                token, downloads = self._fetch(index, run, worker, token, computed)
             received.update(zip(segment.downloads, downloads, strict=True))
-        self._equations(pending, len(plan.cut.segments), values, received, observed)
+        evaluate(pending)
         if self.axis is not None:  # a commit must not overtake another worker's last visit
             token = lax.psum(token, self.axis)
         return HostResult(
@@ -192,60 +218,109 @@ class _HostProgram:
                 self._part(values[v], plan.parts[v]) if v in plan.parts else values[v]
                 for v in self.on_devices
             ],
-            observed,
+            [observed[number] for number in self._observed],
             token,
         )
+
+    def _sorted(
+        self, ready: Sequence[HostEquation], uploads: Sequence[Var]
+    ) -> tuple[Sequence[HostEquation], Sequence[HostEquation]]:
+        """Equations to evaluate before a segment, and those that the enclave need not wait for."""
+        behind: set[Var] = set()
+        now: list[HostEquation] = []
+        late: list[HostEquation] = []
+        for equation in ready:
+            out = equation.eqn.outvars[0]
+            operands = (v for v in equation.eqn.invars if isinstance(v, Var))
+            if out in self.plan.cut.late or not behind.isdisjoint(operands):
+                behind.add(out)
+                late.append(equation)
+            else:
+                now.append(equation)
+        return (now, late) if behind.isdisjoint(uploads) else (ready, ())
+
+    # Visits
 
     def _visit(
         self, index: int, run: Any, worker: Any, token: Any, uploads: Sequence[Any]
     ) -> tuple[Any, Sequence[Any]]:
-        types = [self._local(v) for v in self.plan.cut.segments[index].downloads]
-        results = [jax.ShapeDtypeStruct(t.shape, np.dtype(t.dtype)) for t in types]
-        met = jax.ShapeDtypeStruct((), jnp.int32)
-
-        def bring(run: Any, worker: Any, _: Any, *uploads: np.ndarray) -> list[Any]:
-            self.visits.bring(int(run), int(worker), index, uploads)
-            return [np.zeros((), np.int32)]
-
-        def fetch(run: Any, worker: Any, _: Any) -> list[Any]:
-            return [np.zeros((), np.int32), *self.visits.fetch(int(run), int(worker), index)]
+        """Brings a segment's uploads, and waits for its downloads."""
+        bring, fetch = self._bringing(index), self._fetching(index)
 
         def visit(*arguments: Any) -> list[Any]:
             bring(*arguments)
             return fetch(*arguments[:3])
 
         if self.axis is None:
-            token, *downloads = call(visit, [met, *results], run, worker, token, *uploads)
-        else:
-            (token,) = call(bring, [met], run, worker, token, *uploads)
+            token, *downloads = call(
+                visit, [_MET, *self._types(index)], run, worker, token, *uploads
+            )
+            return token, downloads
+        (token,) = call(bring, [_MET], run, worker, token, *uploads)
+        return self._fetch(index, run, worker, token, ())
+
+    def _start(self, index: int, run: Any, worker: Any, token: Any, uploads: Sequence[Any]) -> Any:
+        """Brings a segment's uploads, and has the enclave begin; returns the token."""
+        bring = self._bringing(index)
+
+        def start(*arguments: Any) -> list[Any]:
+            met = bring(*arguments)
+            self.visits.start(int(arguments[0]), int(arguments[1]), index)
+            return met
+
+        (token,) = call(start, [_MET], run, worker, token, *uploads)
+        return token
+
+    def _fetch(
+        self, index: int, run: Any, worker: Any, token: Any, computed: Sequence[Any]
+    ) -> tuple[Any, Sequence[Any]]:
+        """A segment's downloads, when `computed` is there and all workers have brought theirs."""
+        corners = [_corner(x.array if isinstance(x, _Part) else x) for x in computed]
+        if self.axis is not None:
             token = lax.psum(token, self.axis)
-            token, *downloads = call(fetch, [met, *results], run, worker, token)
+        fetch = self._fetching(index)
+        token, *downloads = call(fetch, [_MET, *self._types(index)], run, worker, token, *corners)
         return token, downloads
+
+    def _types(self, index: int) -> list[jax.ShapeDtypeStruct]:
+        types = [self._local(v) for v in self.plan.cut.segments[index].downloads]
+        return [jax.ShapeDtypeStruct(t.shape, np.dtype(t.dtype)) for t in types]
+
+    def _bringing(self, index: int) -> Callable[..., list[Any]]:
+        def bring(run: Any, worker: Any, _: Any, *uploads: np.ndarray) -> list[Any]:
+            self.visits.bring(int(run), int(worker), index, uploads)
+            return [np.zeros((), np.int32)]
+
+        return bring
+
+    def _fetching(self, index: int) -> Callable[..., list[Any]]:
+        def fetch(run: Any, worker: Any, *_: Any) -> list[Any]:
+            return [np.zeros((), np.int32), *self.visits.fetch(int(run), int(worker), index)]
+
+        return fetch
+
+    # Equations
 
     def _equations(
         self,
-        pending: list[Any],
-        index: int,
         values: dict[Any, Any],
         received: dict[Any, Any],
-        observed: list[tuple[list[Any], Any]],
-    ) -> list[Any]:
-        """Evaluates what segment `index` can read; returns the rest."""
-        later = []
-        for equation in pending:
+        observed: dict[int, tuple[list[Any], Any]],
+        ready: Sequence[HostEquation],
+        token: Any = None,
+    ) -> None:
+        """Evaluates equations, in order; late products not before there is a `token`."""
+        for equation in ready:
             eqn = equation.eqn
             out = eqn.outvars[0]
-            if self.plan.cut.levels[out] > index:
-                later.append(equation)
-                continue
             # A product sent with blinded constants must not meet their plain twins.
             first, second = (received, values) if equation.sent else (values, received)
             arguments = _read(eqn.invars, first, second)
-            values[out] = self._evaluate(eqn, arguments)
-            if self.observe and equation.number in self.products:
+            after = token if out in self.plan.cut.late else None
+            values[out] = self._evaluate(eqn, arguments, after)
+            if equation.number in self._observed:
                 operands = [self._whole(x) for x in arguments]
-                observed.append((operands, self._whole(values[out])))
-        return later
+                observed[equation.number] = operands, self._whole(values[out])
 
     # Parts of what lies on the devices
 
@@ -261,7 +336,7 @@ class _HostProgram:
         size = whole.shape[axis] // self.workers
         return lax.dynamic_slice_in_dim(whole, lax.axis_index(self.axis) * size, size, axis)
 
-    def _evaluate(self, eqn: JaxprEqn, arguments: list[Any]) -> Any:
+    def _evaluate(self, eqn: JaxprEqn, arguments: list[Any], after: Any) -> Any:
         """An equation's result: what the worker has of it, a `_Part` where it keeps no more."""
         out = eqn.outvars[0]
         split = self.plan.parts.get(out)
@@ -283,7 +358,8 @@ class _HostProgram:
                 changes[name] = self._local(out).shape
         if is_product(eqn):
             multiply = functools.partial(_multiplied, eqn)
-            result = self.plan.request.scheme.device_product(multiply, *arguments)
+            product = functools.partial(self.plan.request.scheme.device_product, multiply)
+            result = _behind(after, product, *arguments)
         else:
             (result,) = equations.bind(eqn, arguments, **changes)
         if self.axis is not None and self._is_contracted(eqn):
@@ -300,6 +376,21 @@ class _HostProgram:
             return False
         split = sharded_axis(self.plan.layout(eqn.invars[0]), self.plan.sharded)
         return split is not None and split in axes
+
+
+def _behind(token: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, which is not begun before there is the token, if there is one."""
+    if token is None:
+        return function(*arguments)
+    out = jax.eval_shape(function, *arguments)
+    # A token is 0. XLA knows no other order that survives its optimizations on every backend, and
+    # of the branches only the one that is taken costs anything.
+    return lax.cond(token == 0, function, lambda *_: jnp.zeros(out.shape, out.dtype), *arguments)
+
+
+def _corner(x: Any) -> Any:
+    """One element."""
+    return lax.slice(x, (0,) * x.ndim, tuple(min(1, n) for n in x.shape))
 
 
 def _multiplied(eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:

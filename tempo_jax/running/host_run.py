@@ -7,6 +7,10 @@ brought theirs (the program has a barrier between). Whoever fetches first asks t
 the segment; the others wait for that request alone, which needs none of them. So no visit ever
 waits for one that has not begun, whatever threads the runtime has.
 
+A segment that is *started* when all have brought theirs runs while the devices compute on: a thread
+asks for it, behind those before it, since the enclave runs segments in their order. Who fetches its
+downloads, brings what shall lie in its memory, or commits, waits for it.
+
 On a mesh that spans processes each process brings and fetches the parts of its own devices in
 memory of its own (`Lane`), and the enclave, which joins the parts, is where the processes meet. The
 first begins the run, the others `join` it. The parts of a process that shares no memory with the
@@ -17,146 +21,24 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import dataclasses
-import functools
-import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from enclave_runtime.protocol.memory import Arena, Lane, Piece, Shares, input_bytes, sharded_axis
-from enclave_runtime.protocol.program import ArrayType, Crossing, Program
+from enclave_runtime.protocol.memory import Arena, Piece, input_bytes, sharded_axis
+from enclave_runtime.protocol.program import ArrayType, Crossing
 from enclave_runtime.protocol.wire import Kind, Label
-from tempo_jax.enclave.processes import Processes
 from tempo_jax.errors import EnclaveError, TempoError
-from tempo_jax.planning.mesh import local_shape
 from tempo_jax.running import timeline, watchdog
-from tempo_jax.running.expectation import Expectation
 from tempo_jax.running.observation import HostView, add_crossing
+from tempo_jax.running.served import Served
 from tempo_jax.sealing.array import HELD_WHOLE, PUBLISHED, handle_text, is_sealed
-from tempo_jax.transport.loopback import Calls, Loopback, Shipment
+from tempo_jax.transport.loopback import Calls, Shipment
 
 ABORT_SECONDS = 0.3  # what an enclave that may be stopped gets to hear of an abort
-
-
-@dataclasses.dataclass
-class Traffic:
-    """Tensor bytes that crossed since the plan was made.
-
-    Attributes:
-      up: bytes from the host to the enclave.
-      down: bytes from the enclave to the host.
-      round_trips: visits to the enclave.
-      runs: committed runs.
-      sent: of the bytes up, those that travelled over TCP; with their headers.
-      received: of the bytes down, likewise.
-      sending_seconds: that they took: until the system had accepted the last of a visit's.
-      receiving_seconds: from a visit's first to its last.
-    """
-
-    up: int = 0
-    down: int = 0
-    round_trips: int = 0
-    runs: int = 0
-    sent: int = 0
-    received: int = 0
-    sending_seconds: float = 0.0
-    receiving_seconds: float = 0.0
-
-    def count(self, shipment: Shipment) -> None:
-        """Adds what travelled in one visit."""
-        self.sent += shipment.up_bytes
-        self.received += shipment.down_bytes
-        self.sending_seconds += shipment.up_seconds
-        self.receiving_seconds += shipment.down_seconds
-
-    @property
-    def rates(self) -> tuple[float, float]:
-        """Bytes a second that travelled up and down while any did; NaN where none did."""
-        up = self.sent / self.sending_seconds if self.sending_seconds else math.nan
-        down = self.received / self.receiving_seconds if self.receiving_seconds else math.nan
-        return up, down
-
-
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """A program that the enclave has, and how its crossings are spread over the host's workers.
-
-    Attributes:
-      lines: to the enclave.
-      program: what it was told.
-      number: by which it knows the program.
-      sharded: key classes that are split over the workers.
-      pools: into how many pools' parts blinded values fall; on a mesh each worker has one's.
-      workers: devices of the mesh, 1 without one.
-      lends: whether results may be views of shared memory: the CPU backend copies them before the
-        run goes on, others may not.
-      labels: for each segment, the layers whose products the devices compute after it.
-      shares: how the mesh is shared out among processes, where it spans several.
-      processes: those.
-      expectation: hears of each run how long it took the enclave.
-      traffic: what its runs carried.
-    """
-
-    lines: Loopback
-    program: Program
-    number: int
-    sharded: frozenset[int]
-    workers: int
-    lends: bool
-    labels: Callable[[], Sequence[str]]
-    pools: int = 1
-    shares: Shares | None = None
-    processes: Processes | None = None
-    expectation: Expectation | None = None
-    traffic: Traffic = dataclasses.field(default_factory=Traffic)
-
-    @property
-    def process(self) -> int:
-        """This process's place among them."""
-        return 0 if self.processes is None else self.processes.index
-
-    @functools.cached_property
-    def lane(self) -> Lane | None:
-        """Where this process's parts lie; None where the mesh is one process's."""
-        if self.shares is None:
-            return None
-        return Lane(self.program, self.shares, self.process)
-
-    @functools.cached_property
-    def own(self) -> range:
-        """The workers that are this process's."""
-        if self.shares is None:
-            return range(self.workers)
-        first = sum(self.shares.devices[: self.process])
-        return range(first, first + self.shares.devices[self.process])
-
-    @property
-    def memory(self) -> int:
-        """Bytes of shared memory that a run needs here."""
-        if self.lane is None:
-            return self.program.arena_bytes
-        # Inputs and constants go through the first process's.
-        return max(self.lane.size, 0 if self.process else self.program.arena_bytes)
-
-    @property
-    def apart(self) -> int:
-        """Pools that the workers are, 1 without a mesh."""
-        return self.pools if self.workers > 1 else 1
-
-    def local(self, crossing: Crossing) -> ArrayType:
-        """The type of one worker's part of a crossing."""
-        array = crossing.blinded
-        shape = local_shape(array.shape, crossing.layout, self.sharded, self.workers, self.apart)
-        return ArrayType(shape, array.dtype)
-
-    def poison(self, index: int) -> list[np.ndarray]:
-        """What a worker gets of a segment's downloads when the run has failed."""
-        return [_poison(self.local(c)) for c in self.program.segments[index].downloads]
 
 
 class HostRun:
@@ -193,6 +75,7 @@ class HostRun:
         self._brought: dict[int, set[int]] = {}
         self._first: dict[int, float] = {}  # when the first worker came to a segment
         self._segments: dict[int, concurrent.futures.Future[None]] = {}
+        self._started: set[int] = set()
 
     def _noted(self, name: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._track is None else self._track.request(name)
@@ -300,7 +183,15 @@ class HostRun:
 
     def bring(self, worker: int, index: int, uploads: Sequence[np.ndarray]) -> None:
         """Lays one worker's parts of a segment's uploads into shared memory."""
-        crossings, lane = self.served.program.segments[index].uploads, self.served.lane
+        with self._lock:
+            if index in self._started:
+                return  # repeated by JAX; the memory may be in use for a later one
+            earlier = [(i, done) for i, done in self._segments.items() if i < index]
+        segments = self.served.program.segments
+        for i, done in earlier:
+            if bool(segments[i].downloads) == bool(segments[index].downloads):
+                done.result()  # its uploads lie in the same memory, see `ProgramWriter`
+        crossings, lane = segments[index].uploads, self.served.lane
         pieces = [None] * len(crossings) if lane is None else lane.uploads[index]
         start = time.perf_counter()
         for crossing, piece, array in zip(crossings, pieces, uploads, strict=True):
@@ -339,6 +230,7 @@ class HostRun:
 
     def fetch(self, worker: int, index: int) -> list[np.ndarray]:
         """One worker's parts of a segment's downloads; the first to ask has the segment run."""
+        asked = time.perf_counter()
         self._run_once(index)
         segment, traffic = self.served.program.segments[index], self.served.traffic
         lane, first = self.served.lane, worker == self.served.own.start
@@ -350,29 +242,49 @@ class HostRun:
             if split or first:
                 traffic.down += part.nbytes
         if self._track is not None:
-            self._track.fetched(worker, index, start)
-        if first:
-            traffic.round_trips += 1
-            for view in self.views:
-                for c in (*segment.uploads, *segment.downloads):
-                    array = self.arena.view(c.blinded, c.offset).copy()
-                    add_crossing(view, array, self.served.pools if c.layout.keyed else 1)
+            self._track.fetched(worker, index, asked, start)
         return downloads
+
+    def start(self, worker: int, index: int) -> None:
+        """Has the enclave run a segment if all workers here have brought theirs."""
+        if self._track is not None:
+            self._track.goes_on(worker)
+        with self._lock:
+            complete = len(self._brought.get(index, ())) == len(self.served.own)
+            if not complete or index in self._started:
+                return
+            self._started.add(index)
+            self._segments[index] = concurrent.futures.Future()
+
+        def work() -> None:
+            with contextlib.suppress(BaseException):  # whoever waits for the segment hears of it
+                self._ask(index)
+
+        threading.Thread(target=work, name="tempo_jax segment", daemon=True).start()
 
     def _run_once(self, index: int) -> None:
         """Has the enclave run a segment, unless a worker did or is about to."""
         with self._lock:
-            alone = len(self.served.own) == 1
             # A single worker that comes again was repeated by JAX; the enclave compares what it
-            # brings. On a mesh the others may have gone on.
+            # brings. On a mesh the others may have gone on, and so may one that started it.
+            alone = len(self.served.own) == 1 and index not in self._started
             first = alone or index not in self._segments
             if first:
                 self._segments[index] = concurrent.futures.Future()
             done = self._segments[index]
-        if not first:
+        if first:
+            self._ask(index)
+        else:
             done.result()
-            return
+
+    def _ask(self, index: int) -> None:
+        """Asks the enclave for a segment, when those before it have run."""
+        with self._lock:
+            done = self._segments[index]
+            before = [earlier for i, earlier in self._segments.items() if i < index]
         try:
+            for earlier in before:
+                earlier.result()
             fields: dict[str, Any] = {"segment": index, "worker": self.served.process}
             shipment = self._shipment(index)
             if shipment is not None:
@@ -383,12 +295,22 @@ class HostRun:
                 start = time.perf_counter()
                 reply = self._request(Kind.SEGMENT, fields | {"timed": 1}, shipment)
                 self._track.ran(index, start, reply["seconds"])
+            self.served.traffic.round_trips += 1
             if shipment is not None:
                 self.served.traffic.count(shipment)
+            self._show(index)
         except BaseException as error:
             done.set_exception(error)
             raise
         done.set_result(None)
+
+    def _show(self, index: int) -> None:
+        """Records what crossed for a segment."""
+        segment = self.served.program.segments[index]
+        for view in self.views:
+            for c in (*segment.uploads, *segment.downloads):
+                array = self.arena.view(c.blinded, c.offset).copy()
+                add_crossing(view, array, self.served.pools if c.layout.keyed else 1)
 
     def _shipment(self, index: int) -> Shipment | None:
         """This process's parts of a segment, if they have to travel."""
@@ -406,6 +328,8 @@ class HostRun:
 
         Of several processes all commit, and all but the first get no handles.
         """
+        for done in list(self._segments.values()):
+            done.result()
         self._committing = True
         with self._noted("commit"):
             fields = {"donate": list(donated), "worker": self.served.process}
@@ -442,9 +366,3 @@ class HostRun:
         if reserved is not None:
             lines.discard(reserved, seconds=ABORT_SECONDS)
         self.failed.set_result(None)
-
-
-def _poison(array: ArrayType) -> np.ndarray:
-    dtype = np.dtype(array.dtype)
-    floating = jnp.issubdtype(dtype, jnp.floating)
-    return np.full(array.shape, np.nan if floating else 0, dtype)

@@ -80,6 +80,7 @@ class Track:
         self._labels = labels
         self._start = time.perf_counter()
         self._left: dict[int, tuple[float, int]] = {}  # when a worker went on, and after what
+        self._after: dict[int, int] = {}  # whose downloads it fetched last
         self._came: dict[int, float] = {}  # when it came back
 
     def _label(self, index: int) -> str:
@@ -98,12 +99,20 @@ class Track:
 
     def brought(self, worker: int, index: int, start: float) -> None:
         """A worker has laid a segment's uploads into shared memory since `start`."""
-        left, after = self._left.get(worker, (start, -1))
-        name = self._label(after)
-        if name:
-            self._add(_DEVICE + worker, name, left, start, after)
+        self._computed(worker, start)
         self._came[worker] = time.perf_counter()
         self._add(_TRANSFER, "up", start, self._came[worker], index)
+
+    def goes_on(self, worker: int) -> None:
+        """A worker that has brought something does not wait for the enclave yet."""
+        self._left[worker] = time.perf_counter(), self._after.get(worker, -1)
+
+    def _computed(self, worker: int, end: float) -> None:
+        """A worker's device has computed until `end`, if the worker went on."""
+        left, after = self._left.pop(worker, (end, -1))
+        name = self._label(after)
+        if name and left < end:
+            self._add(_DEVICE + worker, name, left, end, after)
 
     def ran(self, index: int, start: float, seconds: Sequence[float]) -> None:
         """The enclave has run a segment, asked at `start`, in parts of so many seconds."""
@@ -118,11 +127,13 @@ class Track:
             self._add(_ENCLAVE, name, at, at + length, index)
             at += length
 
-    def fetched(self, worker: int, index: int, start: float) -> None:
-        """A worker has taken a segment's downloads since `start`, and goes on."""
+    def fetched(self, worker: int, index: int, asked: float, start: float) -> None:
+        """A worker that came at `asked` has taken a segment's downloads since `start`."""
         end = time.perf_counter()
-        self._left[worker] = end, index
-        came = self._came.get(worker, start)
+        went_on = worker in self._left
+        self._computed(worker, asked)
+        self._left[worker], self._after[worker] = (end, index), index
+        came = asked if went_on else self._came.get(worker, start)
         self._add(_DEVICE + worker, "waiting for the enclave", came, start, index)
         self._add(_TRANSFER, "down", start, end, index)
 

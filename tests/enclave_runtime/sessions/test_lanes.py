@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import secrets
 import socket
 from collections.abc import Iterator
@@ -102,6 +103,17 @@ def test_pieces_of_a_segment_do_not_overlap(program):
                 ends = sorted((p.offset, p.offset + p.array.nbytes) for p in pieces)
                 assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:], strict=False))
                 assert all(end <= lane.size for _, end in ends)
+
+
+def test_what_is_brought_beside_a_segment_lies_apart(program):
+    awaited = next(s for s in program.segments if s.uploads and s.downloads)
+    alone = dataclasses.replace(awaited, downloads=())
+    program = dataclasses.replace(program, segments=(awaited, alone))
+    lane = Lane(program, Shares(frozenset(), (1,)), 0)
+    pieces = [*lane.uploads[0], *lane.downloads[0], *lane.uploads[1]]
+    ends = sorted((p.offset, p.offset + p.array.nbytes) for p in pieces if p is not None)
+    assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:], strict=False))
+    assert ends[-1][1] <= lane.size
 
 
 def test_other_bytes_are_noticed(program):

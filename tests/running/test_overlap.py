@@ -1,0 +1,152 @@
+"""Enclave and devices work at the same time, on what the other does not wait for."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+import tempo_jax as tempo
+from enclave_runtime.schemes.contract import Scheme
+from tempo_jax.jaxprs.callbacks import call
+from tempo_jax.running.call import Runtime
+from tempo_jax.running.host_run import HostRun
+from tempo_jax.schemes import Mixing, SecretShares, SignedPermutation
+from tests.support.steps import TOLERANCE, assert_close, uniform
+
+LAYERS, WIDTH, ROWS = 5, 24, 64
+ADAM = optax.adam(1e-2)
+MIXING, SIGNED, SHARES = Mixing(), SignedPermutation(), SecretShares(insecure_one_pool=True)
+shield = functools.partial(tempo.shield, offload="all")
+
+
+def step(state: Any, x: jax.Array) -> Any:
+    """A step of a chain of layers whose weights are updated in the enclave."""
+    parameters, moments = state
+
+    def loss(parameters: Any) -> jax.Array:
+        y = x
+        for w in parameters:
+            y = jnp.tanh(y @ w)
+        return jnp.mean(y**2)
+
+    value, gradients = jax.value_and_grad(loss)(parameters)
+    updates, moments = ADAM.update(gradients, moments, parameters)
+    return (optax.apply_updates(parameters, updates), moments), tempo.reveal(value)
+
+
+def start(dtype: Any = jnp.float64) -> tuple[Any, jax.Array]:
+    parameters = [uniform(i, WIDTH, WIDTH, dtype=dtype) / 3 for i in range(LAYERS)]
+    return (parameters, ADAM.init(parameters)), uniform(9, ROWS, WIDTH, dtype=dtype)
+
+
+def trained(enclave: tempo.Enclave, shielded: Any, dtype: Any = jnp.float64) -> Any:
+    state, x = enclave.seal(start(dtype))
+    for _ in range(2):
+        state, value = shielded(state, x)
+    return enclave.open(state), value
+
+
+def beside(shielded: Any, dtype: Any = jnp.float64) -> list[int]:
+    segments = shielded.explain(*start(dtype)).plan.cut.segments
+    return [index for index, segment in enumerate(segments) if segment.beside]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize(
+    "scheme, tolerance", [(MIXING, 1e-9), (SIGNED, TOLERANCE)], ids=["mixing", "signed"]
+)
+def test_results_are_those_of_the_plain_step(
+    enclave, monkeypatch, scheme, tolerance, verify, devices
+):
+    # Mixing keeps products as small as these inside, for what they would hide too little.
+    monkeypatch.setattr(Mixing, "least_rows", 1)
+    monkeypatch.setattr(Mixing, "least_side", 1)
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("w",)) if devices > 1 else None
+    shielded = shield(step, enclave=enclave, scheme=scheme, verify=verify, mesh=mesh)
+    assert len(beside(shielded)) >= LAYERS - 3
+    state, x = start()
+    for _ in range(2):
+        state, value = jax.jit(step)(state, x)
+    assert_close(trained(enclave, shielded), (state, value), tolerance)
+
+
+def test_two_runs_of_an_exact_scheme_give_the_same_bits(enclave):
+    shielded = shield(step, enclave=enclave, scheme=SHARES)
+    assert beside(shielded, jnp.float32)
+    first, second = (trained(enclave, shielded, jnp.float32) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_step_inside_scan_is_the_same(enclave):
+    shielded = shield(step, enclave=enclave, scheme=SIGNED)
+    sealed, x = enclave.seal(start())
+    sealed, _ = shielded(sealed, x)
+    scanned, values = jax.jit(
+        lambda s: jax.lax.scan(lambda c, _: shielded(c, x), s, None, length=2)
+    )(sealed)
+    state, plain = start()
+    for _ in range(3):
+        state, value = jax.jit(step)(state, plain)
+    assert_close((enclave.open(scanned), values[-1]), (state, value))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_products_and_segments_need_not_wait_for_each_other(enclave, monkeypatch, devices):
+    # A product that does not end before the segments that the enclave was asked for have run: were
+    # one of them to wait for it, the program would hang.
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("w",)) if devices > 1 else None
+    runs: list[HostRun] = []
+    beside_products: set[int] = set()
+    bring, product = Runtime._bring, Scheme.device_product
+
+    def noting(self: Runtime, run: HostRun, *arguments: Any) -> None:
+        runs.append(run)
+        bring(self, run, *arguments)
+
+    def waiting(result: np.ndarray) -> list[np.ndarray]:
+        for index in sorted(runs[-1]._started if runs else ()):
+            runs[-1]._segments[index].result(timeout=30)
+            beside_products.add(index)
+        return [result]
+
+    def slow(self: Scheme, multiply: Any, *operands: Any) -> Any:
+        result = product(self, multiply, *operands)
+        (result,) = call(waiting, [jax.ShapeDtypeStruct(result.shape, result.dtype)], result)
+        return result
+
+    monkeypatch.setattr(Runtime, "_bring", noting)
+    monkeypatch.setattr(Scheme, "device_product", slow)
+    shielded = shield(step, enclave=enclave, scheme=SIGNED, mesh=mesh)
+    trained(enclave, shielded)
+    late = beside(shielded)
+    assert beside_products == {*late, *(index - 1 for index in late)}
+
+
+def test_a_wrong_late_product_ends_the_run_before_its_commit(enclave, monkeypatch):
+    bring = Runtime._bring
+    shielded = shield(step, enclave=enclave, scheme=SIGNED, verify=True)
+    state, x = enclave.seal(start())
+    state, _ = shielded(state, x)
+    wrong = beside(shielded)[-1]
+
+    def lying(self: Runtime, run: HostRun, worker: int, index: int, uploads: Any) -> None:
+        uploads = [2 * u for u in uploads] if index == wrong else uploads
+        bring(self, run, worker, index, uploads)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Runtime, "_bring", lying)
+        with pytest.raises(tempo.errors.IntegrityError):
+            shielded(state, x)
+    shielded(state, x)  # nothing was committed
+
+
+def test_small_late_products_make_no_request_of_their_own(enclave):
+    shielded = tempo.shield(step, enclave=enclave, scheme=SIGNED)
+    few = shielded.explain(*start()).plan.cut
+    assert not few.late and not any(s.beside for s in few.segments)

@@ -20,6 +20,7 @@ it takes, and in nothing else.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ LARGEST_SCALE = 60  # those of two axes together stay within float32's range
 SAFE_SCALE = 20  # orders by which usual numbers may go up and down again in float32
 REMOVED = 3  # binary orders of magnitude above the usual size, and more
 SWEEPS = 4  # over rows and columns; after one, a row has the size of what may have been one element
+_CACHED = 1 << 16  # elements that are gone through twice while they are in the cache
 DROWNED = 4.0  # times the rounding of a product whose rows and columns are all of one size
 
 
@@ -80,12 +82,14 @@ class Equilibrated(NamedTuple):
     Attributes:
       plain: the tensor.
       scaled: the tensor with scales, without what is removed; finite.
+      energies: the sums of its squares at each leading index, float64 (…, 1, 1).
       rows: of the axis before the last.
       columns: of the last axis.
     """
 
     plain: np.ndarray
     scaled: np.ndarray
+    energies: np.ndarray
     rows: Lines
     columns: Lines
 
@@ -98,7 +102,7 @@ class Equilibrated(NamedTuple):
     def transposed(self) -> Equilibrated:
         """The same of the transposed tensor."""
         plain, scaled = self.plain.swapaxes(-1, -2), self.scaled.swapaxes(-1, -2)
-        return Equilibrated(plain, scaled, self.columns, self.rows)
+        return Equilibrated(plain, scaled, self.energies, self.columns, self.rows)
 
 
 @np.errstate(all="ignore")
@@ -112,21 +116,20 @@ def equilibrate(
       scales: of its last two axes; chosen here where they are not yet.
       parities: 1 where the axis is under the key, 0 where it is under its inverse transpose.
     """
-    plain, sizes = x, _sizes(x)
+    plain, (sizes, across) = x, _lengths(x)
     removed, zero = ~np.isfinite(sizes), sizes == 0
     if removed.any():
         x = np.where(removed[..., None], x.dtype.type(0), x)
-        sizes = np.where(removed, 0, sizes)
-    across = _choose(x, sizes, scales, parities)
+        sizes, across = _lengths(x)
+    _choose(x, (sizes, across), scales, parities)
     scaled = _times(x, scales, parities)
     if scaled is not x:
-        x, sizes, across = scaled, _sizes(scaled), None
+        x, (sizes, across) = scaled, _lengths(scaled)
     far = _far(sizes)
     if far.any():
         removed |= far
-        x, across = np.where(far[..., None], x.dtype.type(0), x), None
-    if across is None:
-        across = _sizes(x.swapaxes(-1, -2))
+        x = np.where(far[..., None], x.dtype.type(0), x)
+        sizes, across = _lengths(x)
     far_across = _far(across)
     if far_across.any():
         x = np.where(far_across[..., None, :], x.dtype.type(0), x)
@@ -134,10 +137,10 @@ def equilibrate(
     if zero_across.any() and x is not plain:
         # What a scale took below the smallest number is not nothing.
         zero_across &= ~(plain.astype(bool) & ~removed[..., None]).any(-2)
-    rows = Lines(removed, zero, _shares(np.where(far, 0, sizes)))
-    return Equilibrated(
-        plain, x, rows, Lines(far_across, zero_across, _shares(np.where(far_across, 0, across)))
-    )
+    across = np.where(far_across, 0, across)
+    rows = Lines(removed, zero, _shares(sizes))
+    columns = Lines(far_across, zero_across, _shares(across))
+    return Equilibrated(plain, x, np.square(across).sum(-1)[..., None, None], rows, columns)
 
 
 @np.errstate(all="ignore")
@@ -153,7 +156,7 @@ def complete(product: np.ndarray, left: Equilibrated, right: Equilibrated) -> np
     """Makes a product whole: adds what was removed, computes what was faint, and sets zeros.
 
     Args:
-      product: of what was blinded, without scales, (…, m, p).
+      product: of what was blinded, without scales, (…, m, p); written to.
       left: (…, m, n).
       right: (…, n, p).
     """
@@ -163,11 +166,10 @@ def complete(product: np.ndarray, left: Equilibrated, right: Equilibrated) -> np
     between = left.columns.removed | right.rows.removed
     if left.rows.zero.any() or right.columns.zero.any():
         # Rounding would leave noise of the masks' size, which optimizers scale up.
-        zeros = left.rows.zero[..., :, None] | right.columns.zero[..., None, :]
-        product = np.where(zeros, product.dtype.type(0), product)
+        product[left.rows.zero] = 0
+        product.swapaxes(-1, -2)[right.columns.zero] = 0
     if not (rows.any() or columns.any() or between.any()):
         return product
-    product = product.copy()
     for index in np.ndindex(*product.shape[:-2]):
         a, b, out = left.plain[index], right.plain[index], product[index]
         r, c, n = rows[index], columns[index], between[index]
@@ -195,10 +197,31 @@ def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return out
 
 
-def _sizes(x: np.ndarray) -> np.ndarray:
-    """The lengths of rows, float64 (…, m); not finite where a row's elements are not."""
-    sums = np.einsum("...ij,...ij->...i", x, x).astype(np.float64)
-    # Squares of float32 may have overflowed, or lost digits.
+def _lengths(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lengths of rows and columns, float64 (…, m) and (…, n), by going through x once.
+
+    They are not finite where elements are not.
+    """
+    *batch, m, n = x.shape
+    rows, parts = np.empty((*batch, m)), [np.zeros((*batch, n))]
+    step = max(_CACHED // max(math.prod(batch) * n, 1), 1)
+
+    def run(start: int, stop: int) -> None:
+        with np.errstate(all="ignore"):
+            columns = np.zeros((*batch, n))
+            for first in range(start, stop, step):
+                few = x[..., first : min(first + step, stop), :]
+                rows[..., first : first + few.shape[-2]] = np.einsum("...ij,...ij->...i", few, few)
+                columns += np.einsum("...ij,...ij->...j", few, few)
+        parts.append(columns)
+
+    in_parallel(run, m, x.size)
+    return _roots(rows, x), _roots(np.sum(parts, axis=0), x.swapaxes(-1, -2))
+
+
+def _roots(sums: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The lengths of x's rows from their sums of squares, which in float32 may be wrong."""
+    # They may have overflowed, or lost digits.
     unsure = ~((sums > 1e-25) & (sums < np.inf))
     if unsure.any():
         few = x[unsure].astype(np.float64)
@@ -216,41 +239,35 @@ def _usual(sizes: np.ndarray) -> np.ndarray:
 
 def _choose(
     x: np.ndarray,
-    sizes: np.ndarray,
+    lengths: tuple[np.ndarray, np.ndarray],
     scales: tuple[AxisScales, AxisScales],
     parities: tuple[int, int],
-) -> np.ndarray | None:
-    """Chooses the scales that are not yet, from x and the lengths of its rows.
-
-    Returns:
-      The lengths of x's columns, if they came out on the way.
-    """
+) -> None:
+    """Chooses the scales that are not yet, from x and the lengths of its rows and columns."""
     free = [axis for axis in (0, 1) if scales[axis].exponents is None]
     if not free:
-        return None
-    plain = x
+        return
+    plain, known = x, True  # whether the lengths are those of x
     if len(free) == 1:
         x = _along(x, 1 - free[0], axis_factors(scales[1 - free[0]], parities[1 - free[0]]))
+        known = x is plain
     orders = {axis: np.zeros((scales[axis].copies, x.shape[axis - 2]), np.int64) for axis in free}
-    lengths: list[np.ndarray | None] = [sizes if x is plain else None, None]
     for _ in range(SWEEPS):
         changed = False
         for axis in free:
-            found = lengths[axis]
-            if found is None:
-                found = lengths[axis] = _sizes(x.swapaxes(-1, -2) if axis else x)
-            more = _orders(found, scales[axis].copies)
+            if not known:
+                lengths, known = _lengths(x), True
+            more = _orders(lengths[axis], scales[axis].copies)
             total = np.clip(orders[axis] + more, -LARGEST_SCALE, LARGEST_SCALE)
             more, orders[axis] = total - orders[axis], total
             if more.any():
-                changed, lengths[0], lengths[1] = True, None, None
+                changed, known = True, False
                 out = None if x is plain else x
                 x = _along(x, axis, np.ldexp(1.0, -more), out)
         if not changed:
             break
     for axis in free:
         scales[axis].exponents = -orders[axis] if parities[axis] else orders[axis]
-    return lengths[1] if x is plain else None
 
 
 def _orders(sizes: np.ndarray, copies: int) -> np.ndarray:

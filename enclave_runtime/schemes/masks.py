@@ -22,7 +22,7 @@ varies by as much at any size.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,7 +45,33 @@ WIDTH = 128  # of the shorter side, for each of which some strongest directions 
 MOST_WIDTHS = 4  # that count: further directions of wider tensors cost more than they show
 CONCENTRATION = 3.0  # of the Dirichlet process: a few values of D make up most of it
 _STICKS = 48  # values at most; what further ones would get is below 1e-5 of the whole
-_TINY = 2.0**-90  # a scale this far from 1 would leave float32's range
+_LEAST_REST = 1e-6  # of a tensor's energy that its mask is drawn for
+_LEAST_SIZE = 1e-4  # of a direction, over the strongest one's
+
+
+class Draft(NamedTuple):
+    """What is drawn of a mask before the tensor X is gone through again: R is ``Xᵀ U``.
+
+    Attributes:
+      rows: as of `Mask`.
+      columns: as of `Mask`.
+      along: U, orthonormal columns (…, m, k) that X's strongest directions lie along.
+      left: L, these times the share of X that is taken down along them.
+    """
+
+    rows: AxisMap
+    columns: AxisMap
+    along: np.ndarray
+    left: np.ndarray
+
+    def __repr__(self) -> str:
+        return "Draft(<secret>)"
+
+    __reduce__ = refuse_pickling
+
+    def mask(self, right: np.ndarray) -> Mask:
+        """The mask with its R (…, n, k)."""
+        return Mask(self.rows, self.columns, self.left, right)
 
 
 class Mask(NamedTuple):
@@ -77,33 +103,33 @@ class Mask(NamedTuple):
 
 def draw(
     x: np.ndarray, whole: np.ndarray, energy: float, strongest: int, stream: KeyStream
-) -> tuple[Mask, np.ndarray]:
+) -> tuple[Draft, np.ndarray]:
     """Draws a tensor's mask.
 
     Args:
       x: finite, (…, m, n) with at most one leading axis.
-      whole: its `energies`.
+      whole: the sums of its squares at each leading index, (…, 1, 1).
       energy: of Z, over that of what is left of x at the same leading index.
       strongest: directions that L Rᵀ takes down, for each `WIDTH` of the shorter side.
       stream: the only source of randomness.
 
     Returns:
-      The mask, and about the energies of x with it.
+      The mask but for R, and about the energies of x with it.
     """
     *batch, m, n = x.shape
     copies = math.prod(batch)
     shorter = min(m, n)
     k = min(strongest * min(max(shorter // WIDTH, 1), MOST_WIDTHS), shorter // 4)
-    left, right = np.empty((*batch, m, 0), x.dtype), np.empty((*batch, n, 0), x.dtype)
+    along = left = np.empty((*batch, m, 0), x.dtype)
     if k:
-        along, sizes, right = strongest_directions(x, k, whole, stream)
-        own = np.square(sizes, dtype=np.float64).sum(-1, keepdims=True)
-        rest = np.maximum(whole - own, 0)
-        others = np.sqrt(rest / (min(m, n) - k))
+        along, sizes = strongest_directions(x, k, stream)
+        rest = np.maximum(whole - np.square(sizes).sum(-1, keepdims=True), 0)
+        others = np.sqrt(rest / (shorter - k))
         uniform = (0.5 + stream.uniform(copies * k)).reshape(sizes.shape)
         kept = np.minimum(sizes, others * uniform)
         left = (along * (1 - kept / np.where(sizes > 0, sizes, 1))).astype(x.dtype)
-        whole = rest + np.square(kept).sum(-1, keepdims=True)
+        # Of a tensor of so low a rank nothing is left but its rounding, which is to be covered too.
+        whole = np.maximum(rest + np.square(kept).sum(-1, keepdims=True), _LEAST_REST * whole)
     # Where there is nothing, the mask is of the size that numbers usually have.
     whole = np.where(whole > 0, whole, m * n)
     rows = _draw_map(stream, m, copies, flat=m >= n)
@@ -111,7 +137,7 @@ def draw(
     # The other map is orthogonal.
     own_energies = _map_energies(columns if m >= n else rows)
     rows.scale[:, -1] *= np.sqrt(energy * whole.reshape(-1, 1) / own_energies[:, None])
-    return Mask(rows, columns, left, right), (1 + energy) * whole
+    return Draft(rows, columns, along, left), (1 + energy) * whole
 
 
 def _draw_map(stream: KeyStream, size: int, copies: int, *, flat: bool) -> AxisMap:
@@ -178,12 +204,14 @@ class Masked(NamedTuple):
       plain: the tensor X, (…, m, n), as it was masked.
       mask: the mask M.
       rows: the key class of the axis before the last.
-      keyed: ``A [X + M; R]``, where A is that axis's key and R are decoys.
+      key: A, what that axis was multiplied by.
+      keyed: ``A [X + M; R]``, where R are decoys.
     """
 
     plain: np.ndarray
     mask: Mask
     rows: int
+    key: AxisMap
     keyed: TiledMatrix
 
     def __repr__(self) -> str:
@@ -193,34 +221,44 @@ class Masked(NamedTuple):
 
     @property
     def transposed(self) -> Masked:
-        """The transposed tensor with its mask; `keyed` is not."""
+        """The transposed tensor with its mask; `key` and `keyed` are not."""
         return self._replace(plain=self.plain.swapaxes(-1, -2), mask=self.mask.transposed)
 
 
 def blind(
     x: np.ndarray,
-    mask: Mask,
+    draft: Draft,
     keys: tuple[AxisMap, AxisMap],
     decoys: np.ndarray | None,
     out: np.ndarray,
-) -> TiledMatrix:
+) -> tuple[Mask, TiledMatrix]:
     """Writes ``A [X + M; R] Bᵀ`` to memory that the host may see.
 
     Args:
       x: X, (…, m, n).
-      mask: M.
+      draft: M.
       keys: A and B.
       decoys: R, if any.
       out: C-contiguous, of x's dtype.
 
     Returns:
-      ``A [X + M; R]``.
+      M and ``A [X + M; R]``.
     """
-    m, n = x.shape[-2:]
-    copies, rows = math.prod(x.shape[:-2]), keys[0].size
+    *batch, m, n = x.shape
+    copies, rows, count = math.prod(batch), keys[0].size, draft.left.shape[-1]
     keyed = empty_tiles(copies, rows, n, x.dtype)
     first = TileProgram(x.dtype, copies, n)
-    _load_masked(first, 0, x, mask)
+    first.load(0, x, -2)
+    right = np.empty((*batch, n, 0), x.dtype)
+    if count:
+        along = padded(draft.along)
+        right = np.empty((*batch, n, along.shape[-1]), x.dtype)
+        first.inner(0, along, m, 0)
+        first.write(0, right)
+        first.outer(0, padded(-draft.left), 0)
+    first.unit(1, n)
+    _spread(first, 1, draft.columns, draft.rows.scaled(-1.0))
+    first.subtract(0, 1, m)
     if decoys is not None:
         first.load(0, decoys, -2, at=m)
     first.map(0, keys[0])
@@ -231,24 +269,14 @@ def blind(
     second.map(0, keys[1])
     second.store(0, out, -1)
     second.run()
-    return keyed
+    return draft.mask(right[..., :count]), keyed
 
 
-def _load_masked(program: TileProgram, tile: int, x: np.ndarray, mask: Mask) -> None:
-    """Columns of ``X + M``."""
-    program.unit(tile, mask.columns.size)
-    _spread(program, tile, mask)
-    program.add(tile, x, -2)
-    if mask.left.shape[-1]:
-        program.read(0, padded(mask.right))
-        program.outer(tile, padded(-mask.left), 0)
-
-
-def _spread(program: TileProgram, tile: int, mask: Mask) -> None:
+def _spread(program: TileProgram, tile: int, columns: AxisMap, rows: AxisMap) -> None:
     """``K_m E K_n`` of a tile of n positions."""
-    program.map(tile, mask.columns)
-    program.resize(tile, mask.columns.size, mask.rows.size)
-    program.map(tile, mask.rows)
+    program.map(tile, columns)
+    program.resize(tile, columns.size, rows.size)
+    program.map(tile, rows)
 
 
 def unblind(
@@ -265,7 +293,8 @@ def unblind(
       keys: what takes the keys of its rows and of its columns off.
       left: X (m, n), with its mask M.
       right: W (n, p), likewise.
-      aligned: whether the product's rows have the key of X's, under which ``A (X + M)`` is at hand.
+      aligned: whether the product's rows have the key of X's, under which ``A (X + M)`` is at hand;
+        if not, the rows of what `right` holds are W's.
 
     Returns:
       ``X W``, in memory of its own that starts on a cache line.
@@ -294,10 +323,11 @@ def unblind(
     if aligned:
         second.load(1, right.plain, -2)
     else:
-        _load_masked(second, 1, right.plain, w)
+        second.load(1, right.keyed, -2)
+        second.map(1, right.key.inverse())
     if x.left.shape[-1]:
         second.inner(1, padded(x.right), n, 0)
-    _spread(second, 1, x)
+    _spread(second, 1, x.columns, x.rows)
     second.subtract(0, 1, m)
     if x.left.shape[-1]:
         second.outer(0, padded(x.left), 0)
@@ -331,51 +361,54 @@ def _take_off_second(program: TileProgram, tile: int, mask: Mask, met: np.ndarra
         program.inner(tile, padded(mask.left), mask.rows.size, 0)
     if met is not None:
         program.write(0, met)
-    _spread(program, tile, mask.transposed)
+    turned = mask.transposed
+    _spread(program, tile, turned.columns, turned.rows)
     program.subtract(0, tile, mask.columns.size)
 
 
 # Matrices
 
 
-def energies(x: np.ndarray) -> np.ndarray:
-    """Sums of squares of each leading index, float64 (…, 1, 1)."""
-    flat = np.ascontiguousarray(x).reshape(*x.shape[:-2], 1, -1)
-    with np.errstate(over="ignore", under="ignore"):
-        sums = np.matmul(flat, flat.swapaxes(-1, -2), dtype=x.dtype).astype(np.float64)
-    # Squares of float32 may have overflowed, or lost digits.
-    if not ((sums > 1e-25) & (sums < np.inf)).all():
-        sums = np.square(flat, dtype=np.float64).sum(-1, keepdims=True)
-    return sums
-
-
 def strongest_directions(
-    x: np.ndarray, count: int, energy: Any, stream: KeyStream
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """About the strongest singular directions of x (…, m, n), by a sketch and a power iteration.
+    x: np.ndarray, count: int, stream: KeyStream
+) -> tuple[np.ndarray, np.ndarray]:
+    """About the left strongest singular directions of x (…, m, n), by one product with it.
 
-    Args:
-      x: finite.
-      count: how many, at most min(m, n).
-      energy: the sum of squares, or those of each leading index as (…, 1, 1).
-      stream: draws the sketch.
+    Rows are added up with random signs, as many sums as there are directions, and x maps the space
+    that the sums span (Clarkson and Woodruff 2013, with a part of a power iteration).
 
     Returns:
-      Left ones times their sizes (…, m, count), sizes (…, 1, count), right ones (…, n, count).
+      Orthonormal columns (…, m, count), zeros where there are fewer, and x's size along them,
+      float64 (…, 1, count).
     """
+    image = product_of(x, np.linalg.qr(_sums_of_rows(x, count, stream))[0])
+    wide = image.astype(np.float64)
+    squares, turn = np.linalg.eigh(wide.swapaxes(-1, -2) @ wide)
+    sizes = np.sqrt(np.maximum(squares, 0))[..., None, :]
+    # What is fainter is the image's rounding.
+    sizes *= sizes > _LEAST_SIZE * sizes.max(-1, keepdims=True)
+    along = wide @ turn * ((sizes > 0) / np.where(sizes > 0, sizes, 1))
+    return along.astype(x.dtype), sizes
+
+
+def _sums_of_rows(x: np.ndarray, count: int, stream: KeyStream) -> np.ndarray:
+    """Sums of every count-th row with random signs, (…, n, count)."""
     *batch, m, n = x.shape
-    sketch = stream.normal(math.prod(batch) * n * count, x.dtype).reshape(*batch, n, count)
-    # Over x's size, so that nothing leaves float32's range.
-    scale: np.ndarray = (1 / np.clip(np.sqrt(energy / (m * n)), _TINY, 1 / _TINY)).astype(x.dtype)
-    sketch = product_of(x, sketch * scale)
-    sketch = np.linalg.qr(product_of(x.swapaxes(-1, -2), sketch * scale))[0]
-    image = product_of(x, sketch * scale)
-    # Its singular directions by its Gram matrix: small ones lose digits, and matter little.
-    gram = (image.swapaxes(-1, -2) @ image).astype(np.float64)
-    squares, turn = np.linalg.eigh(gram)
-    sizes = np.sqrt(np.maximum(squares, 0))[..., None, :] / scale
-    turn = turn.astype(x.dtype)
-    return (image @ turn) / scale, sizes, sketch @ turn
+    signs = stream.signs(math.prod(batch) * m).astype(x.dtype).reshape(*batch, m, 1)
+    whole = m - m % count
+    # (…, count, 1, rows) @ (…, count, rows, n)
+    factors = signs[..., :whole, :].reshape(*batch, -1, count, 1).swapaxes(-3, -2)
+    factors = np.ascontiguousarray(factors.swapaxes(-2, -1))
+    parts = x[..., :whole, :].reshape(*batch, -1, count, n).swapaxes(-3, -2)
+    sums = np.empty((*batch, count, 1, n), x.dtype)
+
+    def run(start: int, stop: int) -> None:
+        np.matmul(factors, parts[..., start:stop], out=sums[..., start:stop])
+
+    in_parallel(run, n, x.size)
+    sums = sums[..., 0, :]
+    sums[..., : m - whole, :] += signs[..., whole:, :] * x[..., whole:, :]
+    return sums.swapaxes(-1, -2)
 
 
 def product_of(left: np.ndarray, right: np.ndarray) -> np.ndarray:

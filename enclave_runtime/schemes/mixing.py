@@ -39,7 +39,7 @@ from enclave_runtime.schemes.contract import Group, Scheme, SchemeCost, keyed_ax
 from enclave_runtime.schemes.equilibration import AxisScales, Equilibrated
 from enclave_runtime.schemes.kernels import hadamard
 from enclave_runtime.schemes.kernels.hadamard import AxisMap
-from enclave_runtime.schemes.masks import Masked, energies, plus_product, product_of
+from enclave_runtime.schemes.masks import Masked, plus_product, product_of
 from enclave_runtime.schemes.orthogonal import mix_into, round_into, rounded, to_mixable
 
 DECOY_ENERGY = 4.0  # of all decoy rows, over the signal's
@@ -266,15 +266,15 @@ class Mixing(Scheme):
             element = keys[number].element
             maps[axis] = element if parity else element.inverse_transpose()
             count = max(count, keys[number].decoys)
-        whole = energies(x)
+        whole = tensor.energies
         # Nothing is no basis for a scale; it is hidden all the same.
         size = np.where(whole > 0, whole, 1.0)
-        decoys, trade, covered, mask, covering = None, None, None, None, size
+        decoys, trade, covered, draft, covering = None, None, None, None, size
         rows = layout.classes[-2]
         assert rows is not None, "operands of products have keys on both axes"
         if self.mask_energy:
             energy = self.mask_energy * (NARROW_FACTOR if min(x.shape[-2:]) <= NARROW else 1)
-            mask, covering = masks.draw(x, whole, energy, self.traded, draws)
+            draft, covering = masks.draw(x, whole, energy, self.traded, draws)
         if count:
             decoys = _decoy_rows(x, count, float(size.sum()), draws)
         elif self.decoy_rows and not self.mask_energy:
@@ -282,7 +282,7 @@ class Mixing(Scheme):
             if trade is not None:
                 first, second = trade.values()
                 x = plus_product(x, first, second.swapaxes(-1, -2))
-        if mask is None and decoys is None and trade is None and not whole.all():
+        if draft is None and decoys is None and trade is None and not whole.all():
             # It would arrive as nothing; its products are set to zeros or computed inside.
             noise = draws.normal(x.size, x.dtype).reshape(x.shape)
             x = np.where(whole > 0, x, noise)
@@ -294,13 +294,13 @@ class Mixing(Scheme):
         mean = np.clip(np.sqrt(total / (out.size / total.size)), _TINY, 1 / _TINY)
         scalars = 4 ** (draws.uniform(total.size) - 0.5) / mean
         maps[last] = maps[last].scaled(scalars)
-        if mask is None:
+        if draft is None:
             mix_into(out, x, maps, decoys)
         else:
             fits = out.dtype == x.dtype and out.flags.carray
             own = out if fits else np.empty(out.shape, x.dtype)
-            keyed = masks.blind(x, mask, (maps[last - 1], maps[last]), decoys, own)
-            covered = Masked(x, mask, rows, keyed)
+            mask, keyed = masks.blind(x, draft, (maps[last - 1], maps[last]), decoys, own)
+            covered = Masked(x, mask, rows, maps[last - 1], keyed)
             if not fits:
                 round_into(out, own)
         return TensorSecret(scalars, rows, tensor, decoys, covered, trade)
@@ -323,15 +323,14 @@ class Mixing(Scheme):
             return stream.normal(copies * rows * k, w.dtype).reshape(*batch, rows, k)
 
         def uniform() -> np.ndarray:
-            return (0.5 + stream.uniform(copies * k)).reshape(*batch, 1, k).astype(w.dtype)
+            return (0.5 + stream.uniform(copies * k)).reshape(*batch, 1, k)
 
-        along, sizes, right = masks.strongest_directions(w, k, energy, stream)
-        own = np.square(sizes, dtype=np.float64).sum(-1, keepdims=True)
-        rest = np.maximum(energy - own, 0)
-        others = np.sqrt(rest / (min(n, p) - k)).astype(w.dtype)
+        along, sizes = masks.strongest_directions(w, k, stream)
+        rest = np.maximum(energy - np.square(sizes).sum(-1, keepdims=True), 0)
+        others = np.sqrt(rest / (min(n, p) - k))
         removed = np.maximum(sizes - others * uniform(), 0)
         # Where there is nothing to remove, or nothing at all, directions come up all the same.
-        usual = np.sqrt(energy / min(n, p)).astype(w.dtype)
+        usual = np.sqrt(energy / min(n, p))
         added = np.maximum(sizes, usual) * uniform()
         random = [np.linalg.qr(normal(rows))[0] for rows in (n, p)]
         (first, second) = (c for c in layout.classes[-2:] if c is not None)
@@ -339,7 +338,7 @@ class Mixing(Scheme):
             first: np.concatenate(
                 [random[0] * added, -along * (removed / np.where(sizes > 0, sizes, 1))], -1
             ).astype(w.dtype),
-            second: np.concatenate([random[1], right], -1).astype(w.dtype),
+            second: np.concatenate([random[1], w.swapaxes(-1, -2) @ along], -1),
         }
 
     def unblind(
@@ -413,14 +412,15 @@ def _without_masks(
     """Takes keys off a product of this layout, and what the masks of its operands added."""
     rows, columns = layout.classes[-2:]
     last = product.ndim - 1
-    aligned = left.rows == rows
-    return masks.unblind(
-        product,
-        (maps[last - 1], maps[last]),
-        left if aligned else left.transposed,
-        right.transposed if right.rows == columns else right,
-        aligned,
-    )
+    by_row, by_column = maps[last - 1], maps[last]
+    if left.rows == rows:
+        right = right.transposed if right.rows == columns else right
+        return masks.unblind(product, (by_row, by_column), left, right, aligned=True)
+    if right.rows == columns:
+        turned = product.swapaxes(-1, -2)
+        plain = masks.unblind(turned, (by_column, by_row), right, left, aligned=True)
+        return np.ascontiguousarray(plain.swapaxes(-1, -2))
+    return masks.unblind(product, (by_row, by_column), left.transposed, right, aligned=False)
 
 
 def _decoy_rows(x: np.ndarray, count: int, energy: float, stream: KeyStream) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import os
 from collections.abc import Callable
 
@@ -11,14 +12,25 @@ from collections.abc import Callable
 PARALLEL_ELEMENTS = 1 << 19
 THREADS = os.cpu_count() or 1
 
+SHARES = 4  # for each thread: one that other work of the machine holds up has fewer of them
+
 _pool = concurrent.futures.ThreadPoolExecutor(THREADS, "hadamard")
 
 
 def in_parallel(run: Callable[[int, int], None], tasks: int, elements: int) -> None:
     """Calls ``run(start, stop)`` on ranges that add up to the tasks."""
-    parts = min(tasks, THREADS) if elements >= PARALLEL_ELEMENTS else 1
-    bounds = [tasks * part // parts for part in range(parts + 1)]
-    others = [_pool.submit(run, *bounds[part : part + 2]) for part in range(1, parts)]
-    run(*bounds[:2])
+    threads = min(tasks, THREADS) if elements >= PARALLEL_ELEMENTS else 1
+    if threads == 1:
+        run(0, tasks)
+        return
+    parts = min(tasks, threads * SHARES)
+    numbers = itertools.count()
+
+    def work() -> None:
+        while (part := next(numbers)) < parts:
+            run(tasks * part // parts, tasks * (part + 1) // parts)
+
+    others = [_pool.submit(work) for _ in range(threads - 1)]
+    work()
     for other in others:
         other.result()

@@ -104,7 +104,9 @@ def cover(
     x: np.ndarray, energy: float, strongest: int, draws: KeyStream
 ) -> tuple[np.ndarray, masks.Mask]:
     """The tensor with a mask, and the mask."""
-    mask, _ = masks.draw(x, masks.energies(x), energy, strongest, draws)
+    whole = np.square(x).sum((-2, -1), keepdims=True)
+    draft, _ = masks.draw(x, whole, energy, strongest, draws)
+    mask = draft.mask(transposed(x) @ draft.along)
     return x + dense(mask).reshape(x.shape), mask
 
 
@@ -175,8 +177,20 @@ def test_scales_stay_within_their_condition():
         assert np.sort(counts)[-12:].sum() > 800
 
 
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_a_tensor_of_low_rank_is_covered(rank):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(128, rank)) @ rng.normal(size=(rank, 64))
+    x = x.astype(np.float32)
+    seen, _ = cover(x, 9.0, 8, stream())
+    sizes = np.linalg.svd(seen, compute_uv=False)
+    assert sizes[0] < 10 * sizes[len(sizes) // 2]
+    along = np.linalg.svd(x)[0][:, :rank]
+    assert np.linalg.norm(along.T @ seen) < 0.5 * np.linalg.norm(seen)
+
+
 def test_masks_are_fresh_and_secret():
-    x = np.ones((64, 64))
+    x = np.random.default_rng(0).normal(size=(64, 64))
     first, second = (cover(x, 9.0, 8, stream(n)) for n in (1, 2))
     a, b = (seen - x for seen, _ in (first, second))
     assert abs((a * b).sum()) < 0.1 * np.linalg.norm(a) * np.linalg.norm(b)

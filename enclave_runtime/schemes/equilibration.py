@@ -34,7 +34,7 @@ SAFE_SCALE = 20  # orders by which usual numbers may go up and down again in flo
 REMOVED = 3  # binary orders of magnitude above the usual size, and more
 SWEEPS = 4  # over rows and columns; after one, a row has the size of what may have been one element
 _CACHED = 1 << 16  # elements that are gone through twice while they are in the cache
-DROWNED = 4.0  # times the rounding of a product whose rows and columns are all of one size
+DROWNED = 8.0  # times the rounding of a product whose rows and columns are all of one size
 
 
 class AxisScales:

@@ -1,0 +1,154 @@
+"""What a convolution costs the enclave outside, in each of three forms, and from what size on.
+
+Claim: under `Mixing` a 3×3 convolution is a product of matrices in three ways, whose tensors have
+different numbers of elements, with C channels in and out and m places::
+
+    patches   X (m, 9 C)   W (9 C, C)     Y (m, C)      20 m C elements with G and dX
+    rows      X (m, 3 C)   W (3 C, 3 C)   Y (m, 3 C)    12 m C, three parts of Y added up shifted
+    shifts    X (m, C)     W (C, 9 C)     Y (m, 9 C)    20 m C, nine of them
+
+`shield` uses patches. Keys and scheme are the enclave's own, what the devices would bring is left
+out, and nothing is asserted. A layer counts forward and backward: Y, dX and dW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from benchmarks.machine import describe, environment
+from enclave_runtime.crypto.keys import KeySchedule
+from enclave_runtime.protocol.program import KeyClass, Layout
+from tempo_jax.schemes import Mixing
+
+CHANNELS, IMAGES, BATCHES = (64, 128, 256, 512), (8, 16, 32), (64, 256)
+MOST = 90_000_000  # elements of the patches that are measured; more take gigabytes
+FORMS = {"patches": (3, 3), "rows": (1, 3), "shifts": (1, 1)}  # what of the window X unfolds
+_NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A 3×3 convolution that keeps the image's size."""
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_NUMBERS)
+
+
+def _unfolded(x: jax.Array, window: tuple[int, int]) -> jax.Array:
+    """X as a matrix of parts of its windows, (places, positions × channels)."""
+    n, height, width, channels = x.shape
+    margins = [(0, 0), *((size // 2, size // 2) for size in window), (0, 0)]
+    x = jnp.pad(x, margins)
+    taps = [
+        x[:, i : i + height, j : j + width]
+        for i, j in itertools.product(*(range(size) for size in window))
+    ]
+    return jnp.concatenate(taps, -1).reshape(n * height * width, len(taps) * channels)
+
+
+class Form:
+    """One way, for one layer: what the enclave does, without waiting for devices."""
+
+    def __init__(self, channels: int, image: int, batch: int, window: tuple[int, int]):
+        """Makes up a layer's tensors."""
+        rng = np.random.default_rng(0)
+        shape = (batch, image, image, channels)
+        self.x, self.g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+        self.window = window
+        # The rest of the window is added up, so G is unfolded along it.
+        self.rest = (3 // window[0], 3 // window[1])
+        taps, others = window[0] * window[1], self.rest[0] * self.rest[1]
+        self.sizes = (batch * image * image, taps * channels, others * channels)
+        w = rng.normal(size=self.sizes[1:]) / np.sqrt(9 * channels)
+        self.w = jnp.asarray(w, jnp.float32)
+        self.unfold = jax.jit(_unfolded, static_argnames="window")
+
+        def folded(matrix: jax.Array, window: tuple[int, int]) -> jax.Array:
+            aval = jax.ShapeDtypeStruct(shape, jnp.float32)
+            (image,) = jax.linear_transpose(lambda x: _unfolded(x, window), aval)(matrix)
+            return image
+
+        self.fold = jax.jit(folded, static_argnames="window")
+        self._schedule, self._uses = KeySchedule(), itertools.count()
+
+    def work(self) -> None:
+        """Blinds X, W and G, unblinds Y, dX and dW, and rearranges what is rearranged."""
+        scheme = Mixing()
+
+        def stream() -> Any:
+            return self._schedule.stream("benchmark", next(self._uses))
+
+        keys = {i: scheme.draw(KeyClass(n), stream()) for i, n in enumerate(self.sizes)}
+
+        def blind(plain: jax.Array, classes: tuple[int, int], parities: tuple[int, int]) -> Any:
+            out = np.empty(plain.shape, np.float32)
+            return out, scheme.blind(plain, Layout(classes, parities), keys, out, stream)
+
+        def unblind(first: Any, second: Any, classes: tuple[int, int], parities: Any) -> jax.Array:
+            # In place of what the devices compute: the work does not depend on the values.
+            blinded = np.ones([self.sizes[c] for c in classes], np.float32)
+            return scheme.unblind(blinded, Layout(classes, parities), keys, (first, second))
+
+        _, x = blind(self.unfold(self.x, self.window), (0, 1), (1, 1))
+        _, w = blind(self.w, (1, 2), (0, 1))
+        self.fold(unblind(x, w, (0, 2), (1, 1)), self.rest).block_until_ready()
+        _, g = blind(self.unfold(self.g, self.rest), (0, 2), (0, 0))
+        self.fold(unblind(g, w, (0, 1), (0, 0)), self.window).block_until_ready()
+        unblind(x, g, (1, 2), (1, 0)).block_until_ready()
+
+
+def inside(form: Form, channels: int) -> Callable[[], None]:
+    """The layer as the enclave computes it itself."""
+    kernel = jnp.ones((3, 3, channels, channels), jnp.float32)
+
+    @jax.jit
+    def layer(x: jax.Array, kernel: jax.Array, g: jax.Array) -> Any:
+        y, back = jax.vjp(convolve, x, kernel)
+        return y, back(g)
+
+    return lambda: jax.block_until_ready(layer(form.x, kernel, form.g))
+
+
+def measure(channels: int, image: int, batch: int, rounds: int) -> dict[str, float]:
+    """Each form's seconds over those of computing inside: the least of each, taken in turn."""
+    forms = {name: Form(channels, image, batch, window) for name, window in FORMS.items()}
+    works = {name: form.work for name, form in forms.items()}
+    works["inside"] = inside(forms["rows"], channels)
+    seconds = dict.fromkeys(works, float("inf"))
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if number:  # the first compiles
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return {name: seconds[name] / seconds["inside"] for name in FORMS}
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
+    parser.add_argument("--images", type=int, nargs="+", default=IMAGES)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    print(describe(environment()))
+
+    print("| channels | image | batch | patches | rows | shifts |\n|--:|--:|--:|--:|--:|--:|")
+    for channels, image, batch in itertools.product(given.channels, given.images, given.batches):
+        if 9 * channels * image**2 * batch > MOST:
+            print(f"| {channels} | {image} | {batch} | more than is measured | | |")
+            continue
+        found = measure(channels, image, batch, given.rounds)
+        cells = " | ".join(f"{found[name]:.2f}" for name in FORMS)
+        print(f"| {channels} | {image} | {batch} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -51,7 +51,7 @@ def measure(width: int, scheme_name: str, steps: int, enclaves: dict[str, Enclav
         )
         for variant in (UNVERIFIED, VERIFIED)
     }
-    seconds, busy = train_in_turn(contenders, enclaves, examples, steps)
+    seconds, busy, _ = train_in_turn(contenders, enclaves, examples, steps)
     reports = {v: c.step.explain(c.state, examples) for v, c in contenders.items()}
     report = reports[VERIFIED]
     return {

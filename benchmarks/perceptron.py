@@ -65,7 +65,7 @@ def train_in_turn(
     enclaves: Mapping[str, tempo.Enclave],
     examples: common.Batch,
     steps: int,
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, list[float]]]:
     """Lets every contender take a step in each round.
 
     Args:
@@ -75,17 +75,23 @@ def train_in_turn(
       steps: that count; `FIRST` more come before.
 
     Returns:
-      Seconds of each step that counts, by variant; and those that the enclave was busy.
+      Seconds of each step that counts, by variant; those that the enclave was busy; and those
+      of its processors.
     """
-    busy: dict[str, list[float]] = {variant: [] for variant in enclaves}
+    kept = ("busy_seconds", "processor_seconds")
+    used: dict[str, dict[str, list[float]]] = {k: {v: [] for v in enclaves} for k in kept}
     for _ in range(FIRST + steps):
         for variant, contender in contenders.items():
             enclave = enclaves.get(variant)
-            before = enclave.statistics()["busy_seconds"] if enclave else 0.0
+            before = enclave.statistics() if enclave else {}
             contender.run(examples)
             if enclave:
-                busy[variant].append(enclave.statistics()["busy_seconds"] - before)
+                told = enclave.statistics()
+                for name, seconds in used.items():
+                    seconds[variant].append(told[name] - before[name])
+    busy, processor = ({v: s[FIRST:] for v, s in used[name].items()} for name in kept)
     return (
         {v: c.seconds[FIRST:] for v, c in contenders.items()},
-        {v: seconds[FIRST:] for v, seconds in busy.items()},
+        busy,
+        processor,
     )

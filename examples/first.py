@@ -191,17 +191,17 @@ def _seconds(history: History) -> str:
 def _counting(
     step: Callable[..., Any], enclave: tempo.Enclave
 ) -> tuple[Callable[..., Any], Callable[[], float]]:
-    """The same step, and the enclave's median seconds of work for it; the first compiles."""
-    busy = [enclave.statistics()["busy_seconds"]]
+    """The same step, and the enclave's median processor seconds for it; the first compiles."""
+    used = [enclave.statistics()["processor_seconds"]]
 
     def counted(state: State, batch: Batch) -> tuple[State, Metrics]:
         state, metrics = step(state, batch)
         float(metrics["loss"])
-        busy.append(enclave.statistics()["busy_seconds"])
+        used.append(enclave.statistics()["processor_seconds"])
         return state, metrics
 
     def work() -> float:
-        spent = np.diff(busy)
+        spent = np.diff(used)
         return float(np.median(spent[1:] if len(spent) > 1 else spent))
 
     return counted, work
@@ -210,7 +210,7 @@ def _counting(
 def _inside_work(
     step: Callable[..., Any], enclave: tempo.Enclave, state: State, batch: Batch
 ) -> float:
-    """Seconds that the enclave works for a step when nothing leaves it."""
+    """Processor seconds of the enclave for a step when nothing leaves it."""
     inside = tempo.shield(step, enclave=enclave, placement="enclave")
     counted, work = _counting(inside, enclave)
     sealed = enclave.seal(state)

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -479,6 +480,7 @@ class Session:
             "programs": len(self._programs),
             "peak_memory_bytes": _peak_memory(),
             "busy_seconds": self._busy_seconds,
+            "processor_seconds": time.process_time(),
             "blindings": self._blindings,
             "wrong_products": self._attempts.wrong,
             "process": os.getpid(),

@@ -377,7 +377,8 @@ class Enclave:
         Returns:
           `handles`, `runs`, `programs` and `blindings` (counts), `peak_memory_bytes`
           (resident; under SGX, and under Gramine for a host that attached, what was mapped),
-          `busy_seconds` (inside segments, since launch) and `process` (its id).
+          `busy_seconds` (inside segments, since launch), `processor_seconds` (of all its threads;
+          devices on the same cores slow the former down, and this hardly) and `process` (its id).
         """
         self.free_dropped()
         told = self._lines("`enclave.statistics`").request(Kind.STATISTICS, {})

@@ -24,6 +24,7 @@ def test_the_table_has_rows_and_the_largest_gain():
         "rows": 32,
         "scheme": "mixing",
         "busy": {SHIELDED: 1.0, ENCLAVE: 4.0},
+        "processor": {SHIELDED: 3.0, ENCLAVE: 4.0},
         "seconds": {PLAIN: 2.0, SHIELDED: 3.0, ENCLAVE: 5.0},
         "offloaded": 0.5,
     }
@@ -36,7 +37,7 @@ def test_the_table_has_rows_and_the_largest_gain():
         "results": [result, {**result, "rows": 64, "against": {"busy": both, "processor": both}}],
     }
     lines = placement.table(results).splitlines()
-    assert "| mixing | 64 | 32 | 0.25 | 4.0 | 50% | 1.50 | 2.50 |" in lines
+    assert "| mixing | 64 | 32 | 0.25 | 0.75 | 4.0 | 50% | 1.50 | 2.50 |" in lines
     assert "| mixing | 64 | 64 | 0.50 | 0.50 |" in lines
     assert any("Against older" in line for line in lines)
 

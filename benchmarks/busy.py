@@ -21,7 +21,10 @@ from tempo_jax import Enclave
 
 
 def processor_seconds(process: int) -> float:
-    """What a process has used so far, in units of the system's clock ticks: 10 ms."""
+    """What a process has used so far, in units of the system's clock ticks: 10 ms.
+
+    `Enclave.statistics` says it more finely, but not in older checkouts.
+    """
     with open(f"/proc/{process}/stat") as status:
         fields = status.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100

@@ -26,7 +26,6 @@ import optax
 
 import tempo_jax as tempo
 from benchmarks import perceptron
-from benchmarks.busy import processor_seconds
 from benchmarks.machine import Json, describe, environment
 from benchmarks.overhead import ENCLAVE, PLACEMENTS, PLAIN, SHIELDED, VARIANTS
 from enclave_runtime.environment import ALLOCATOR_ENVIRONMENT
@@ -139,7 +138,7 @@ def _used(enclave: tempo.Enclave | None) -> tuple[float, float]:
     if enclave is None:
         return 0.0, 0.0
     told = enclave.statistics()
-    return told["busy_seconds"], processor_seconds(told["process"])
+    return told["busy_seconds"], told["processor_seconds"]
 
 
 def _status(process: int) -> str:

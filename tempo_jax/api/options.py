@@ -121,13 +121,6 @@ class Options:
                 "shield: shard_weights splits weights over the devices of a mesh, and there is "
                 "none of several devices. Pass `mesh=`, or leave `shard_weights` out"
             )
-        if self.enclave.processes is not None:
-            raise UnsupportedError(
-                "shield: shard_weights takes a mesh of one process's devices, and "
-                f"{self.enclave.processes.count} processes share this enclave, each of which has "
-                "to hold the whole state to open and save it. Leave `shard_weights` out, or train "
-                "on one process's devices"
-            )
         if not self.offloads or scheme.key_budget == 0 or scheme.keys_per_product:
             raise UnsupportedError(
                 "shield: shard_weights splits weights and optimizer state that lie on the devices, "

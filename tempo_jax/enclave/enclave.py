@@ -202,7 +202,7 @@ class Enclave:
         Then ``shield(..., mesh=...)`` takes a mesh of all their devices. All processes make the
         same calls in the same order, with arguments of the same types. The values are those of the
         first process (`jax.process_index() == 0`): the others give arrays of the same shapes, and
-        what they hold sealed are stand-ins, which only the first process opens and saves.
+        what they hold sealed are stand-ins, and the first process gets what is opened and saved.
 
         A process on the enclave's machine reaches it over loopback and shared memory. One on
         another machine, or in a container of its own, reaches it over TCP where it was told to
@@ -433,6 +433,10 @@ class Enclave:
     def open(self, tree: Any) -> Any:
         """Decrypts every sealed leaf of a pytree for the client.
 
+        Of several processes that share the enclave the first one gets the values, and the others
+        what they gave. All have to call this where each has a part of a leaf
+        (``shield(..., shard_weights=True)``), which they then gather, one leaf at a time.
+
         Args:
           tree: any pytree; leaves that are not sealed stay as they are.
 
@@ -442,11 +446,10 @@ class Enclave:
         Raises:
           SealedValueError: a leaf was donated, altered, or belongs to another enclave.
           RoleError: this is the host's side, which opens only what is published.
+          EnclaveError: another process does not call this, and has to.
         """
         self.free_dropped()
-        return jax.tree.map(
-            lambda x: values.open_leaf(self, x) if is_sealed(x) else x, tree, is_leaf=is_sealed
-        )
+        return values.open_leaves(self, tree)
 
     @OWN_TRANSFERS
     def copy(self, tree: Any) -> Any:
@@ -502,17 +505,21 @@ class Enclave:
         """Seals a state to the checkpoint key, as bytes that any storage may hold.
 
         Leaves that lie blinded on the devices are in it as well. The state stays usable. The
-        ledger has seen the checkpoint from now on.
+        ledger has seen the checkpoint from now on. Of several processes that share the enclave the
+        first one gets the checkpoint, and the others none; which have to call this is as for
+        `open`.
 
         Args:
           tree: any pytree of `SealedArray`s.
 
         Returns:
-          The checkpoint; `checkpoints.write` puts it into a file safely.
+          The checkpoint; `checkpoints.write` puts it into a file safely. Empty on other processes
+          than the first.
 
         Raises:
           CheckpointError: no key was given, or a leaf is not sealed.
           SealedValueError: a leaf was donated or belongs to another enclave.
+          EnclaveError: another process does not call this, and has to.
 
         Example:
           >>> import tempo_jax as tempo
@@ -526,7 +533,6 @@ class Enclave:
           3
         """
         self._lines("`enclave.checkpoint`")
-        self._leads("`enclave.checkpoint`")
         self.free_dropped()
         return self._checkpointing.write(self, tree)
 

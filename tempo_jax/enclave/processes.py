@@ -26,6 +26,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import secrets
 import sys
@@ -45,7 +46,13 @@ from tempo_jax.transport.loopback import HERE, Loopback
 WORKER_SECONDS = 30.0  # that a worker of a run may come later than the first
 PATIENCE_SECONDS = 7.0  # without a sign of life, after which a process is lost
 _BEAT_SECONDS = 1.0  # between signs of life
-_LOOK_SECONDS = 0.5  # between looks for Ctrl-C while another process is waited for
+LOOK_SECONDS = 0.5  # between looks for Ctrl-C while another process is waited for
+# Follows the sentence that says who does what.
+_TOGETHER = (
+    "All processes make the same calls in the same order. A state of which each has a part "
+    "(`shard_weights=True`) they open, copy and save together: leave out the "
+    "`if jax.process_index() == 0:` around that call, which gives the first process what it gives"
+)
 
 _groups = itertools.count()
 
@@ -75,6 +82,7 @@ class Processes:
         self.count = jax.process_count()
         self._folder = f"tempo_jax/{next(_groups)}"
         self._calls = itertools.count()
+        self._call = ""  # where this call is told of
         self._written: list[str] = []
 
     @property
@@ -107,7 +115,7 @@ class Processes:
         with contextlib.suppress(TempoError):
             found = self._exchange(leaves=1)
             while self.leads and time.monotonic() < end and not self._are_alone(found):
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(LOOK_SECONDS)
                 found = self._exchange(leaves=1)
 
     def _are_alone(self, found: dict[str, Any]) -> bool:
@@ -137,7 +145,7 @@ class Processes:
             # A collective breaks at once where a process is gone, and a run ends for all when the
             # first of them fails, be it for that reason.
             began = time.monotonic()
-            while not self._failed.wait(_LOOK_SECONDS) and self._may_find(error, began):
+            while not self._failed.wait(LOOK_SECONDS) and self._may_find(error, began):
                 pass
         return self.failure or error
 
@@ -226,9 +234,8 @@ class Processes:
 
     def tell_call(self, fields: dict[str, Any]) -> None:
         """Tells the others of this call; the first process does, once for each."""
-        key = f"{self._folder}/call/{next(self._calls)}"
-        self._write(key, fields)
-        self._written.append(key)
+        self._write(self._next_call(), fields)
+        self._written.append(self._call)
 
     def hear_call(self) -> dict[str, Any]:
         """What the first process told of this call.
@@ -236,7 +243,63 @@ class Processes:
         Raises:
           EnclaveError: it failed, or is gone.
         """
-        return self._read(f"{self._folder}/call/{next(self._calls)}")
+        return self._read(self._next_call())
+
+    def _next_call(self) -> str:
+        self._call = f"{self._folder}/call/{next(self._calls)}"
+        return self._call
+
+    def call_all(self, what: str, digest: str, leaves: Sequence[int] = ()) -> None:
+        """Has all processes come to the same place, for what they can only do together.
+
+        The first process calls this and the others `come`. Should it fail, the first one tells
+        them of one more call, which is that it failed.
+
+        Args:
+          what: they are to do.
+          digest: of what is the same for all.
+          leaves: that it is about, for those who do not know.
+
+        Raises:
+          EnclaveError: one does something else, or does not come.
+        """
+        self.tell_call({"what": what, "digest": digest, "leaves": [*leaves]})
+        call = self._call
+        for process in range(1, self.count):
+            answer = self._text(f"{call}/{process}", WORKER_SECONDS)
+            if answer is None:
+                does = f"did not come to {what} within {WORKER_SECONDS:g} s"
+            else:
+                does = json.loads(answer)["elsewhere"]
+            if does:
+                raise EnclaveError(f"process {process} {does}. {_TOGETHER}")
+        self.tell_call({})
+
+    def come(self, told: dict[str, Any], what: str, digest: str) -> None:
+        """Says that this process has come where the first one wants all; see `call_all`.
+
+        Args:
+          told: what was heard of this call.
+          what: this process does.
+          digest: likewise.
+
+        Raises:
+          EnclaveError: that is something else, or another process is elsewhere.
+        """
+        wanted = told.get("what", "a shielded function")
+        same = "run" not in told and (wanted, told["digest"]) == (what, digest)
+        if same:
+            self._write(f"{self._call}/{self.index}", {"elsewhere": ""})
+            self.hear_call()
+            return
+        other = " with other arguments" if what == wanted else ""
+        if "run" not in told:
+            self._write(f"{self._call}/{self.index}", {"elsewhere": f"calls {what}{other}"})
+            with contextlib.suppress(EnclaveError):
+                self.hear_call()
+        raise EnclaveError(
+            f"{self!r} calls {what}{other}, and process 0 calls {wanted}. {_TOGETHER}"
+        )
 
     def forget_calls(self) -> None:
         """Clears away what was told of calls, since everyone has heard it."""
@@ -251,17 +314,23 @@ class Processes:
             raise self._alone(error) from error
 
     def _read(self, key: str) -> dict[str, Any]:
-        text = None
-        while text is None:
-            self.check()
-            try:
-                text = cluster.read(key, _LOOK_SECONDS)
-            except cluster.NoAnswerError as error:
-                raise self._alone(error) from error
+        text = self._text(key)
+        assert text is not None, "without a limit it is waited for"
         told = json.loads(text)
         if "failed" in told:
             raise EnclaveError(f"process 0, which leads, failed: {told['failed']}")
         return told
+
+    def _text(self, key: str, seconds: float = math.inf) -> str | None:
+        end = time.monotonic() + seconds
+        text = None
+        while text is None and time.monotonic() < end:
+            self.check()
+            try:
+                text = cluster.read(key, LOOK_SECONDS)
+            except cluster.NoAnswerError as error:
+                raise self._alone(error) from error
+        return text
 
     def _alone(self, error: Exception) -> EnclaveError:
         return EnclaveError(

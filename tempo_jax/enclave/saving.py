@@ -24,6 +24,8 @@ from enclave_runtime.protocol.checkpoint import ORDER_BYTES, Leaf, Seen, sealed_
 from enclave_runtime.protocol.memory import Arena, input_bytes
 from enclave_runtime.protocol.program import ArrayType, aligned
 from enclave_runtime.protocol.wire import Kind
+from tempo_jax.enclave.parts import wholes
+from tempo_jax.enclave.processes import Processes
 from tempo_jax.errors import CheckpointError, UnsupportedError
 from tempo_jax.sealing.array import (
     BLINDED,
@@ -50,6 +52,16 @@ class Line(Protocol):
     @property
     def session(self) -> str:
         """The session's public name."""
+        ...
+
+    @property
+    def processes(self) -> Processes | None:
+        """Those that share the enclave."""
+        ...
+
+    @property
+    def follows(self) -> bool:
+        """Whether another process's values count."""
         ...
 
     def arena(self, size: int) -> AbstractContextManager[tuple[str, Arena]]:
@@ -98,7 +110,8 @@ class CheckpointRequests:
 
     def write(self, line: Line, tree: Any) -> bytes:
         """See `Enclave.checkpoint`."""
-        for leaf in jax.tree.leaves(tree, is_leaf=is_sealed):
+        leaves = jax.tree.leaves(tree, is_leaf=is_sealed)
+        for leaf in leaves:
             if is_sealed(leaf):
                 line.check_owned(leaf)
                 if isinstance(leaf.handle, Tracer):
@@ -106,8 +119,10 @@ class CheckpointRequests:
                         "enclave.checkpoint was called inside jit: there is no state yet. Call it "
                         "outside, on what the jitted function returned."
                     )
-        with self._lock:
-            data = _write(line, tree)
+        with self._lock, wholes(line, "`enclave.checkpoint`", leaves) as whole:
+            if line.follows:
+                return b""
+            data = _write(line, tree, whole)
             self._record(data)
         return data
 
@@ -158,8 +173,8 @@ class CheckpointRequests:
             self.ledger = self.ledger.recorded(self.key, data)
 
 
-def _write(line: Line, tree: Any) -> bytes:
-    """Has the enclave seal a tree of `SealedArray`s.
+def _write(line: Line, tree: Any, whole: Callable[[SealedArray], np.ndarray]) -> bytes:
+    """Has the enclave seal a tree of `SealedArray`s, of which `whole` gives the contents.
 
     Raises:
       CheckpointError: a leaf is not sealed, or the enclave has no key to seal to.
@@ -181,7 +196,7 @@ def _write(line: Line, tree: Any) -> bytes:
             if value.form != ENCRYPTED:
                 fields["handle"] = handle_text(value.handle)
             if value.form in (ENCRYPTED, BLINDED):
-                content = np.asarray(value.content)
+                content = whole(value)
                 place = ArrayType(content.shape, content.dtype.name)
                 np.copyto(arena.view(place, 0), content)
             line.connection.request(Kind.CHECKPOINT_LEAF, {**fields, "arena": name})

@@ -32,6 +32,8 @@ from enclave_runtime.protocol.tags import (
     unseal_array,
 )
 from enclave_runtime.protocol.wire import Kind
+from tempo_jax.enclave.parts import wholes
+from tempo_jax.enclave.processes import Processes
 from tempo_jax.errors import SealedValueError, UnsupportedError
 from tempo_jax.jaxprs import types
 from tempo_jax.jaxprs.types import array_type
@@ -68,6 +70,15 @@ class Keyed(Protocol):
 
     def keys(self, what: str) -> encryption.SessionKeys:
         """The session's keys, for `what`."""
+        ...
+
+    @property
+    def processes(self) -> Processes | None:
+        """Those that share the enclave."""
+        ...
+
+    def check_owned(self, sealed: SealedArray) -> SealedArray:
+        """Refuses values of other sessions and values already donated."""
         ...
 
     def arena(self, size: int) -> AbstractContextManager[tuple[str, Arena]]:
@@ -107,9 +118,10 @@ def copy(enclave: Keyed, tree: Any) -> Any:
     def copied(x: SealedArray) -> SealedArray:
         if enclave.follows:
             return stand_in(enclave, check_owned(x, enclave.session))
-        return _sealed(enclave, (), open_leaf(enclave, x), seal)
+        return _sealed(enclave, (), _open_leaf(enclave, x, whole), seal)
 
-    return jax.tree.map(lambda x: copied(x) if is_sealed(x) else x, tree, is_leaf=is_sealed)
+    with wholes(enclave, "`enclave.copy`", jax.tree.leaves(tree, is_leaf=is_sealed)) as whole:
+        return jax.tree.map(lambda x: copied(x) if is_sealed(x) else x, tree, is_leaf=is_sealed)
 
 
 def _tagged(tree: Any, tag: str | None, make: Callable[[Any, Any, Seal], Any]) -> Any:
@@ -166,32 +178,49 @@ def _plain_leaf(path: Any, leaf: Any, where: str) -> tuple[Any, np.ndarray]:
 # Opening
 
 
-def open_leaf(enclave: Keyed, sealed: SealedArray) -> jax.Array:
-    """The plain value of one sealed leaf; see `Enclave.open`."""
+def open_leaves(enclave: Keyed, tree: Any) -> Any:
+    """See `Enclave.open`."""
+    with wholes(enclave, "`enclave.open`", jax.tree.leaves(tree, is_leaf=is_sealed)) as whole:
+        if enclave.follows:
+            return tree
+        return jax.tree.map(
+            lambda x: _open_leaf(enclave, x, whole) if is_sealed(x) else x, tree, is_leaf=is_sealed
+        )
+
+
+def _open_leaf(
+    enclave: Keyed, sealed: SealedArray, whole: Callable[[SealedArray], np.ndarray]
+) -> jax.Array:
+    """The plain value of one sealed leaf, of which `whole` gives the content."""
     check_owned(sealed, enclave.session)
-    plain = _opened(enclave, sealed, array_type(sealed))
+    plain = _opened(enclave, sealed, array_type(sealed), whole)
     opened = types.from_physical(jnp.asarray(plain), sealed)
     return types.with_weak_type(opened, sealed.weak_type)
 
 
-def _opened(enclave: Keyed, sealed: SealedArray, array: ArrayType) -> np.ndarray:
+def _opened(
+    enclave: Keyed,
+    sealed: SealedArray,
+    array: ArrayType,
+    whole: Callable[[SealedArray], np.ndarray],
+) -> np.ndarray:
     connection, session = enclave.connection, enclave.session
     expected = array.shape, np.dtype(array.dtype)
-    if sealed.form == PUBLISHED and connection.keys is None and not enclave.follows:
-        return read_published(np.asarray(sealed.content), *expected)
+    if sealed.form == PUBLISHED and connection.keys is None:
+        return read_published(whole(sealed), *expected)
     keys = enclave.keys("`enclave.open`")
     if sealed.form in (PUBLISHED, ENCRYPTED):
         read = published_array if sealed.form == PUBLISHED else unseal_array
         with _authentic(array):
-            return read(keys.to_enclave, np.asarray(sealed.content), session, *expected)[1]
+            return read(keys.to_enclave, whole(sealed), session, *expected)[1]
     if isinstance(connection, Channel):
-        blinded = np.asarray(sealed.content).tobytes() if sealed.form == BLINDED else b""
+        blinded = whole(sealed).tobytes() if sealed.form == BLINDED else b""
         reply = connection.exchange(Kind.OPEN, {"handle": handle_text(sealed.handle)}, blinded)
         encrypted = np.frombuffer(reply.attachment, np.uint8)
     else:
         with enclave.arena(input_bytes(array)) as (name, arena):
             if sealed.form == BLINDED:
-                np.copyto(arena.view(array, 0), np.asarray(sealed.content))
+                np.copyto(arena.view(array, 0), whole(sealed))
             fields = {"handle": handle_text(sealed.handle), "arena": name, "offset": 0}
             connection.request(Kind.OPEN, fields)
             size = encryption.encrypted_bytes(array.nbytes)

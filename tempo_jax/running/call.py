@@ -215,7 +215,7 @@ class Runtime:
                 continue
             sharding = next(shardings)
             if i in blinded and self._processes is not None and self._mesh is not None:
-                leaves.append(spread(self._mesh, port.array, blinded[i]))
+                leaves.append(spread(self._mesh, port.array, blinded[i], sharding))
             else:
                 content = blinded[i] if i in blinded else x.content
                 leaves.append(jax.device_put(content, sharding))

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,9 @@ from tempo_jax.running.observation import HostView, add_crossing
 from tempo_jax.running.served import Served
 from tempo_jax.sealing.array import HELD_WHOLE, PUBLISHED, handle_text, is_sealed
 from tempo_jax.transport.loopback import Calls, Shipment
+
+# Gives the contents of the inputs at some positions whole, one after another.
+Contents = Callable[[Sequence[int]], contextlib.AbstractContextManager[Iterator[np.ndarray]]]
 
 ABORT_SECONDS = 0.3  # what an enclave that may be stopped gets to hear of an abort
 
@@ -86,11 +90,14 @@ class HostRun:
 
     # Begin
 
-    def begin(self, inputs: Sequence[Any]) -> dict[int, np.ndarray]:
+    def begin(
+        self, inputs: Sequence[Any], contents: Contents | None = None
+    ) -> dict[int, np.ndarray]:
         """Starts the run.
 
         Args:
           inputs: for each port a `SealedArray` of concrete children, or a public array.
+          contents: of inputs that lie on the devices, where this process has not all of them.
 
         Returns:
           Device-resident inputs that the enclave blinded, by position.
@@ -124,7 +131,8 @@ class HostRun:
             watchdog.watch(self)
         blinded = self._take(reply["download"], offsets)
         if reply["upload"]:
-            blinded |= self._settle(inputs, reply["upload"], offsets)
+            contents = contents or functools.partial(_contents, inputs)
+            blinded |= self._settle(contents, reply["upload"], offsets)
         return blinded
 
     def join(self, number: int) -> None:
@@ -143,13 +151,14 @@ class HostRun:
         return self._reserved
 
     def _settle(
-        self, inputs: Sequence[Any], positions: Sequence[int], offsets: Sequence[int]
+        self, contents: Contents, positions: Sequence[int], offsets: Sequence[int]
     ) -> dict[int, np.ndarray]:
         """Brings leaves that lie on the devices but are wanted inside, or under other keys."""
         moving = {str(i): offsets[i] for i in positions}
-        for i in positions:
-            port = self.served.program.inputs[i]
-            np.copyto(self.arena.view(port.array, offsets[i]), np.asarray(inputs[i].content))
+        with contents(positions) as found:
+            for i, content in zip(positions, found, strict=True):
+                port = self.served.program.inputs[i]
+                np.copyto(self.arena.view(port.array, offsets[i]), content)
         reply = self._request(Kind.SETTLE, {"offsets": moving, "blind_at": moving})
         return self._take(reply["download"], offsets)
 
@@ -366,3 +375,8 @@ class HostRun:
         if reserved is not None:
             lines.discard(reserved, seconds=ABORT_SECONDS)
         self.failed.set_result(None)
+
+
+@contextlib.contextmanager
+def _contents(inputs: Sequence[Any], positions: Sequence[int]) -> Iterator[Iterator[np.ndarray]]:
+    yield (np.asarray(inputs[i].content) for i in positions)

@@ -5,8 +5,9 @@ Untrusted: blinded values only.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +18,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from enclave_runtime.protocol.program import ArrayType
 from tempo_jax.enclave.enclave import Enclave
+from tempo_jax.enclave.parts import gathering, in_parts
 from tempo_jax.enclave.processes import Processes
 from tempo_jax.errors import EnclaveError, UnsupportedError
 from tempo_jax.running.host_run import HostRun
+
+_HERE = "a shielded function"  # what all processes do, in the words of an error
 
 
 def check_processes(mesh: Mesh | None, enclave: Enclave) -> None:
@@ -75,7 +79,7 @@ def started(
     processes.check()
     if processes.leads:
         try:
-            blinded = run.begin(inputs)
+            blinded = run.begin(inputs, functools.partial(_together, processes, digest, inputs))
         except BaseException as error:
             processes.tell_call({"failed": str(error)})
             raise
@@ -84,6 +88,11 @@ def started(
         run.join(run.number)
         return blinded
     told = processes.hear_call()
+    if "run" not in told:
+        processes.come(told, _HERE, digest)
+        with gathering(processes, [inputs[i].content for i in told["leaves"]]):
+            pass
+        told = processes.hear_call()
     run.number = told["run"]  # by which it is aborted, should it be another one
     if told["digest"] != digest:
         raise EnclaveError(
@@ -95,7 +104,22 @@ def started(
     return dict.fromkeys(told["blinded"])
 
 
-def spread(mesh: Mesh, array: ArrayType, value: np.ndarray | None) -> jax.Array:
+@contextlib.contextmanager
+def _together(
+    processes: Processes, digest: str, inputs: Sequence[Any], positions: Sequence[int]
+) -> Iterator[Iterator[np.ndarray]]:
+    """Contents of inputs, of which each process may have a part; see `host_run.Contents`."""
+    contents = [inputs[i].content for i in positions]
+    apart = [i for i, x in zip(positions, contents, strict=True) if in_parts(x)]
+    if apart:
+        processes.call_all(_HERE, digest, apart)
+    with gathering(processes, contents) as found:
+        yield found
+
+
+def spread(
+    mesh: Mesh, array: ArrayType, value: np.ndarray | None, sharding: NamedSharding
+) -> jax.Array:
     """Gives every device of a mesh what the first process has.
 
     The bytes are added up as integers, of which all but the first device's are zero: sums of
@@ -105,9 +129,10 @@ def spread(mesh: Mesh, array: ArrayType, value: np.ndarray | None) -> jax.Array:
       mesh: spans processes, all of which call this.
       array: shape and dtype of the value.
       value: on the first process; the others have none.
+      sharding: what each device is to have of it.
 
     Returns:
-      The value, replicated.
+      The value.
     """
     dtype = np.dtype(array.dtype)
     word = np.dtype(f"uint{8 * min(dtype.itemsize, 4)}")
@@ -120,11 +145,11 @@ def spread(mesh: Mesh, array: ArrayType, value: np.ndarray | None) -> jax.Array:
 
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0], None))
     rows = jax.make_array_from_callback((mesh.size, count), split, row)
-    return _summed(mesh, array.shape, dtype.name)(rows)
+    return _summed(sharding, array.shape, dtype.name)(rows)
 
 
 @functools.lru_cache(maxsize=256)
-def _summed(mesh: Mesh, shape: tuple[int, ...], name: str) -> Any:
+def _summed(sharding: NamedSharding, shape: tuple[int, ...], name: str) -> Any:
     dtype = np.dtype(name)
 
     def summed(rows: jax.Array) -> jax.Array:
@@ -132,4 +157,4 @@ def _summed(mesh: Mesh, shape: tuple[int, ...], name: str) -> Any:
         parts = dtype.itemsize // words.dtype.itemsize
         return lax.bitcast_convert_type(words.reshape(*shape, *((parts,) * (parts > 1))), dtype)
 
-    return jax.jit(summed, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(summed, out_shardings=sharding)

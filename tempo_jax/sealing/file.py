@@ -92,6 +92,7 @@ def save_sealed(path: str | os.PathLike[str], tree: Any) -> None:
             }
         )
         if leaf.form != RESIDENT:
+            _refuse_part(name, leaf.content)
             contents.append(_little_endian(np.asarray(leaf.content)))
     if len(sessions) != 1:
         raise SealedValueError(
@@ -144,6 +145,15 @@ def load_sealed(path: str | os.PathLike[str], like: Any) -> Any:
             raise SealedValueError(f"load_sealed: more bytes follow the values in {Path(path)}")
     _keep(leaves)
     return jax.tree.unflatten(structure, leaves)
+
+
+def _refuse_part(name: str, content: Any) -> None:
+    if isinstance(content, jax.Array):
+        if not (content.is_fully_addressable or content.is_fully_replicated):
+            raise SealedValueError(
+                f"save_sealed: of `{name}` each process has only a part. Have all of them call "
+                "`enclave.copy`, and save what the first one gets"
+            )
 
 
 def _keep(leaves: Any) -> None:

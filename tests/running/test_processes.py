@@ -259,7 +259,7 @@ def test_two_processes_over_tcp():
 @pytest.mark.parametrize("silence", [0.0, 1.0])
 def test_an_error_waits_for_the_process_behind_it(silence, monkeypatch):
     """One process ends a run for all at once, before the silence of the lost one is long."""
-    for name in ("_BEAT_SECONDS", "_LOOK_SECONDS"):
+    for name in ("_BEAT_SECONDS", "LOOK_SECONDS"):
         monkeypatch.setattr(processes_module, name, 0.1)
     group = processes_module.Processes(patience=30.0)
     group._silence = silence

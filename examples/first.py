@@ -49,11 +49,12 @@ class Network(nn.Module):
         return nn.Dense(10, name="classify")(nn.LayerNorm()(x))
 
 
-def training(width: int, learning_rate: float) -> tuple[State, Callable[..., Any]]:
+def training(
+    width: int, optimizer: optax.GradientTransformation
+) -> tuple[State, Callable[..., Any]]:
     """Returns a first state, and the plain step that trains it."""
     model = Network(width)
     params = model.init(jax.random.key(0), jnp.zeros((1, SIDE * SIDE)))
-    optimizer = optax.adam(learning_rate)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         params, moments = state
@@ -125,7 +126,7 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("first.png"))
     options = parser.parse_args()
-    state, step = training(options.width, learning_rate=1e-3)
+    state, step = training(options.width, optax.adam(1e-3))
 
     def draw() -> Iterator[Batch]:
         return batches(options.batch_size, seed=0)

@@ -23,10 +23,11 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 
 import tempo_jax as tempo
-from examples.common import SCHEMES, argument_parser, positive
+from examples.common import SCHEMES, argument_parser, marked, positive
 from examples.first import batches, training
 
 DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)  # of which no other process is the cause
@@ -40,6 +41,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--width", type=positive, default=256, help="of each layer")
     made.add_argument("--processes", type=positive, help="start so many here and look after them")
     made.add_argument("--devices", type=positive, default=1, help="of the CPU, in each of them")
+    made.add_argument(
+        "--shard-weights",
+        action="store_true",
+        help="under a scheme that keeps weights on the devices, have each keep a part of them",
+    )
     made.add_argument("--coordinator", help="host:port of process 0, where nothing else says it")
     made.add_argument("--count", type=positive, help="of processes, with --coordinator")
     made.add_argument("--index", type=int, help="of this process, with --coordinator")
@@ -73,29 +79,31 @@ def work(options: argparse.Namespace) -> None:
     """What every process does: the same calls in the same order."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("workers",))
     first, folder = jax.process_index() == 0, options.folder
-    state, step = training(options.width, learning_rate=1e-3)
+    optimizer = marked(optax.adam(1e-3), options.scheme)
+    state, step = training(options.width, optimizer)
     launch = functools.partial(tempo.Enclave.launch, listen=options.listen)
     with tempo.Enclave.across_processes(launch) as enclave:
         shielded = tempo.shield(
             step,
             enclave=enclave,
             mesh=mesh,
+            shard_weights=options.shard_weights,
             scheme=SCHEMES[options.scheme](),
             offload=options.offload,
             placement=options.placement,
         )
         if options.explain and first:
             print(shielded.explain(state, next(batches(options.batch_size, options.seed))))
-        done, sealed, saved = np.zeros((), np.int32), enclave.seal(state), None
+        done, sealed, kept = np.zeros((), np.int32), enclave.seal(state), None
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             enclave.use_checkpoint_key(checkpoint_key(folder))
-            saved = newest(folder)
-            done = np.asarray(saved[0] if saved else 0, np.int32)
+            kept = newest(folder)
+            done = np.asarray(kept[0] if kept else 0, np.int32)
         # The others do not see the folder, so the first one says where training goes on.
         start = int(multihost_utils.broadcast_one_to_all(done))
         if start:
-            sealed = enclave.restore(saved[1] if saved else b"", like=state)
+            sealed = enclave.restore(kept[1] if kept else b"", like=state)
         source = batches(options.batch_size, options.seed)
         for number, batch in zip(range(options.steps), source, strict=False):
             if number < start:
@@ -103,9 +111,9 @@ def work(options: argparse.Namespace) -> None:
             began = time.perf_counter()
             sealed, metrics = shielded(sealed, batch)
             loss = float(metrics["loss"])
+            saved = enclave.checkpoint(sealed)  # of all, which may each have a part of the weights
             if first:
-                path = folder / f"step-{number + 1:06d}.sealed"
-                tempo.checkpoints.write(path, enclave.checkpoint(sealed))
+                tempo.checkpoints.write(folder / f"step-{number + 1:06d}.sealed", saved)
                 seconds = time.perf_counter() - began
                 print(f"step {number + 1:3d}: loss {loss:.4f}, {seconds:.2f} s", flush=True)
         traffic = shielded.traffic(sealed, batch)

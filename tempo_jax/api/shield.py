@@ -78,7 +78,8 @@ def shield(  # noqa: D417 (the options are documented one by one)
         state that lie on the devices (under `cheap_update` and a scheme that keeps keys), in place
         of a copy: a weight is gathered where a product takes it, and its gradient is added up and
         shared out in one collective, as in fully sharded data parallelism. A leaf of which the
-        devices divide no axis stays whole, and `explain` says which.
+        devices divide no axis stays whole, and `explain` says which. Processes of `jax.distributed`
+        that keep parts open, copy and save the state together, see `Enclave.open`.
       donate: whether a carried state is donated.
       verify: whether the enclave checks every product that the devices return (Freivalds). A
         wrong one stops the run with an `IntegrityError` that names the equation, and the last

@@ -84,8 +84,10 @@ def test_training_goes_on_without_a_lost_process(signum, index, count):
 
 
 @pytest.mark.slow
-def test_two_processes_train():
-    with nothing_left_behind(), training("--processes", "2", "--steps", "2") as (process, wrote):
+@pytest.mark.parametrize("options", [(), ("--shard-weights",)])
+def test_two_processes_train(options):
+    command = ("--processes", "2", "--steps", "2", *options)
+    with nothing_left_behind(), training(*command) as (process, wrote):
         assert process.wait(SECONDS) == 0, wrote()
         text = wrote()
     assert len(re.findall(r"step +[12]: loss \d", text)) == 2

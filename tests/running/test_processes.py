@@ -17,6 +17,7 @@ from tempo_jax.errors import EnclaveError, RoleError, UnsupportedError
 from tempo_jax.running.call import Runtime
 from tempo_jax.running.host_run import HostRun
 from tempo_jax.schemes import Mixing, Orthogonal, SecretShares, SignedPermutation, Tempo
+from tests.running.test_spanning_parts import equal_in_parts
 from tests.support.cluster import cluster, run_processes, said
 from tests.support.processes import nothing_left_behind
 from tests.support.steps import assert_close, shield_all
@@ -246,7 +247,7 @@ def resumed() -> None:
 
 def test_two_processes_equal_one_device():
     with nothing_left_behind():
-        run_processes(equal_by_default, resumed)
+        run_processes(equal_by_default, resumed, equal_in_parts)
 
 
 def test_two_processes_over_tcp():

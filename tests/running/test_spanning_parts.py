@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ def mlp(optimizer: Any = ADAMW) -> Task:
     return make_task(MLP(16, 8), (8, 8), optimizer)
 
 
-def shield(task: Task, enclave: tempo.Enclave, **options: Any) -> Any:
+def shield(step: Callable[..., Any], enclave: tempo.Enclave, **options: Any) -> Any:
     options = {"scheme": SignedPermutation(), "shard_weights": True, **options}
-    return shield_all(task.step, enclave=enclave, mesh=mesh_of(jax.device_count()), **options)
+    return shield_all(step, enclave=enclave, mesh=mesh_of(jax.device_count()), **options)
 
 
 def assert_result(enclave: tempo.Enclave, task: Task, state: Any, losses: Any) -> None:
@@ -66,10 +67,10 @@ def predicting(task: Task) -> Any:
 # Equal results, and really less memory
 
 
-def equal() -> None:
+def equal_in_parts() -> None:
     task = mlp()
     with tempo.Enclave.across_processes() as enclave:
-        shielded = shield(task, enclave)
+        shielded = shield(task.step, enclave)
         report = shielded.explain(task.state, *task.batch)
         kept, whole = report.resident_bytes
         assert report.resident and kept * jax.device_count() == whole
@@ -88,7 +89,7 @@ def equal() -> None:
 def opened_copied_and_predicted() -> None:
     task = mlp()
     with tempo.Enclave.across_processes() as enclave:
-        shielded = shield(task, enclave)
+        shielded = shield(task.step, enclave)
         state, first = shielded(enclave.seal(task.state), *task.batch)
         after = task.result[1][1]
         # Functions of other signatures take the state, where it is or inside.
@@ -97,7 +98,7 @@ def opened_copied_and_predicted() -> None:
             {"shard_weights": False},
             {"shard_weights": False, "placement": "enclave"},
         ):
-            predict = shield(Task(predicting(task), *[None] * 3), enclave, **options)
+            predict = shield(predicting(task), enclave, **options)
             assert_close(predict(state, *task.batch), after)
         copied = enclave.copy(state)
         if not enclave.follows:
@@ -106,7 +107,7 @@ def opened_copied_and_predicted() -> None:
         # A whole state becomes one in parts and the other way round.
         losses = [first]
         for sharded in (False, True):
-            state, loss = shield(task, enclave, shard_weights=sharded)(state, *task.batch)
+            state, loss = shield(task.step, enclave, shard_weights=sharded)(state, *task.batch)
             losses.append(loss)
         assert_result(enclave, task, state, losses)
         again, last = train(shielded, copied, task.batch)
@@ -121,7 +122,7 @@ def equal_models() -> None:
         if jax.device_count() == 2:  # more have no part of it
             tasks.append(make_task(ConvNet(), (8, 4, 4, 2), ADAMW))
         for task in tasks:
-            shielded = shield(task, enclave)
+            shielded = shield(task.step, enclave)
             assert shielded.explain(task.state, *task.batch).plan.parts
             assert_result(enclave, task, *train(shielded, enclave.seal(task.state), task.batch))
 
@@ -132,7 +133,7 @@ def equal_schemes() -> None:
         settled = counted(patched)
         for scheme in (Tempo(), Orthogonal(budget=2)):
             for verify in (False, True):
-                shielded = shield(task, enclave, scheme=scheme, verify=verify)
+                shielded = shield(task.step, enclave, scheme=scheme, verify=verify)
                 assert shielded.explain(task.state, *task.batch).plan.parts
                 assert_result(enclave, task, *train(shielded, enclave.seal(task.state), task.batch))
         # Keys that may serve no more steps, for which the enclave gets the whole leaves.
@@ -156,17 +157,13 @@ def counted(patched: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(("processes", "devices"), [(2, 1), (2, 2), (4, 1)])
 def test_parts_equal_one_device(processes, devices):
     run_processes(
+        equal_in_parts,
         equal_models,
         equal_schemes,
         opened_copied_and_predicted,
         processes=processes,
         devices=devices,
     )
-
-
-def test_two_processes_with_parts():
-    with nothing_left_behind():
-        run_processes(equal)
 
 
 # Checkpoints, onto other numbers of processes
@@ -181,7 +178,7 @@ def saved() -> None:
         if not enclave.follows:
             (folder / "key").write_bytes(key.to_bytes())
             enclave.use_checkpoint_key(key)
-        state, _ = shield(task, enclave)(enclave.seal(task.state), *task.batch)
+        state, _ = shield(task.step, enclave)(enclave.seal(task.state), *task.batch)
         assert on_devices(state)
         data = enclave.checkpoint(state)
         assert bool(data) != enclave.follows
@@ -198,7 +195,7 @@ def resumed() -> None:
         data = b"" if enclave.follows else (folder / "step-1").read_bytes()
         state = enclave.restore(data, like=task.state)
         losses = task.result[1][:1]
-        shielded = shield(task, enclave)
+        shielded = shield(task.step, enclave)
         for _ in range(STEPS - 1):
             state, loss = shielded(state, *task.batch)
             losses.append(loss)
@@ -218,7 +215,7 @@ def test_a_checkpoint_is_restored_by_fewer_processes(tmp_path, monkeypatch):
 def refused() -> None:
     task = mlp()
     enclave = tempo.Enclave.across_processes()
-    shielded = shield(task, enclave)
+    shielded = shield(task.step, enclave)
     state, first = shielded(enclave.seal(task.state), *task.batch)
     leads = not enclave.follows
     # One opens, and the others go on.
@@ -259,7 +256,7 @@ def refused_where_keys_run_out() -> None:
     """The enclave asks for whole leaves where a run begins, and a process runs another program."""
     task = mlp(MOMENTUM)
     with tempo.Enclave.across_processes() as enclave:
-        shielded = shield(task, enclave, scheme=Orthogonal(budget=1))
+        shielded = shield(task.step, enclave, scheme=Orthogonal(budget=1))
         state, first = shielded(enclave.seal(task.state), *task.batch)
         count = 8 + 8 * jax.process_index()
         with pytest.raises(EnclaveError, match="a shielded function with other arguments"):
@@ -283,7 +280,7 @@ def test_what_processes_with_parts_are_refused():
 def stopped() -> None:
     task = make_task(MLP(12, 6), (9, 6), ADAMW)
     enclave = tempo.Enclave.across_processes()
-    state, _ = shield(task, enclave)(enclave.seal(task.state), *task.batch)
+    state, _ = shield(task.step, enclave)(enclave.seal(task.state), *task.batch)
     if jax.process_index() == 1:
         parts_module._gathered = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
     with pytest.raises(EnclaveError, match="no sign of life of process 1"):

@@ -101,7 +101,7 @@ def wholes(
 def gathering(processes: Processes, contents: Sequence[Any]) -> Iterator[Iterator[np.ndarray]]:
     """Gathers arrays, each when it is asked for, and at the end those that nobody asked for.
 
-    All processes do so with the same arrays, when they have met.
+    All processes do so with the same arrays, when they have met. The first one gets them.
     """
     left = map(functools.partial(_gathered, processes), contents)
     try:
@@ -112,7 +112,10 @@ def gathering(processes: Processes, contents: Sequence[Any]) -> Iterator[Iterato
 
 
 def _gathered(processes: Processes, content: Any) -> np.ndarray:
-    """A whole array. The main thread could not hear Ctrl-C, or of a lost process, inside XLA."""
+    """A whole array, on the first process; on the others nothing.
+
+    On a thread, since inside XLA the main one could not hear Ctrl-C, or of a lost process.
+    """
     if not in_parts(content):
         return np.asarray(content)
     future: concurrent.futures.Future[jax.Array] = concurrent.futures.Future()
@@ -131,7 +134,8 @@ def _gathered(processes: Processes, content: Any) -> np.ndarray:
         processes.check()
         concurrent.futures.wait([future], LOOK_SECONDS)
     try:
-        return np.asarray(future.result())
+        whole = future.result()
+        return np.asarray(whole) if processes.leads else np.zeros(0, whole.dtype)
     except jax.errors.JaxRuntimeError as error:
         raise processes.explain(error) from error
 

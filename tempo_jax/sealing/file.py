@@ -152,7 +152,8 @@ def _refuse_part(name: str, content: Any) -> None:
         if not (content.is_fully_addressable or content.is_fully_replicated):
             raise SealedValueError(
                 f"save_sealed: of `{name}` each process has only a part. Have all of them call "
-                "`enclave.copy`, and save what the first one gets"
+                "`enclave.copy`, or, without the client's keys, a function that returns it under "
+                '`shield(..., placement="enclave")`, and save what the first one gets'
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,17 @@ def opened_copied_and_predicted() -> None:
             predict = shield(predicting(task), enclave, **options)
             assert_close(predict(state, *task.batch), after)
         copied = enclave.copy(state)
+        inside = shield(
+            lambda x: x, enclave, shard_weights=False, placement="enclave", donate=False
+        )
+        brought, opened = inside(state), enclave.open(state)
         if not enclave.follows:
             with pytest.raises(SealedValueError, match="each process has only a part"):
                 tempo.save_sealed(os.devnull, state)
+            with tempfile.NamedTemporaryFile() as file:
+                tempo.save_sealed(file.name, brought)
+                whole = enclave.open(tempo.load_sealed(file.name, like=brought))
+            assert_close(whole, opened)
         # A whole state becomes one in parts and the other way round.
         losses = [first]
         for sharded in (False, True):

@@ -226,18 +226,18 @@ def refused() -> None:
     enclave = tempo.Enclave.across_processes()
     shielded = shield(task.step, enclave)
     state, first = shielded(enclave.seal(task.state), *task.batch)
-    leads = not enclave.follows
-    # One opens, and the others go on.
-    whose = "process 1 calls a shielded function" if leads else "process 0 calls `enclave.open`"
+    leads, strays = not enclave.follows, jax.process_index() == 1
+    # One goes on where the others open.
+    whose = "process 0 calls `enclave.open`" if strays else "process 1 calls a shielded function"
     with pytest.raises(EnclaveError, match=f"{whose}.*leave out the `if"):
-        enclave.open(state) if leads else shielded(state, *task.batch)
-    # One goes on, and the others open.
+        shielded(state, *task.batch) if strays else enclave.open(state)
+    # The first goes on, and the others open.
     why = "aborted" if leads else "process 0 calls a shielded function"
     with pytest.raises(EnclaveError, match=why):
         shielded(state, *task.batch) if leads else enclave.open(state)
-    # They open different things.
+    # One opens something else.
     with pytest.raises(EnclaveError, match="`enclave.open` with other arguments"):
-        enclave.open(state if leads else state[0])
+        enclave.open(state[0] if strays else state)
     # An error on the first process leaves nobody waiting for it.
     with pytest.MonkeyPatch.context() as patched:
         if leads:
@@ -267,7 +267,7 @@ def refused_where_keys_run_out() -> None:
     with tempo.Enclave.across_processes() as enclave:
         shielded = shield(task.step, enclave, scheme=Orthogonal(budget=1))
         state, first = shielded(enclave.seal(task.state), *task.batch)
-        count = 8 + 8 * jax.process_index()
+        count = 16 if jax.process_index() == 1 else 8
         with pytest.raises(EnclaveError, match="a shielded function with other arguments"):
             shielded(state, *(np.resize(a, (count, a.shape[1])) for a in task.batch))
         losses = [first]
@@ -282,8 +282,9 @@ def failing(*_: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_what_processes_with_parts_are_refused():
-    run_processes(refused, refused_where_keys_run_out)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_processes_with_parts_are_refused(processes):
+    run_processes(refused, refused_where_keys_run_out, processes=processes)
 
 
 def stopped() -> None:

@@ -179,7 +179,9 @@ class Lane:
     the start and downloads behind the longest of them: a process brings parts of the next segment
     when it has those of this one, whose last downloads another of its threads may still be reading.
     Uploads of segments without downloads lie behind both: nobody waits for such a segment, so they
-    may be brought before the segment in front has run, and read when the next one's are.
+    may be brought before the segment in front has run, and read when the next one's are. Behind
+    these lie, in two places in turn, downloads that go ahead (`Program.ahead`): they are fetched
+    with the next segment's, while those after may be on their way.
 
     Attributes:
       uploads: for each segment and upload the piece, None where another process brings it.
@@ -192,14 +194,22 @@ class Lane:
         self._shares = shares
         self._process = process
         self.uploads: list[list[Piece | None]] = [[] for _ in program.segments]
-        self.downloads: list[list[Piece]] = []
-        above = self._bring(program, 0, awaited=True)
-        beside = above
-        for segment in program.segments:
-            pieces, end = self._lay(segment.downloads, above)
-            self.downloads.append(pieces)
-            beside = max(beside, end)
-        self.size = self._bring(program, beside, awaited=False)
+        self.downloads: list[list[Piece]] = [[] for _ in program.segments]
+        ahead = program.ahead
+        awaited = [index for index in range(len(program.segments)) if index not in ahead]
+        end = self._fetch(program, awaited, self._bring(program, 0, awaited=True))
+        end = self._bring(program, end, awaited=False)
+        for turn in range(2):
+            end = self._fetch(program, ahead[turn::2], end)
+        self.size = end
+
+    def _fetch(self, program: Program, indices: Iterable[int], start: int) -> int:
+        """Lays the downloads of some segments, which take turns; returns where they end."""
+        longest = start
+        for index in indices:
+            self.downloads[index], end = self._lay(program.segments[index].downloads, start)
+            longest = max(longest, end)
+        return longest
 
     def _bring(self, program: Program, start: int, awaited: bool) -> int:
         """Lays the uploads of segments with, or without, downloads; returns where they end."""

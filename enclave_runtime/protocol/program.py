@@ -352,6 +352,19 @@ class Program:
         return crossing.layout.blinded(crossing.array, self.classes)
 
     @property
+    def ahead(self) -> tuple[int, ...]:
+        """Segments that send without having been brought anything, behind the first: in order.
+
+        The host has them run while its devices compute, and fetches their downloads with those of
+        the next segment that brings something.
+        """
+        return tuple(
+            index
+            for index, segment in enumerate(self.segments)
+            if index and segment.downloads and not segment.uploads
+        )
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the description as canonical JSON, in hex: what a client agrees to.
 

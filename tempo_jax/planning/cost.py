@@ -19,6 +19,7 @@ from tempo_jax.jaxprs.types import JaxprEqn, array_type, nbytes
 from tempo_jax.schemes import Scheme, SchemeCost
 
 _REQUEST = 3  # what one more request takes, in latencies of one more product
+_AHEAD = 10  # what a value takes to be blinded, likewise, if that is to be done in one more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,13 @@ class CostModel:
     def deserves_request(self, aval: Any, scheme: Scheme) -> bool:
         """Whether taking in a product is work enough for a request of its own."""
         return self.crossing(aval, scheme, product=True) > _REQUEST * self.latency
+
+    def may_go_ahead(self, aval: Any, scheme: Scheme) -> bool:
+        """Whether blinding a value is work enough to be done while devices compute.
+
+        What is won is as much at most, and nothing where they are fast; a request is lost.
+        """
+        return self.crossing(aval, scheme) > _AHEAD * self.latency
 
     def check_of(self, eqn: JaxprEqn) -> float:
         """Seconds to check an equation's result."""

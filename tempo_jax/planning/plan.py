@@ -320,7 +320,11 @@ def cut_apart(placed: Placed) -> Severed:
     def may_be_late(v: Var) -> bool:
         return costs is None or costs.deserves_request(v.aval, scheme)
 
-    parts = cut(jaxpr, placement, [outputs[i] for i in revealed], inside, may_be_late)
+    def may_go_ahead(v: Var) -> bool:
+        return costs is None or costs.may_go_ahead(v.aval, scheme)
+
+    shown = [outputs[i] for i in revealed]
+    parts = cut(jaxpr, placement, shown, inside, may_be_late, may_go_ahead)
     return Severed(placed, parts, revealed, sealed, frozenset(on_device))
 
 

@@ -67,9 +67,17 @@ class ProgramWriter:
         # Downloads and uploads lie apart: a worker of a mesh that is ahead may bring its uploads
         # while another still copies its downloads of the segment before. So do uploads of segments
         # without downloads: they are brought while the one before runs, and read when the next are.
-        self._above = max((self._room(s.downloads) for s in cut.segments), default=0)
+        # Downloads that are sent ahead lie in two places in turn, since some are fetched while the
+        # next are being written.
+        awaiting = (self._room(s.downloads) for s in cut.segments if not s.ahead)
+        self._above = max(awaiting, default=0)
         awaited = (self._room(s.uploads) for s in cut.segments if s.downloads)
         self._beside = self._above + max(awaited, default=0)
+        beside = (self._room(s.uploads) for s in cut.segments if not s.downloads)
+        self._ahead = self._beside + max(beside, default=0)
+        self._sent_ahead = max(
+            (self._room(s.downloads) for s in cut.segments if s.ahead), default=0
+        )
 
     def write(
         self,
@@ -147,10 +155,9 @@ class ProgramWriter:
 
     def _arena(self, arriving: Sequence[Port]) -> int:
         """Bytes of shared memory that one run needs."""
-        beside = (self._room(s.uploads) for s in self._cut.segments if not s.downloads)
         # Inputs cross once, before segment 0: ciphertext, or a leaf on its way to the devices.
         inputs = sum(input_bytes(port.array) for port in arriving)
-        return aligned(max(self._beside + max(beside, default=0), inputs, 1))
+        return aligned(max(self._ahead + 2 * self._sent_ahead, inputs, 1))
 
     # Segments
 
@@ -164,12 +171,16 @@ class ProgramWriter:
         for value, index in last_use.items():
             if value not in kept:
                 dead[index].append(value)
-        return tuple(
-            self._segment(segment, tuple(values))
-            for segment, values in zip(self._cut.segments, dead, strict=True)
-        )
+        count = 0
+        described = []
+        for segment, values in zip(self._cut.segments, dead, strict=True):
+            at = self._ahead + count % 2 * self._sent_ahead if segment.ahead else 0
+            count += segment.ahead
+            described.append(self._segment(segment, tuple(values), at))
+        return tuple(described)
 
-    def _segment(self, segment: TrustedSegment, dead: tuple[int, ...]) -> Segment:
+    def _segment(self, segment: TrustedSegment, dead: tuple[int, ...], at: int) -> Segment:
+        """A segment whose downloads begin at an offset."""
         return Segment(
             executable="",
             inputs=tuple(map(self._number, segment.inputs)),
@@ -177,7 +188,7 @@ class ProgramWriter:
             uploads=self._crossings(
                 segment.uploads, self._above if segment.downloads else self._beside
             ),
-            downloads=self._crossings(segment.downloads, 0),
+            downloads=self._crossings(segment.downloads, at),
             dead=dead,
         )
 

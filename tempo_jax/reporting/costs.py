@@ -253,7 +253,7 @@ class _Estimate:
 
     def _computed_outside(self) -> dict[int, list[int]]:
         """For each visit the products that the devices compute after it."""
-        awaited = [i for i, s in enumerate(self.plan.cut.segments) if not s.beside]
+        awaited = [i for i, s in enumerate(self.plan.cut.segments) if not (s.beside or s.ahead)]
         after: dict[int, list[int]] = {}
         for number in sorted(self.outside):
             level = self.plan.cut.levels[self.eqns[number].outvars[0]]

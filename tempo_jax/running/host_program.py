@@ -10,7 +10,7 @@ Where there are late products (see `planning.segments`), the enclave begins with
 while the devices compute them, and they are brought before the downloads are fetched. Neither XLA's
 scheduler nor a stream of an accelerator would order it so by itself: each late product is a branch
 taken on the token that the first call returned, and the fetch is given an element of its result.
-Untrusted.
+What the enclave sends ahead takes no call of its own: it comes with the next downloads. Untrusted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tempo_jax.jaxprs.products import contracted_axes, is_product
 from tempo_jax.jaxprs.types import JaxprEqn, Literal, Var
 from tempo_jax.planning.mesh import is_elementwise, local_shape
 from tempo_jax.planning.plan import Plan, offloaded
-from tempo_jax.planning.segments import HostEquation
+from tempo_jax.planning.segments import HostEquation, TrustedSegment
 from tempo_jax.running import integers
 
 _MET = jax.ShapeDtypeStruct((), jnp.int32)  # what a token is
@@ -54,7 +54,10 @@ class Visits(Protocol):
         """Has the enclave run a segment that every worker has brought, and does not wait."""
 
     def fetch(self, run: int, worker: int, index: int) -> Sequence[np.ndarray]:
-        """One worker's parts of the downloads, when all have brought theirs."""
+        """One worker's parts of the downloads, when all have brought theirs.
+
+        Behind those that were sent ahead of the segment.
+        """
         ...
 
 
@@ -123,6 +126,18 @@ class _Part(NamedTuple):
     axis: int
 
 
+def _fetched(segments: Sequence[TrustedSegment]) -> dict[int, tuple[Var, ...]]:
+    """What is fetched at each segment that the host waits for."""
+    found: dict[int, tuple[Var, ...]] = {}
+    ahead: tuple[Var, ...] = ()
+    for index, segment in enumerate(segments):
+        if segment.ahead:
+            ahead += segment.downloads
+        elif not segment.beside:
+            found[index], ahead = (*ahead, *segment.downloads), ()
+    return found
+
+
 class _HostProgram:
     def __init__(self, plan: Plan, visits: Visits, mesh: Mesh | None, observe: bool):
         self.plan = plan
@@ -131,6 +146,7 @@ class _HostProgram:
         self.workers = 1 if mesh is None else mesh.size
         self.resident = [plan.jaxpr.invars[i] for i in sorted(plan.placement.resident)]
         self._observed = dict(offloaded(plan)) if observe else {}
+        self.fetched = _fetched(plan.cut.segments)
         self.revealed = [plan.jaxpr.outvars[i] for i in plan.revealed]
         self.on_devices = [
             plan.jaxpr.outvars[i]
@@ -190,8 +206,8 @@ class _HostProgram:
         evaluate = functools.partial(self._equations, values, received, observed)
         segments = plan.cut.segments
         for index, segment in enumerate(segments):
-            if segment.beside:
-                continue  # brought with the one before
+            if index not in self.fetched:
+                continue  # brought with the one before, or fetched with the next
             ready = [e for e in pending if plan.cut.levels[e.eqn.outvars[0]] <= index]
             pending = [e for e in pending if plan.cut.levels[e.eqn.outvars[0]] > index]
             now, late = self._sorted(ready, segment.uploads)
@@ -208,7 +224,7 @@ class _HostProgram:
                 products = [e.eqn.outvars[0] for e in late if e.eqn.outvars[0] in plan.cut.late]
                 computed = [values[v] for v in products]
                 token, downloads = self._fetch(index, run, worker, token, computed)
-            received.update(zip(segment.downloads, downloads, strict=True))
+            received.update(zip(self.fetched[index], downloads, strict=True))
         evaluate(pending)
         if self.axis is not None:  # a commit must not overtake another worker's last visit
             token = lax.psum(token, self.axis)
@@ -283,7 +299,7 @@ class _HostProgram:
         return token, downloads
 
     def _types(self, index: int) -> list[jax.ShapeDtypeStruct]:
-        types = [self._local(v) for v in self.plan.cut.segments[index].downloads]
+        types = [self._local(v) for v in self.fetched[index]]
         return [jax.ShapeDtypeStruct(t.shape, np.dtype(t.dtype)) for t in types]
 
     def _bringing(self, index: int) -> Callable[..., list[Any]]:

@@ -9,7 +9,9 @@ waits for one that has not begun, whatever threads the runtime has.
 
 A segment that is *started* when all have brought theirs runs while the devices compute on: a thread
 asks for it, behind those before it, since the enclave runs segments in their order. Who fetches its
-downloads, brings what shall lie in its memory, or commits, waits for it.
+downloads, brings what shall lie in its memory, or commits, waits for it. A segment that sends
+*ahead* is started by whoever fetches the downloads of the one before, and its own are fetched with
+those of the next.
 
 On a mesh that spans processes each process brings and fetches the parts of its own devices in
 memory of its own (`Lane`), and the enclave, which joins the parts, is where the processes meet. The
@@ -198,7 +200,8 @@ class HostRun:
             earlier = [(i, done) for i, done in self._segments.items() if i < index]
         segments = self.served.program.segments
         for i, done in earlier:
-            if bool(segments[i].downloads) == bool(segments[index].downloads):
+            alike = bool(segments[i].downloads) == bool(segments[index].downloads)
+            if segments[i].uploads and alike:
                 done.result()  # its uploads lie in the same memory, see `ProgramWriter`
         crossings, lane = segments[index].uploads, self.served.lane
         pieces = [None] * len(crossings) if lane is None else lane.uploads[index]
@@ -238,14 +241,18 @@ class HostRun:
         return processes.failure
 
     def fetch(self, worker: int, index: int) -> list[np.ndarray]:
-        """One worker's parts of a segment's downloads; the first to ask has the segment run."""
+        """One worker's parts of a segment's downloads; the first to ask has the segment run.
+
+        Behind what was sent ahead of it.
+        """
         asked = time.perf_counter()
         self._run_once(index)
-        segment, traffic = self.served.program.segments[index], self.served.traffic
-        lane, first = self.served.lane, worker == self.served.own.start
-        pieces = [None] * len(segment.downloads) if lane is None else lane.downloads[index]
+        ahead = self.served.ahead(index)
+        if ahead is not None:
+            self._start(ahead)
+        traffic, first = self.served.traffic, worker == self.served.own.start
         downloads, start = [], time.perf_counter()
-        for crossing, piece in zip(segment.downloads, pieces, strict=True):
+        for crossing, piece in self._fetched(index):
             part, split = self._part(crossing, piece, worker)
             downloads.append(part if self.served.lends else part.copy())
             if split or first:
@@ -254,13 +261,27 @@ class HostRun:
             self._track.fetched(worker, index, asked, start)
         return downloads
 
+    def _fetched(self, index: int) -> Iterator[tuple[Crossing, Piece | None]]:
+        """What is fetched with a segment, and this process's parts of it."""
+        lane = self.served.lane
+        for i in self.served.fetched[index]:
+            crossings = self.served.program.segments[i].downloads
+            pieces = [None] * len(crossings) if lane is None else lane.downloads[i]
+            yield from zip(crossings, pieces, strict=True)
+
     def start(self, worker: int, index: int) -> None:
         """Has the enclave run a segment if all workers here have brought theirs."""
         if self._track is not None:
             self._track.goes_on(worker)
         with self._lock:
             complete = len(self._brought.get(index, ())) == len(self.served.own)
-            if not complete or index in self._started:
+        if complete:
+            self._start(index)
+
+    def _start(self, index: int) -> None:
+        """Has the enclave run a segment, once, and does not wait for it."""
+        with self._lock:
+            if index in self._started:
                 return
             self._started.add(index)
             self._segments[index] = concurrent.futures.Future()
@@ -277,6 +298,10 @@ class HostRun:
             # A single worker that comes again was repeated by JAX; the enclave compares what it
             # brings. On a mesh the others may have gone on, and so may one that started it.
             alone = len(self.served.own) == 1 and index not in self._started
+            # What alone went ahead since has left its downloads as they are, and the enclave would
+            # not repeat what came before it.
+            ahead = self.served.ahead(index)
+            alone = alone and not (ahead in self._started and ahead == max(self._segments))
             first = alone or index not in self._segments
             if first:
                 self._segments[index] = concurrent.futures.Future()

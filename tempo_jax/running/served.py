@@ -132,9 +132,30 @@ class Served:
         shape = local_shape(array.shape, crossing.layout, self.sharded, self.workers, self.apart)
         return ArrayType(shape, array.dtype)
 
+    @functools.cached_property
+    def fetched(self) -> dict[int, tuple[int, ...]]:
+        """For each segment that is waited for, whose downloads are fetched with its own: in order.
+
+        Those that went ahead of it, and itself.
+        """
+        found, waiting = {}, ()
+        for index in range(len(self.program.segments)):
+            waiting = (*waiting, index)
+            if index not in self.program.ahead:
+                found[index], waiting = waiting, ()
+        return found
+
+    def ahead(self, index: int) -> int | None:
+        """The segment that the enclave runs when a segment's downloads are fetched, if any does."""
+        segments = self.program.segments
+        following = (i for i in range(index + 1, len(segments)) if segments[i].downloads)
+        then = next(following, None)
+        return then if then in self.program.ahead else None
+
     def poison(self, index: int) -> list[np.ndarray]:
         """What a worker gets of a segment's downloads when the run has failed."""
-        return [_poison(self.local(c)) for c in self.program.segments[index].downloads]
+        segments = (self.program.segments[i] for i in self.fetched[index])
+        return [_poison(self.local(c)) for s in segments for c in s.downloads]
 
 
 def _poison(array: ArrayType) -> np.ndarray:

@@ -74,18 +74,23 @@ def test_ports_say_where_values_are(planned, program):
 
 def test_crossings_have_room_of_their_own(program):
     downloads_end = 0
-    for segment in program.segments:
+    for index, segment in enumerate(program.segments):
         for crossings in (segment.downloads, segment.uploads):
             end = None
             for c in crossings:
                 assert c.offset % ALIGNMENT == 0 and (end is None or c.offset == end)
                 end = c.offset + aligned(c.blinded.nbytes)
                 assert end <= program.arena_bytes
-            if crossings is segment.downloads:
+            if crossings is segment.downloads and index not in program.ahead:
                 downloads_end = max(downloads_end, end or 0)
     # A worker may bring uploads while another still copies downloads of the segment before.
     starts = [c.offset for s in program.segments for c in s.uploads]
     assert starts and min(starts) >= downloads_end
+    # What is sent ahead is fetched with the next downloads, while more may be on its way.
+    places = [[c.offset for c in program.segments[i].downloads] for i in program.ahead]
+    ends = [c.offset + c.blinded.nbytes for s in program.segments for c in s.uploads]
+    assert all(min(offsets) >= max(downloads_end, *ends) for offsets in places)
+    assert all(a[0] != b[0] for a, b in zip(places, places[1:], strict=False))
     arriving = (*program.constants, *program.inputs)
     assert sum(input_bytes(port.array) for port in arriving) <= program.arena_bytes
     assert program.arena_bytes % ALIGNMENT == 0

@@ -10,7 +10,7 @@ import pytest
 import tempo_jax as tempo
 from tempo_jax.jaxprs.products import is_product
 from tempo_jax.jaxprs.types import array_type
-from tempo_jax.planning import segments as segments_module
+from tempo_jax.planning import recomputing
 from tempo_jax.planning.export import export_segments
 from tempo_jax.planning.plan import Plan
 from tests.support.interpreter import Flat, interpret, is_variable, plan
@@ -62,7 +62,9 @@ def assert_well_formed(plan: Plan) -> None:
     inside -= {plan.jaxpr.invars[i] for i in plan.placement.resident}
     sent: set[Any] = set()
     uploaded: set[Any] = set()
+    waited = {i for i, s in enumerate(plan.cut.segments) if not (s.ahead or s.beside)}
     made: dict[Any, int] = {}
+    fetched: dict[Any, int] = {}
     for index, segment in enumerate(plan.cut.segments):
         assert not uploaded & set(segment.uploads)
         uploaded |= set(segment.uploads)
@@ -71,11 +73,14 @@ def assert_well_formed(plan: Plan) -> None:
         assert inside >= set(segment.inputs)
         inside |= set(segment.outputs)
         assert inside >= set(segment.downloads)
+        assert segment.ahead == bool(index and segment.downloads and not segment.uploads)
         assert not sent & set(segment.downloads)
         sent |= set(segment.downloads)
+        awaited = (i for i in range(index, len(plan.cut.segments)) if i in waited)
+        fetched.update(dict.fromkeys(segment.downloads, next(awaited, index)))
         for eqn in segment.eqns:
             again = [v for v in eqn.outvars if v in made]
-            light = segments_module._LIGHT | segments_module._HEAVY
+            light = recomputing.LIGHT | recomputing.HEAVY
             assert not again or eqn.primitive in light, "only cheap equations run twice"
             made.update((v, index) for v in eqn.outvars if v not in made)
     for variable, equation in host.items():
@@ -84,6 +89,8 @@ def assert_well_formed(plan: Plan) -> None:
                 assert levels[variable] >= levels[v]
             elif v in made and (equation.sent or v not in known):
                 assert levels[variable] > made[v]
+            if v in fetched and (equation.sent or v not in known):
+                assert levels[variable] > fetched[v]
 
 
 @pytest.mark.parametrize("activation", [jax.nn.gelu, jax.nn.silu, jnp.tanh, jax.nn.relu])
@@ -95,8 +102,8 @@ def test_one_tensor_is_kept_for_each_activation(activation):
 
 def test_gelu_keeps_more_without_recomputing(monkeypatch):
     least = max(held_bytes(plan(*dense_net(jax.nn.gelu), stateful=True).plan))
-    monkeypatch.setattr(segments_module, "_LIGHT", set())
-    monkeypatch.setattr(segments_module, "_HEAVY", set())
+    monkeypatch.setattr(recomputing, "LIGHT", set())
+    monkeypatch.setattr(recomputing, "HEAVY", set())
     most = max(held_bytes(plan(*dense_net(jax.nn.gelu), stateful=True).plan))
     assert most >= 2 * least
 
@@ -104,8 +111,8 @@ def test_gelu_keeps_more_without_recomputing(monkeypatch):
 @pytest.mark.parametrize("recomputed", [True, False])
 def test_results_do_not_depend_on_what_is_recomputed(monkeypatch, recomputed):
     if not recomputed:
-        monkeypatch.setattr(segments_module, "_LIGHT", set())
-        monkeypatch.setattr(segments_module, "_HEAVY", set())
+        monkeypatch.setattr(recomputing, "LIGHT", set())
+        monkeypatch.setattr(recomputing, "HEAVY", set())
     step, state, batch = dense_net(jax.nn.gelu)
     flat = plan(step, state, batch, stateful=True)
     assert_close(interpret(flat), jax.jit(step)(state, batch))
@@ -120,13 +127,15 @@ def test_one_round_trip_for_each_level():
 
 def test_products_of_one_level_go_out_together():
     flat = plan(attention, ATTENTION, uniform(5, 16, 12))
-    first, *rest = flat.plan.cut.segments
-    # q, k and v need x and their weights; the scores are computed from what is there already.
-    assert len(first.downloads) == 1 + 4
+    first, out, *rest = flat.plan.cut.segments
+    # q, k and v need x and their weights; the scores are computed from what is there already, and
+    # their weighted sum is multiplied by a weight that may come later.
+    assert len(first.downloads) == 1 + 3
+    assert out.ahead and len(out.downloads) == 1
     assert [len(s.uploads) for s in rest] == [1]
     levels = [flat.plan.cut.levels[e.eqn.outvars[0]] for e in flat.plan.cut.host]
     products = [e for e in flat.plan.cut.host if is_product(e.eqn)]
-    assert len(products) == 6 and max(levels) == 2
+    assert len(products) == 6 and max(levels) == 3
 
 
 def test_a_linear_function_needs_one_visit():
@@ -143,8 +152,38 @@ def test_equal_layers_are_exported_once():
 
     flat = plan(forward, [uniform(i, 12, 12) for i in range(6)], uniform(7, 16, 12))
     blobs = list(export_segments(flat.plan.cut))
-    # The first segment only sends, the others are one activation each.
-    assert len(blobs) == 7 and len(set(blobs)) == 2
+    # The first segment only sends, and so do those that send a weight ahead; the others are one
+    # activation each.
+    assert len(blobs) == 7 + 5 and len(set(blobs)) == 2
+
+
+def test_a_weight_is_sent_while_devices_compute_the_layer_before():
+    def forward(parameters: list[jax.Array], x: jax.Array) -> jax.Array:
+        for w in parameters:
+            x = jnp.tanh(x @ w.T)
+        return x
+
+    parameters, x = [uniform(i, 12, 12) for i in range(4)], uniform(7, 16, 12)
+    flat = plan(forward, parameters, x)
+    cut, weights = flat.plan.cut, flat.plan.jaxpr.invars[:4]
+    first, *rest, last = cut.segments
+    assert len(first.downloads) == 2 and not first.ahead
+    ahead, awaited = rest[0::2], rest[1::2]
+    assert [s.ahead for s in ahead] == [True] * 3 and not any(s.ahead for s in awaited)
+    assert [len(s.downloads) for s in awaited] == [1, 1, 1] and not last.downloads
+    # Each turns its weight round itself: nothing more is kept inside than before.
+    assert [s.inputs for s in ahead] == [(w,) for w in weights[1:]]
+    levels = [cut.levels[e.eqn.outvars[0]] for e in cut.host if is_product(e.eqn)]
+    assert levels == [2, 4, 6, 7]
+    assert_close(interpret(flat), forward(parameters, x))
+
+
+def test_what_the_next_product_needs_is_not_sent_ahead():
+    def forward(x: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ w) @ v + jnp.tanh(x @ v) @ w
+
+    flat = plan(forward, uniform(1, 16, 12), uniform(2, 12, 12), uniform(3, 12, 12))
+    assert not any(s.ahead for s in flat.plan.cut.segments)
 
 
 def unusual_outputs(x: jax.Array, w: jax.Array) -> Any:

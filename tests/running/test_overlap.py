@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 import tempo_jax as tempo
+from enclave_runtime.protocol.wire import Kind
 from enclave_runtime.schemes.contract import Scheme
 from tempo_jax.jaxprs.callbacks import call
 from tempo_jax.running.call import Runtime
@@ -59,20 +60,29 @@ def beside(shielded: Any, dtype: Any = jnp.float64) -> list[int]:
     return [index for index, segment in enumerate(segments) if segment.beside]
 
 
+def ahead(shielded: Any, dtype: Any = jnp.float64) -> list[int]:
+    segments = shielded.explain(*start(dtype)).plan.cut.segments
+    return [index for index, segment in enumerate(segments) if segment.ahead]
+
+
+@pytest.fixture
+def small_mixing(monkeypatch):
+    """Mixing keeps products as small as these inside, for what they would hide too little."""
+    monkeypatch.setattr(Mixing, "least_rows", 1)
+    monkeypatch.setattr(Mixing, "least_side", 1)
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize(
     "scheme, tolerance", [(MIXING, 1e-9), (SIGNED, TOLERANCE)], ids=["mixing", "signed"]
 )
 def test_results_are_those_of_the_plain_step(
-    enclave, monkeypatch, scheme, tolerance, verify, devices
+    enclave, small_mixing, scheme, tolerance, verify, devices
 ):
-    # Mixing keeps products as small as these inside, for what they would hide too little.
-    monkeypatch.setattr(Mixing, "least_rows", 1)
-    monkeypatch.setattr(Mixing, "least_side", 1)
     mesh = Mesh(np.array(jax.devices()[:devices]), ("w",)) if devices > 1 else None
     shielded = shield(step, enclave=enclave, scheme=scheme, verify=verify, mesh=mesh)
-    assert len(beside(shielded)) >= LAYERS - 3
+    assert len(beside(shielded)) >= LAYERS - 3 and len(ahead(shielded)) >= LAYERS - 2
     state, x = start()
     for _ in range(2):
         state, value = jax.jit(step)(state, x)
@@ -81,7 +91,7 @@ def test_results_are_those_of_the_plain_step(
 
 def test_two_runs_of_an_exact_scheme_give_the_same_bits(enclave):
     shielded = shield(step, enclave=enclave, scheme=SHARES)
-    assert beside(shielded, jnp.float32)
+    assert beside(shielded, jnp.float32) and ahead(shielded, jnp.float32)
     first, second = (trained(enclave, shielded, jnp.float32) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -99,8 +109,11 @@ def test_a_step_inside_scan_is_the_same(enclave):
     assert_close((enclave.open(scanned), values[-1]), (state, value))
 
 
+@pytest.mark.parametrize("scheme", [MIXING, SIGNED], ids=["mixing", "signed"])
 @pytest.mark.parametrize("devices", [1, 2])
-def test_products_and_segments_need_not_wait_for_each_other(enclave, monkeypatch, devices):
+def test_products_and_segments_need_not_wait_for_each_other(
+    enclave, monkeypatch, small_mixing, scheme, devices
+):
     # A product that does not end before the segments that the enclave was asked for have run: were
     # one of them to wait for it, the program would hang.
     mesh = Mesh(np.array(jax.devices()[:devices]), ("w",)) if devices > 1 else None
@@ -125,10 +138,11 @@ def test_products_and_segments_need_not_wait_for_each_other(enclave, monkeypatch
 
     monkeypatch.setattr(Runtime, "_bring", noting)
     monkeypatch.setattr(Scheme, "device_product", slow)
-    shielded = shield(step, enclave=enclave, scheme=SIGNED, mesh=mesh)
+    shielded = shield(step, enclave=enclave, scheme=scheme, mesh=mesh)
     trained(enclave, shielded)
-    late = beside(shielded)
-    assert beside_products == {*late, *(index - 1 for index in late)}
+    late, early = beside(shielded), ahead(shielded)
+    assert late and early
+    assert beside_products == {*late, *(index - 1 for index in late), *early}
 
 
 def test_a_wrong_late_product_ends_the_run_before_its_commit(enclave, monkeypatch):
@@ -149,10 +163,50 @@ def test_a_wrong_late_product_ends_the_run_before_its_commit(enclave, monkeypatc
     shielded(state, x)  # nothing was committed
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_fails_ahead_ends_the_run_before_its_commit(enclave, monkeypatch, devices):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("w",)) if devices > 1 else None
+    shielded = shield(step, enclave=enclave, scheme=SIGNED, mesh=mesh)
+    state, x = enclave.seal(start())
+    state, _ = shielded(state, x)
+    request, broken = HostRun._request, ahead(shielded)[1]
+
+    def breaking(self: HostRun, kind: Kind, fields: dict[str, Any], *more: Any) -> Any:
+        if kind is Kind.SEGMENT and fields["segment"] == broken:
+            raise tempo.errors.EnclaveError("the line broke")
+        return request(self, kind, fields, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HostRun, "_request", breaking)
+        with pytest.raises(tempo.errors.EnclaveError, match="the line broke"):
+            shielded(state, x)
+    shielded(state, x)  # nothing was committed
+
+
+def test_a_visit_that_is_repeated_gets_what_it_got(enclave, monkeypatch):
+    # JAX may call again; by then the enclave may have run what goes ahead of the next segment.
+    fetch, again = Runtime._fetch, []
+
+    def twice(self: Runtime, run: HostRun, worker: int, index: int) -> Any:
+        first = [x.copy() for x in fetch(self, run, worker, index)]
+        then = run.served.ahead(index)
+        if then is not None:
+            run._segments[then].result(timeout=30)
+            again.append(then)
+        second = fetch(self, run, worker, index)
+        jax.tree.map(np.testing.assert_array_equal, first, list(second))
+        return second
+
+    monkeypatch.setattr(Runtime, "_fetch", twice)
+    shielded = shield(step, enclave=enclave, scheme=SIGNED)
+    trained(enclave, shielded)
+    assert again == 2 * ahead(shielded) != []
+
+
 def test_small_late_products_make_no_request_of_their_own(enclave):
     shielded = tempo.shield(step, enclave=enclave, scheme=SIGNED)
     few = shielded.explain(*start()).plan.cut
-    assert not few.late and not any(s.beside for s in few.segments)
+    assert not few.late and not any(s.beside or s.ahead for s in few.segments)
 
 
 # How long a step takes beside a slow device

@@ -321,7 +321,8 @@ def cut_apart(placed: Placed) -> Severed:
         return costs is None or costs.deserves_request(v.aval, scheme)
 
     def may_go_ahead(v: Var) -> bool:
-        return costs is None or costs.may_go_ahead(v.aval, scheme)
+        # What goes out whatever it costs is small as a rule, and not worth twice the visits.
+        return (costs or CostModel()).may_go_ahead(v.aval, scheme)
 
     shown = [outputs[i] for i in revealed]
     parts = cut(jaxpr, placement, shown, inside, may_be_late, may_go_ahead)

@@ -11,6 +11,7 @@ import tempo_jax as tempo
 from tempo_jax.jaxprs.products import is_product
 from tempo_jax.jaxprs.types import array_type
 from tempo_jax.planning import recomputing
+from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.export import export_segments
 from tempo_jax.planning.plan import Plan
 from tests.support.interpreter import Flat, interpret, is_variable, plan
@@ -38,6 +39,11 @@ def attention(p: Any, x: jax.Array) -> jax.Array:
     """One head over one sequence."""
     q, k, v = x @ p["q"], x @ p["k"], x @ p["v"]
     return jax.nn.softmax(q @ k.T) @ v @ p["out"]
+
+
+@pytest.fixture
+def small_values_go_ahead(monkeypatch):
+    monkeypatch.setattr(CostModel, "may_go_ahead", lambda *_: True)
 
 
 ATTENTION = {name: uniform(i, 12, 12) for i, name in enumerate(["q", "k", "v", "out"])}
@@ -125,7 +131,7 @@ def test_one_round_trip_for_each_level():
     assert len(plan(step, state, batch, stateful=True).plan.cut.segments) == 2 * layers
 
 
-def test_products_of_one_level_go_out_together():
+def test_products_of_one_level_go_out_together(small_values_go_ahead):
     flat = plan(attention, ATTENTION, uniform(5, 16, 12))
     first, out, *rest = flat.plan.cut.segments
     # q, k and v need x and their weights; the scores are computed from what is there already, and
@@ -144,7 +150,7 @@ def test_a_linear_function_needs_one_visit():
     assert_close(interpret(flat), flat.leaves[0] @ flat.leaves[1] @ flat.leaves[2])
 
 
-def test_equal_layers_are_exported_once():
+def test_equal_layers_are_exported_once(small_values_go_ahead):
     def forward(parameters: list[jax.Array], x: jax.Array) -> jax.Array:
         for w in parameters:
             x = jnp.tanh(x @ w)
@@ -157,7 +163,7 @@ def test_equal_layers_are_exported_once():
     assert len(blobs) == 7 + 5 and len(set(blobs)) == 2
 
 
-def test_a_weight_is_sent_while_devices_compute_the_layer_before():
+def test_a_weight_is_sent_while_devices_compute_the_layer_before(small_values_go_ahead):
     def forward(parameters: list[jax.Array], x: jax.Array) -> jax.Array:
         for w in parameters:
             x = jnp.tanh(x @ w.T)
@@ -178,7 +184,7 @@ def test_a_weight_is_sent_while_devices_compute_the_layer_before():
     assert_close(interpret(flat), forward(parameters, x))
 
 
-def test_what_the_next_product_needs_is_not_sent_ahead():
+def test_what_the_next_product_needs_is_not_sent_ahead(small_values_go_ahead):
     def forward(x: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.tanh(x @ w) @ v + jnp.tanh(x @ v) @ w
 
@@ -210,7 +216,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_segments_read_only_what_exists(name):
+def test_segments_read_only_what_exists(name, small_values_go_ahead):
     flat: Flat = PLANS[name]()
     assert_well_formed(flat.plan)
     interpret(flat)

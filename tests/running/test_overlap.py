@@ -17,6 +17,7 @@ import tempo_jax as tempo
 from enclave_runtime.protocol.wire import Kind
 from enclave_runtime.schemes.contract import Scheme
 from tempo_jax.jaxprs.callbacks import call
+from tempo_jax.planning.cost import CostModel
 from tempo_jax.running.call import Runtime
 from tempo_jax.running.host_run import HostRun
 from tempo_jax.schemes import Mixing, SecretShares, SignedPermutation
@@ -63,6 +64,18 @@ def beside(shielded: Any, dtype: Any = jnp.float64) -> list[int]:
 def ahead(shielded: Any, dtype: Any = jnp.float64) -> list[int]:
     segments = shielded.explain(*start(dtype)).plan.cut.segments
     return [index for index, segment in enumerate(segments) if segment.ahead]
+
+
+@pytest.fixture(autouse=True)
+def small_values_go_ahead(request, monkeypatch):
+    """However small: what the tests here send would not be worth a request of its own."""
+    if "as_planned" not in request.fixturenames:
+        monkeypatch.setattr(CostModel, "may_go_ahead", lambda *_: True)
+
+
+@pytest.fixture
+def as_planned():
+    """Nothing goes ahead that costs more than it saves."""
 
 
 @pytest.fixture
@@ -203,7 +216,13 @@ def test_a_visit_that_is_repeated_gets_what_it_got(enclave, monkeypatch):
     assert again == 2 * ahead(shielded) != []
 
 
-def test_small_late_products_make_no_request_of_their_own(enclave):
+@pytest.mark.parametrize("offload", ["auto", "all"])
+def test_small_values_do_not_go_ahead(enclave, as_planned, offload):
+    shielded = tempo.shield(step, enclave=enclave, scheme=SIGNED, offload=offload)
+    assert not ahead(shielded)
+
+
+def test_small_late_products_make_no_request_of_their_own(enclave, as_planned):
     shielded = tempo.shield(step, enclave=enclave, scheme=SIGNED)
     few = shielded.explain(*start()).plan.cut
     assert not few.late and not any(s.beside or s.ahead for s in few.segments)

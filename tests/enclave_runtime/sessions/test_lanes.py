@@ -116,6 +116,23 @@ def test_what_is_brought_beside_a_segment_lies_apart(program):
     assert ends[-1][1] <= lane.size
 
 
+def test_what_is_sent_ahead_lies_apart(program):
+    awaited = next(s for s in program.segments if s.uploads and s.downloads)
+    ahead = dataclasses.replace(awaited, uploads=())
+    beside = dataclasses.replace(awaited, downloads=())
+    segments = (awaited, ahead, awaited, beside, ahead, awaited, ahead)
+    program = dataclasses.replace(program, segments=segments)
+    assert program.ahead == (1, 4, 6)
+    lane = Lane(program, Shares(frozenset(), (1,)), 0)
+    # While the last but one are fetched with those behind them, the last are being written.
+    pieces = [lane.uploads[0], lane.downloads[0], lane.uploads[3]]
+    pieces += [lane.downloads[1], lane.downloads[4]]
+    ends = [(p.offset, p.offset + p.array.nbytes) for each in pieces for p in each if p is not None]
+    assert ends == sorted(ends)
+    assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:], strict=False))
+    assert ends[-1][1] <= lane.size and lane.downloads[6] == lane.downloads[1]
+
+
 def test_other_bytes_are_noticed(program):
     shares = Shares(frozenset(), (1, 1))
     lanes, outside, arenas = joined(program, shares)

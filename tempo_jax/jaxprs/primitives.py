@@ -1,4 +1,4 @@
-"""Primitives as objects: JAX's that it does not export by name, and the marks of tempo_jax.
+"""Primitives as objects: JAX's that it does not export by name, kinds of them, and our own marks.
 
 Untrusted and pure. Serves JAX 0.10 to 0.12.
 """
@@ -144,3 +144,68 @@ def _is_in_bytes(eqn: JaxprEqn) -> bool:
 def is_debugging(eqn: JaxprEqn) -> bool:
     """Whether an equation only shows values: `jax.debug`, or an `io_callback` without results."""
     return eqn.primitive in _DEBUGGING or (eqn.primitive is _io_callback_p and not eqn.outvars)
+
+
+# Cheap enough, and fused by XLA, that computing them again can beat keeping their result.
+LIGHT = {
+    prims.abs_p,
+    prims.add_p,
+    prims.add_jaxvals_p,
+    prims.and_p,
+    prims.bitcast_convert_type_p,
+    prims.broadcast_in_dim_p,
+    prims.ceil_p,
+    prims.clamp_p,
+    prims.concatenate_p,
+    prims.convert_element_type_p,
+    prims.copy_p,
+    prims.div_p,
+    prims.eq_p,
+    prims.floor_p,
+    prims.ge_p,
+    prims.gt_p,
+    prims.integer_pow_p,
+    prims.iota_p,
+    prims.is_finite_p,
+    prims.le_p,
+    prims.lt_p,
+    prims.max_p,
+    prims.min_p,
+    prims.mul_p,
+    prims.ne_p,
+    prims.neg_p,
+    prims.not_p,
+    prims.or_p,
+    prims.pad_p,
+    prims.reduce_precision_p,
+    prims.reshape_p,
+    prims.rev_p,
+    prims.rsqrt_p,
+    prims.select_n_p,
+    prims.sign_p,
+    prims.slice_p,
+    prims.sqrt_p,
+    prims.square_p,
+    prims.squeeze_p,
+    prims.stop_gradient_p,
+    prims.sub_p,
+    prims.transpose_p,
+    prims.xor_p,
+}
+# JAX 0.12: what tanh's derivative became.
+LIGHT |= {p for p in [getattr(prims, "one_minus_square_p", None)] if p is not None}
+# Transcendental functions: worth computing again only instead of keeping more than a few bytes.
+HEAVY = {
+    prims.cbrt_p,
+    prims.cos_p,
+    prims.erf_p,
+    prims.exp2_p,
+    prims.exp_p,
+    prims.expm1_p,
+    prims.log1p_p,
+    prims.log_p,
+    prims.logistic_p,
+    prims.pow_p,
+    prims.sin_p,
+    prims.tanh_p,
+}

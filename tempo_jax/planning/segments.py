@@ -2,7 +2,9 @@
 
 The segment of a value is the number of visits to the host on the longest path to it, so that one
 round trip serves everything that can go out together. A value that a later segment needs is either
-kept or computed again, see `planning.recomputing`.
+kept or computed again: a minimum cut between what is there anyway and what is needed decides,
+weighing bytes kept against elements recomputed (as rematerialization does for the memory of
+training, Chen et al., arXiv 1604.06174).
 
 A product that nothing sent depends on, as the gradient of a weight that is updated inside, need not
 hold up what is sent: it is *late*. The devices compute it while the enclave runs the segment that
@@ -20,16 +22,24 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+
+import numpy as np
 
 from tempo_jax.jaxprs.equations import forward_only
-from tempo_jax.jaxprs.primitives import blind_p
+from tempo_jax.jaxprs.primitives import HEAVY, LIGHT, blind_p
 from tempo_jax.jaxprs.products import is_product, variables
-from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Var
+from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Var, nbytes
 from tempo_jax.planning.placement import Placement
-from tempo_jax.planning.recomputing import LIGHT, recomputed
 from tempo_jax.planning.walk import Side
 
+_HEAVY_BYTES = 8  # bytes of keeping that one transcendental element is worth
+# Reading a value that is kept anyway, over keeping another of its size: more than half, so that a
+# sum over all layers is not added up anew in each of them.
+_READING = 2 / 3
+_UNIT = 1024  # bytes; capacities are integers of 32 bits
+_INFINITE = 1 << 30
 # Until `_Cutter.cut` counts segments, the n-th that the host waits for has the number _STAGE * n.
 _STAGE = 3
 _BESIDE = 1  # the one behind it that takes what comes late
@@ -245,7 +255,7 @@ class _Cutter:
             roots = wanted[index]
             frontier = self._frontier(roots, index)
             was_there = functools.partial(self._was_there, index=index)
-            again = recomputed(frontier, self.made_by, materialized, was_there)
+            again = _recomputed(frontier, self.made_by, materialized, was_there)
             eqns, inputs = self._collect(roots, index, again)
             for v in inputs:
                 materialized.add(v)
@@ -323,6 +333,73 @@ class _Cutter:
             inputs.update(dict.fromkeys(v for v in variables(eqn) if v not in made))
             made |= set(eqn.outvars)
         return eqns, list(inputs)
+
+
+def _recomputed(
+    frontier: Sequence[Var],
+    made_by: Mapping[Var, JaxprEqn],
+    materialized: Container[Var],
+    was_there: Callable[[Var], bool],
+) -> set[Var]:
+    """Values of earlier segments to compute again: a minimum cut.
+
+    Each value is an edge whose capacity is what keeping it costs, or reading it where it is
+    kept anyway; values that cannot be computed again are tied to the source, the segment's
+    needs to the sink. What ends on the sink's side of the cut is computed again.
+
+    Args:
+      frontier: values that the segment reads and that were there before it.
+      made_by: the equation of each value that is made inside.
+      materialized: values that are kept anyway.
+      was_there: whether a value was made before the segment, or brought for another.
+    """
+
+    def is_tied(v: Var) -> bool:
+        eqn = made_by.get(v)
+        return eqn is None or v in materialized or eqn.primitive not in LIGHT | HEAVY
+
+    nodes: dict[Var, int] = {}
+    edges: list[tuple[int, int, int]] = []
+    pending = list(frontier)
+    while pending:
+        v = pending.pop()
+        if v in nodes:
+            continue
+        nodes[v] = number = 2 + 2 * len(nodes)
+        size = nbytes(v) // _UNIT
+        cost = int(size * _READING) + 1 if v in materialized else size + 2
+        edges.append((number, number + 1, cost))
+        if is_tied(v):
+            edges.append((0, number, _INFINITE))
+            continue
+        eqn = made_by[v]
+        if eqn.primitive in HEAVY:
+            size = math.prod(v.aval.shape)
+            edges.append((0, number, size * _HEAVY_BYTES // _UNIT + 1))
+        pending.extend(u for u in variables(eqn) if was_there(u))
+    if not nodes:
+        return set()
+    # A quarter of what importing this library would take, and not every program comes here.
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
+    for v, number in nodes.items():
+        if not is_tied(v):
+            for u in set(variables(made_by[v])):
+                if u in nodes:
+                    edges.append((nodes[u] + 1, number, _INFINITE))
+    edges += [(nodes[v] + 1, 1, _INFINITE) for v in frontier]
+    start, end, capacity = (np.array(column, np.int64) for column in zip(*edges, strict=True))
+    size = 2 + 2 * len(nodes)
+    graph = csr_array((capacity, (start, end)), shape=(size, size))
+    # Parallel edges add up; the sum must stay within 32 bits.
+    graph.data = np.minimum(graph.data, _INFINITE)
+    graph = graph.astype(np.int32)
+    residual = (graph - maximum_flow(graph, 0, 1).flow).tocsr()
+    residual.data = np.maximum(residual.data, 0)
+    residual.eliminate_zeros()
+    reached = set(breadth_first_order(residual, 0, return_predecessors=False).tolist())
+    return {v for v, number in nodes.items() if number not in reached}
 
 
 def _upload_once(segments: list[TrustedSegment]) -> tuple[TrustedSegment, ...]:

@@ -10,7 +10,7 @@ import pytest
 import tempo_jax as tempo
 from tempo_jax.jaxprs.products import is_product
 from tempo_jax.jaxprs.types import array_type
-from tempo_jax.planning import recomputing
+from tempo_jax.planning import segments as segments_module
 from tempo_jax.planning.cost import CostModel
 from tempo_jax.planning.export import export_segments
 from tempo_jax.planning.plan import Plan
@@ -86,7 +86,7 @@ def assert_well_formed(plan: Plan) -> None:
         fetched.update(dict.fromkeys(segment.downloads, next(awaited, index)))
         for eqn in segment.eqns:
             again = [v for v in eqn.outvars if v in made]
-            light = recomputing.LIGHT | recomputing.HEAVY
+            light = segments_module.LIGHT | segments_module.HEAVY
             assert not again or eqn.primitive in light, "only cheap equations run twice"
             made.update((v, index) for v in eqn.outvars if v not in made)
     for variable, equation in host.items():
@@ -108,8 +108,8 @@ def test_one_tensor_is_kept_for_each_activation(activation):
 
 def test_gelu_keeps_more_without_recomputing(monkeypatch):
     least = max(held_bytes(plan(*dense_net(jax.nn.gelu), stateful=True).plan))
-    monkeypatch.setattr(recomputing, "LIGHT", set())
-    monkeypatch.setattr(recomputing, "HEAVY", set())
+    monkeypatch.setattr(segments_module, "LIGHT", set())
+    monkeypatch.setattr(segments_module, "HEAVY", set())
     most = max(held_bytes(plan(*dense_net(jax.nn.gelu), stateful=True).plan))
     assert most >= 2 * least
 
@@ -117,8 +117,8 @@ def test_gelu_keeps_more_without_recomputing(monkeypatch):
 @pytest.mark.parametrize("recomputed", [True, False])
 def test_results_do_not_depend_on_what_is_recomputed(monkeypatch, recomputed):
     if not recomputed:
-        monkeypatch.setattr(recomputing, "LIGHT", set())
-        monkeypatch.setattr(recomputing, "HEAVY", set())
+        monkeypatch.setattr(segments_module, "LIGHT", set())
+        monkeypatch.setattr(segments_module, "HEAVY", set())
     step, state, batch = dense_net(jax.nn.gelu)
     flat = plan(step, state, batch, stateful=True)
     assert_close(interpret(flat), jax.jit(step)(state, batch))

@@ -6,6 +6,7 @@ Untrusted and pure: the client encrypts what it writes to the enclave, which che
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -74,10 +75,11 @@ class ProgramWriter:
         awaited = (self._room(s.uploads) for s in cut.segments if s.downloads)
         self._beside = self._above + max(awaited, default=0)
         beside = (self._room(s.uploads) for s in cut.segments if not s.downloads)
-        self._ahead = self._beside + max(beside, default=0)
-        self._sent_ahead = max(
-            (self._room(s.downloads) for s in cut.segments if s.ahead), default=0
-        )
+        ahead = [self._room(s.downloads) for s in cut.segments if s.ahead]
+        first = self._beside + max(beside, default=0)
+        second = first + max(ahead[0::2], default=0)
+        self._ahead = first, second
+        self._end = second + max(ahead[1::2], default=0)
 
     def write(
         self,
@@ -157,7 +159,7 @@ class ProgramWriter:
         """Bytes of shared memory that one run needs."""
         # Inputs cross once, before segment 0: ciphertext, or a leaf on its way to the devices.
         inputs = sum(input_bytes(port.array) for port in arriving)
-        return aligned(max(self._ahead + 2 * self._sent_ahead, inputs, 1))
+        return aligned(max(self._end, inputs, 1))
 
     # Segments
 
@@ -171,13 +173,11 @@ class ProgramWriter:
         for value, index in last_use.items():
             if value not in kept:
                 dead[index].append(value)
-        count = 0
-        described = []
-        for segment, values in zip(self._cut.segments, dead, strict=True):
-            at = self._ahead + count % 2 * self._sent_ahead if segment.ahead else 0
-            count += segment.ahead
-            described.append(self._segment(segment, tuple(values), at))
-        return tuple(described)
+        ahead = itertools.cycle(self._ahead)
+        return tuple(
+            self._segment(segment, tuple(values), next(ahead) if segment.ahead else 0)
+            for segment, values in zip(self._cut.segments, dead, strict=True)
+        )
 
     def _segment(self, segment: TrustedSegment, dead: tuple[int, ...], at: int) -> Segment:
         """A segment whose downloads begin at an offset."""

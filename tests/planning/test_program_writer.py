@@ -135,3 +135,24 @@ def test_products_are_described_as_far_as_the_enclave_needs_it(planned, program)
 
 def test_names_of_code_are_left_for_the_client(program):
     assert {segment.executable for segment in program.segments} == {""}
+
+
+@pytest.mark.parametrize("layers", [3, 4, 7])
+def test_what_goes_ahead_takes_no_more_memory(monkeypatch, layers):
+    def forward(parameters: list[jax.Array], x: jax.Array) -> jax.Array:
+        for w in parameters:
+            x = jnp.tanh(x @ w)
+        return x
+
+    def size() -> int:
+        parameters = [uniform(i, 64, 64) for i in range(layers)]
+        made = plan(forward, parameters, uniform(9, 128, 64), scheme=Mixing()).plan.program
+        assert len(made.ahead) == together * (layers - 2)  # the last stays inside
+        crossings = [c for s in made.segments for c in (*s.uploads, *s.downloads)]
+        return max(c.offset + c.blinded.nbytes for c in crossings)
+
+    sizes = []
+    for together in (False, True):
+        monkeypatch.setattr(CostModel, "may_go_ahead", lambda *_, together=together: together)
+        sizes.append(size())
+    assert sizes[1] <= sizes[0]

@@ -77,7 +77,8 @@ class Scheme(abc.ABC):
       keys_per_product: whether every product, forward and backward together, has keys of its
         own at every step; otherwise values are blinded once for all their uses, and the keys
         of device-resident weights are kept. Such a scheme gets products as those of matrices or
-        batches of matrices, each operand blinded for one product and its gradients alone.
+        batches of matrices, each operand blinded for one product and its gradients alone, and
+        their gradient G for each of its products.
       least_rows: of a product under keys of its own, below which it stays inside.
       least_side: of its columns and of what it sums over, likewise.
       first_layer_share: of the arithmetic, below which the first layer stays inside, likewise.

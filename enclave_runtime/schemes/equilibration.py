@@ -4,8 +4,10 @@ Mixing spreads every row over all others, and with it its rounding: beside a row
 its size, a row keeps no digits. So each axis of a family of products has scales, a power of two for
 each index, that go on before the blinding and come off the products, both exactly::
 
-    X' = S_m X S_n    W' = S_n⁻¹ W S_p    G' = S_m⁻¹ G S_p⁻¹
+    X' = S_m X S_n    W' = S_n⁻¹ W S_p    G' = S_a G S_p⁻¹    G" = S_m⁻¹ G S_b
 
+where G' is for dX and G" for dW: the examples that a gradient has hardly learned may count for
+thousands of times the others, and the rows of dX must be as exact as any.
 The tensor that is blinded first under an axis's key chooses its scales, and the others follow. What
 is far from the usual size of its tensor after that, or not finite, is computed inside:
 
@@ -31,7 +33,8 @@ from enclave_runtime.schemes.kernels.threads import in_parallel
 LEAST_SCALE = 2  # binary orders of magnitude; sizes closer to the usual one are left alone
 LARGEST_SCALE = 60  # those of two axes together stay within float32's range
 SAFE_SCALE = 20  # orders by which usual numbers may go up and down again in float32
-REMOVED = 3  # binary orders of magnitude above the usual size, and more
+REMOVED = 3  # binary orders of magnitude above most others, and more
+MOST = 0.75  # of the lines: examples that are not yet learned, say, may be few
 SWEEPS = 4  # over rows and columns; after one, a row has the size of what may have been one element
 _CACHED = 1 << 16  # elements that are gone through twice while they are in the cache
 DROWNED = 8.0  # times the rounding of a product whose rows and columns are all of one size
@@ -229,12 +232,12 @@ def _roots(sums: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.sqrt(sums)
 
 
-def _usual(sizes: np.ndarray) -> np.ndarray:
-    """The median of those that are not 0, (…, 1), or 0 where all are."""
+def _quantile(sizes: np.ndarray, share: float) -> np.ndarray:
+    """What a share of those that are not 0 does not exceed, (…, 1), or 0 where all are."""
     counted = np.where(sizes > 0, sizes, np.inf)
-    middle = (np.maximum((sizes > 0).sum(-1, keepdims=True), 1) - 1) // 2
-    median = np.take_along_axis(np.sort(counted, axis=-1), middle, axis=-1)
-    return np.where(np.isfinite(median), median, 0)
+    last = np.maximum((sizes > 0).sum(-1, keepdims=True), 1) - 1
+    found = np.take_along_axis(np.sort(counted, axis=-1), (last * share).astype(int), axis=-1)
+    return np.where(np.isfinite(found), found, 0)
 
 
 def _choose(
@@ -249,8 +252,15 @@ def _choose(
         return
     plain, known = x, True  # whether the lengths are those of x
     if len(free) == 1:
-        x = _along(x, 1 - free[0], axis_factors(scales[1 - free[0]], parities[1 - free[0]]))
-        known = x is plain
+        fixed = 1 - free[0]
+        x = _along(x, fixed, axis_factors(scales[fixed], parities[fixed]))
+        if x is not plain:
+            lengths = _lengths(x)
+        # What will be removed has no say in what becomes of the rest.
+        far = _far(lengths[fixed])
+        if far.any():
+            x = np.where(np.expand_dims(far, -2 if fixed else -1), x.dtype.type(0), x)
+            known = False
     orders = {axis: np.zeros((scales[axis].copies, x.shape[axis - 2]), np.int64) for axis in free}
     for _ in range(SWEEPS):
         changed = False
@@ -275,7 +285,7 @@ def _orders(sizes: np.ndarray, copies: int) -> np.ndarray:
     if copies == 1 and sizes.ndim > 1:
         sizes = np.sqrt(np.square(sizes).sum(tuple(range(sizes.ndim - 1))))
     sizes = np.where(np.isfinite(sizes), sizes, 0)
-    usual = _usual(sizes)
+    usual = _quantile(sizes, 0.5)
     known = (sizes > 0) & (usual > 0)
     orders = np.rint(np.log2(np.where(known, sizes, 1)) - np.log2(np.where(usual > 0, usual, 1)))
     orders = np.where(known, orders, 0)
@@ -317,9 +327,9 @@ def _along(
 
 
 def _far(sizes: np.ndarray) -> np.ndarray:
-    """Which are far above the usual size, or not finite."""
-    usual = _usual(np.where(np.isfinite(sizes), sizes, 0))
-    return ~np.isfinite(sizes) | ((sizes > usual * 2.0**REMOVED) & (usual > 0))
+    """Which are far above most others, or not finite."""
+    most = _quantile(np.where(np.isfinite(sizes), sizes, 0), MOST)
+    return ~np.isfinite(sizes) | ((sizes > most * 2.0**REMOVED) & (most > 0))
 
 
 def _shares(sizes: np.ndarray) -> np.ndarray:

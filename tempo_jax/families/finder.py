@@ -2,10 +2,11 @@
 
 A scheme with keys per product blinds matrices. For ``Y = X W`` with ``dX = G Wᵀ`` and ``dW = Xᵀ G``
 this module finds the three equations in a flat program and says how each operand is read as a
-matrix (Form), so that X, W and G are each blinded once and used twice. Attention's products of
-activations are families as well, with a key for each index of their batch. A convolution becomes
-the product of its input's patches with its kernel: sent as it is, all positions of its window would
-share two keys, which one public checkpoint gives away. Untrusted and pure.
+matrix (Form), so that X and W are each blinded once and used twice, and G once for each of its
+products. Attention's products of activations are families as well, with a key for each index of
+their batch. A convolution becomes the product of its input's patches with its kernel: sent as it
+is, all positions of its window would share two keys, which one public checkpoint gives away.
+Untrusted and pure.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ Placement blinds a variable once for all its uses. Where a scheme wants more, th
 anew with marked copies (`blind_p`):
 
 * keys per product: each family that goes out becomes products of matrices whose operands
-  are copies of its own, so that no key is shared across families. What stays inside is
+  are copies of its own, so that no key is shared across families. The gradient G is blinded once
+  for dX and once for dW: under a key of its own a product's axis takes scales of its own, and
+  in G some examples count thousands of times as much as others. What stays inside is
   decided here, by the scheme's policy first and by cost second;
 * two polarities with kept keys: the gradient of a device-resident weight must come out in
   the weight's own polarity, so its operands are blinded once more;
@@ -279,12 +281,17 @@ class _Policy:
         padded = rows + self.scheme.decoys(rows)
         lengths = {"x": padded * inner, "w": inner * columns, "g": padded * columns}
         seconds = costs.latency * len(fused.kinds)
-        seconds += costs.keys((padded + inner + columns) * copies, self.scheme)
-        for name in fused.parts[0].operands:
+        axes = padded + inner + columns
+        sent = list(fused.parts[0].operands)
+        if TO_INPUT in fused.kinds and TO_WEIGHT in fused.kinds:
+            axes += padded + columns
+            sent.append("g")
+        seconds += costs.keys(axes * copies, self.scheme)
+        for name in sent:
             operand = fused.operand(name)[0]
             dtype = operand.variable.aval.dtype
-            sent = self.scheme.representation(ArrayType((), dtype.name), product=False).nbytes
-            seconds += costs.tensor(lengths[name] * copies, sent, self.scheme)
+            crosses = self.scheme.representation(ArrayType((), dtype.name), product=False).nbytes
+            seconds += costs.tensor(lengths[name] * copies, crosses, self.scheme)
             if isinstance(operand.form, Patches):
                 seconds += costs.rearranging(lengths[name], dtype.itemsize)
         for kind in fused.kinds:
@@ -309,10 +316,10 @@ def _rewrite(closed: ClosedJaxpr, sequence: Sequence[tuple[int, Fused | None]]) 
 
     def run(*arguments: Any) -> list[Any]:
         env = _environment(closed, arguments)
-        blinded: dict[tuple[int, str], Any] = {}
+        blinded: dict[tuple[int, str, tuple[str, str] | None], Any] = {}
 
-        def matrix(fused: Fused, name: str) -> Any:
-            use = (fused.primary, name)
+        def matrix(fused: Fused, name: str, kind: tuple[str, str]) -> Any:
+            use = (fused.primary, name, kind if name == "g" else None)
             if use not in blinded:
                 blinded[use] = blind_p.bind(fused.matrix(name, env.__getitem__))
             return blinded[use]
@@ -325,7 +332,7 @@ def _rewrite(closed: ClosedJaxpr, sequence: Sequence[tuple[int, Fused | None]]) 
                 continue
             kind = next(k for k in fused.kinds if number in fused.equations(k))
             with equations.at_source_of(eqn):
-                left, right = (matrix(fused, name) for name in kind)
+                left, right = (matrix(fused, name, kind) for name in kind)
                 batch = (0,) if left.ndim == 3 else ()
                 dtype = eqn.outvars[0].aval.dtype
                 # A result still holds its decoys, which 16 bits would round away with it.

@@ -115,6 +115,19 @@ def test_blinded_program_gives_the_same(name, any_size):
     assert_close(result, function(*arguments), tolerance=TOLERANCE)
 
 
+def test_a_gradient_has_keys_of_its_own_for_each_product(any_size):
+    x, w = uniform(1, 4, 3), uniform(2, 3, 5)
+    made = plan(with_gradients(lambda x, w: x @ w), x, w, scheme=Mixing()).plan
+    layouts = [[made.layouts[v].classes for v in e.eqn.invars] for e in made.cut.host]
+    (x_of_y, w_of_y) = layouts.pop(0)
+    (g_of_dx,) = (a for a, b in layouts if b == w_of_y)
+    (g_of_dw,) = (b for a, b in layouts if a == x_of_y)
+    # What they share is what is summed over.
+    assert g_of_dx[1] == w_of_y[1] and g_of_dw[0] == x_of_y[0]
+    assert g_of_dx[0] not in (*x_of_y, *w_of_y, *g_of_dw)
+    assert g_of_dw[1] not in (*x_of_y, *w_of_y, *g_of_dx)
+
+
 def test_families_share_no_key_class(any_size):
     def loss(p, x):
         h = jnp.tanh(x @ p["a"])

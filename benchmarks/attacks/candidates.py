@@ -53,12 +53,12 @@ class Guess:
 
     Attributes:
       values: the matrix.
-      powers: of two, by which its rows and columns are evened out; None where it comes first in its
-        product and chooses them itself.
+      powers: of two, by which its rows and columns are evened out; None where it comes first under
+        a key and chooses them itself.
     """
 
     values: np.ndarray
-    powers: tuple[np.ndarray, np.ndarray] | None = None
+    powers: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
 
 
 Blind = Callable[[Guess], np.ndarray]
@@ -70,7 +70,8 @@ def guess_of(truth: ProductTruth, operand: str) -> Guess:
     if truth.powers is None:
         return Guess(values)
     a, b, c = truth.powers
-    return Guess(values, {"x": (a, b), "w": (1 / b, c), "g": (1 / a, 1 / c)}[operand])
+    # G as it is for dW, whose rows are less even than those of G for dX.
+    return Guess(values, {"x": (a, b), "w": (1 / b, c), "g": (1 / a, None)}[operand])
 
 
 def blinder(trace: Trace, rng: np.random.Generator, *, rows: bool) -> Blind:
@@ -87,9 +88,10 @@ def blinder(trace: Trace, rng: np.random.Generator, *, rows: bool) -> Blind:
         classes = KeyClass(x.shape[0], decoys=decoys), KeyClass(x.shape[1])
         keys = {number: scheme.draw(axis, stream) for number, axis in enumerate(classes)}
         parities = (1, 1) if rows else (0, 1)
-        for key, factors, parity in zip(keys.values(), guess.powers or (), parities, strict=False):
-            exponents = np.log2(factors).astype(np.int64)[None]
-            key.scales.exponents = exponents if parity else -exponents
+        for key, factors, parity in zip(keys.values(), guess.powers, parities, strict=True):
+            if factors is not None:
+                exponents = np.log2(factors).astype(np.int64)[None]
+                key.scales.exponents = exponents if parity else -exponents
         out = np.empty((len(x) + decoys, x.shape[1]))
         scheme.blind(x, Layout((0, 1), parities), keys, out, lambda: stream)
         return out

@@ -190,14 +190,14 @@ def recover(
       Directions of W by rank, by oracle, and with signs; directions of the dual pencil by rank.
     """
     assert view.w is not None and view.x is not None and view.y is not None
-    assert view.g is not None and view.dx is not None
+    assert view.g_under_w is not None and view.dx is not None
     left, _, right = np.linalg.svd(view.w, full_matrices=False)
     known_left, _, known_right = np.linalg.svd(public, full_matrices=False)
     counts = {"rank": 0, "oracle": 0, "signed": 0, "dual": 0}
     x, y, g, dx = own[0], own[0] @ public, own[1], own[1] @ public.T
     for side, seen, known, pairs in (
         ("b", left, known_left, ((view.x, view.dx), (x, dx))),
-        ("c", right.T, known_right.T, ((view.y, view.g), (y, g))),
+        ("c", right.T, known_right.T, ((view.y, view.g_under_w), (y, g))),
     ):
         polar = side == "b"
         (gram, other), (wanted, other_wanted) = ([v.T @ v for v in pair] for pair in pairs)

@@ -51,7 +51,7 @@ def grams(
     gradients: list[list[np.ndarray]] = [[], []]
     for pair in views:
         for side, view in enumerate(pair):
-            value, gradient = (view.y, view.g) if side == 0 else (view.x, view.dx)
+            value, gradient = (view.y, view.g_under_w) if side == 0 else (view.x, view.dx)
             assert value is not None and gradient is not None
             values[side].append(value / np.linalg.norm(value))
             gradients[side].append(gradient / np.linalg.norm(gradient))

@@ -79,7 +79,8 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
                 )
             )
         # A row of the host's can have one label only, even if W's columns are in the clear.
-        named = guesses((view.g @ truth.c)[:MOST_ROWS], labels.max() + 1, seed)
+        assert view.g_under_w is not None
+        named = guesses((view.g_under_w @ truth.c)[:MOST_ROWS], labels.max() + 1, seed)
         for method, clusters in named.items():
             attainable.setdefault(method, []).append(agreement(clusters[kept], labels))
     if not scores:

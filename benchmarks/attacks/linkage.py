@@ -134,7 +134,7 @@ def energies(views: Views, *, scaled: bool) -> np.ndarray | None:
         return None
     series: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
     for first, second in views:
-        pairs = {"value": (first.y, second.x), "gradient": (first.g, second.dx)}
+        pairs = {"value": (first.y, second.x), "gradient": (first.g_under_w, second.dx)}
         for name, pair in pairs.items():
             for kept, matrix in zip(series.setdefault(name, ([], [])), pair, strict=True):
                 assert matrix is not None
@@ -143,9 +143,9 @@ def energies(views: Views, *, scaled: bool) -> np.ndarray | None:
                 energy = ((matrix / norms) ** 2).mean(0)
                 kept.append(np.log(energy + 1e-30))
         work = series.setdefault("work", ([], []))
-        assert first.y is not None and first.g is not None
+        assert first.y is not None and first.g_under_w is not None
         assert second.x is not None and second.dx is not None
-        work[0].append((first.y * first.g).sum(0))
+        work[0].append((first.y * first.g_under_w).sum(0))
         work[1].append((second.x * second.dx).sum(0))
     # The common rise and fall of all columns says nothing of which is which.
     centred = {
@@ -160,9 +160,9 @@ def work_of_one_step(views: Views) -> np.ndarray:
     """Compares ``y·g`` and ``x·dx`` of every column: equal for ReLU, but for the bias."""
     total = np.zeros(())
     for first, second in views:
-        assert first.y is not None and first.g is not None
+        assert first.y is not None and first.g_under_w is not None
         assert second.x is not None and second.dx is not None
-        a, b = (first.y * first.g).sum(0), (second.x * second.dx).sum(0)
+        a, b = (first.y * first.g_under_w).sum(0), (second.x * second.dx).sum(0)
         total = total - np.log(np.abs(a[:, None] - b) + 1e-3 * np.abs(a).mean())
     return total
 
@@ -186,7 +186,9 @@ def graph_matching(
             v for pair in views if (v := pair[side].y if side == 0 else pair[side].x) is not None
         ]
         gradients = [
-            v for pair in views if (v := pair[side].g if side == 0 else pair[side].dx) is not None
+            v
+            for pair in views
+            if (v := pair[side].dx if side else pair[side].g_under_w) is not None
         ]
         sides.append([_mean_gram(values), _mean_gram(gradients)])
     size = len(sides[0][0])

@@ -146,6 +146,7 @@ def _match_backward(matrices: list[_Matrices], view: ProductView) -> None:
             product, i, left = found
             view.g = product.right[i] if left else product.left[i].T
             view.dw = product.result[i] if left else product.result[i].T
+            _match_other_gradient(matrices, view)
         else:
             # Without a shared x, as where dw is computed from second versions of x and g.
             found = _partner(matrices, view.w, view.w.T)
@@ -153,9 +154,20 @@ def _match_backward(matrices: list[_Matrices], view: ProductView) -> None:
                 product, i, left = found
                 product.used = True
                 view.g = product.right[i].T if left else product.left[i]
-    if view.g is not None:
-        view.dx = view.g @ view.w.T
+    if view.g_under_w is not None:
+        view.dx = view.g_under_w @ view.w.T
         view.dw = view.x.T @ view.g if view.dw is None else view.dw
+
+
+def _match_other_gradient(matrices: list[_Matrices], view: ProductView) -> None:
+    """Fills in g as it is for dX, if that is not as it is for dW."""
+    assert view.w is not None and view.g is not None
+    found = _partner(matrices, view.w, view.w.T)
+    if found is not None:
+        product, i, left = found
+        gradient = product.right[i].T if left else product.left[i]
+        if not _same(gradient, view.g):
+            view.g_of_dx = gradient
 
 
 def _match_duals(matrices: list[_Matrices], view: ProductView) -> None:

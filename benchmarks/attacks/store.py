@@ -18,7 +18,7 @@ from benchmarks.attacks.blinding import DenseKey
 from benchmarks.attacks.recording import record
 from benchmarks.attacks.traces import ProductTruth, ProductView, Trace
 
-VIEW = ("x", "w", "y", "g", "dx", "dw", "x_dual", "g_dual")
+VIEW = ("x", "w", "y", "g", "dx", "dw", "x_dual", "g_dual", "g_of_dx")
 TRUTH = ("x", "w", "g", "a", "b", "c", "decoys_x", "decoys_g")
 RECORDERS = ("audit", "coordinates", "recording", "traces")
 ROOT = pathlib.Path(__file__).parents[2]

@@ -152,7 +152,9 @@ def attack(trace: Trace, rng: np.random.Generator) -> list[Measurement]:
         assert view.x is not None and view.w is not None and view.g is not None
         if keys is None:
             continue
-        operands = ([view.x], [view.g]), ([view.x.T], [view.w]), ([view.w.T], [view.g.T])
+        assert view.g_under_w is not None
+        columns = [view.w.T], [view.g_under_w.T]
+        operands = ([view.x], [view.g]), ([view.x.T], [view.w]), columns
         for axis, key, (straight, polar) in zip(AXES, keys, operands, strict=True):
             truth = outer_blocks(key)
             if truth is not None:

@@ -37,11 +37,13 @@ class ProductView:
       x: blinded ``(rows, n)``.
       w: blinded ``(n, p)``.
       y: ``x @ w``.
-      g: blinded gradient of `y`.
-      dx: ``g @ w.T``.
+      g: blinded gradient of `y`, as it is for dW where a scheme blinds it for each product.
+      dx: ``g @ w.T``, with `g` as it is for dX.
       dw: ``x.T @ g``, in a kept-key scheme with two polarities ``x_dual.T @ g_dual``.
       x_dual: `x` in the polarity that brings `dw` into the layout of `w`, where one is needed.
       g_dual: likewise of `g`.
+      g_of_dx: `g` as it is for dX where a scheme blinds it for each product; under W's key where
+        `g` is under that of the rows of X.
     """
 
     x: np.ndarray | None
@@ -52,6 +54,12 @@ class ProductView:
     dw: np.ndarray | None
     x_dual: np.ndarray | None = None
     g_dual: np.ndarray | None = None
+    g_of_dx: np.ndarray | None = None
+
+    @property
+    def g_under_w(self) -> np.ndarray | None:
+        """The blinded gradient of `y` whose columns are under W's key."""
+        return self.g if self.g_of_dx is None else self.g_of_dx
 
 
 Powers = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -16,7 +16,7 @@ from tempo_jax.errors import UnsupportedError
 from tempo_jax.planning.cost import CostModel
 from tests.support.descent import step
 
-WIDTH = 512
+WIDTH = 1024
 WEIGHTS = [jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)] * 3
 MODULE = """
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ import jax
 from tests.support.descent import step
 
 def init():
-    return [jnp.ones((512, 512), jnp.float32)] * 3
+    return [jnp.ones((1024, 1024), jnp.float32)] * 3
 """
 
 
@@ -123,12 +123,12 @@ def module(tmp_path, monkeypatch):
 
 
 def test_command(module, capsys, shielded):
-    arguments = ["estimate", f"{module}:step", "--shapes", f"{module}:init", "f32[1024,512]"]
+    arguments = ["estimate", f"{module}:step", "--shapes", f"{module}:init", "f32[1024,1024]"]
     assert main([*arguments, "--machine", "h100", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     expected = shielded.estimate(WEIGHTS, batch_of(1024), machine="h100")
     assert printed == json.loads(expected.to_json())
-    weights = json.dumps(["f32[512,512]"] * 3)
+    weights = json.dumps(["f32[1024,1024]"] * 3)
     arguments[-2] = weights
     assert main([*arguments, "--tflops", "30", "--cores", "4"]) == 0
     assert "this machine: an enclave on 4 cores; 30 TFLOP/s" in capsys.readouterr().out

@@ -1,7 +1,7 @@
-"""A segment goes over in one message, its arrays once each, and no operand is blinded twice.
+"""A segment goes over in one message, its arrays once each, and no operand is blinded once more.
 
 Under keys per product every family has keys of its own, so an operand is blinded once for a product
-and its gradients, and fused products share theirs.
+and its gradients, their G once for each of its two products, and fused products share theirs.
 """
 
 from collections import Counter
@@ -71,13 +71,13 @@ def test_an_operand_is_blinded_once(enclave, loss):
     assert max(Counter(sent).values()) == 1
     operands = [set(c.operands) for c in products]
     assert {v for pair in operands for v in pair} == set(sent), "what nobody multiplies was sent"
-    # A product and its gradients are three pairs of the same three values, never of six.
+    # A product and its gradients are three pairs of the same four values, never of six.
     shared = Counter(v for pair in operands for v in pair)
     whole = [pair for pair in operands if all(shared[v] == 2 for v in pair)]
     assert whole, "a family with both gradients"
     for pair in whole:
         others = [other for other in operands if other != pair and other & pair]
-        assert len(others) == 2 and len(set.union(pair, *others)) == 3
+        assert len(others) == 2 and len(set.union(pair, *others)) == 4
     before = enclave.statistics()["blindings"]
     step(*arguments())
     assert enclave.statistics()["blindings"] - before == len(sent)
@@ -91,8 +91,8 @@ def test_fused_products_share_an_operand(enclave):
         for c in s.downloads
         if c.layout.keyed and 192 in c.blinded.shape
     ]
-    # The three weights beside each other, and their G; of X there is one.
-    assert sorted(wide) == [(64, 192), (128, 192)]
+    # The three weights beside each other, and their G for dX and for dW; of X there is one.
+    assert sorted(wide) == [(64, 192), (128, 192), (128, 192)]
 
 
 @each_case

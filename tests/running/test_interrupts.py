@@ -13,6 +13,7 @@ import tempo_jax as tempo
 from tempo_jax.errors import EnclaveTimeoutError
 from tempo_jax.transport import loopback
 from tests.support.faults import at_visit, fail, interrupt, promptly
+from tests.support.processes import is_stopped, wait_until
 from tests.support.steps import MOMENTUM_BATCH, assert_close, uniform
 from tests.support.steps import momentum_after as plain_state
 
@@ -98,6 +99,7 @@ def test_stopped_enclave_holds_nobody(monkeypatch):
         process = enclave.connection.process
         process.send_signal(signal.SIGSTOP)
         try:
+            assert wait_until(lambda: is_stopped(process.pid))
             with promptly(4), pytest.raises(EnclaveTimeoutError, match=r"continue it \(SIGCONT\)"):
                 double(X)
             monkeypatch.setattr(loopback, "PATIENCE_SECONDS", 60.0)

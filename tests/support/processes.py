@@ -35,6 +35,12 @@ def is_running(process: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
+def is_stopped(process: int) -> bool:
+    """Whether a process has stopped, all its threads: they do one after the other."""
+    threads = Path(f"/proc/{process}/task").glob("*/stat")
+    return all(t.read_text().rpartition(")")[2].split()[0] == "T" for t in threads)
+
+
 def shared_files() -> set[str]:
     """Names of the shared memory that any session on this machine has now."""
     return {name for name in os.listdir(DIRECTORY) if name.startswith("tempo_jax-")}

@@ -41,7 +41,7 @@ from enclave_runtime.schemes.kernels.tile_programs import (
 
 ROUNDS = 3  # Hadamard transforms of the shorter axis, with D after the first and the second
 CONDITION = 8.0  # of each D
-WIDTH = 128  # of the shorter side, for each of which some strongest directions are taken down
+WIDTH = 64  # of the shorter side, for each of which some strongest directions are taken down
 MOST_WIDTHS = 2  # that count: further directions of wider tensors tell nothing (S11 to S13)
 CONCENTRATION = 3.0  # of the Dirichlet process: a few values of D make up most of it
 _STICKS = 48  # values at most; what further ones would get is below 1e-5 of the whole

@@ -133,7 +133,7 @@ class Mixing(Scheme):
       condition: bound on each key's condition number, at least 1.
       decoy_rows: least number of decoy rows, at least 0; they fill up to a multiple of 64.
       traded: strongest directions of each operand that its mask takes down, at least 0, for each
-        128 of its shorter side up to 256. Without masks, those of an operand without decoys that
+        64 of its shorter side up to 128. Without masks, those of an operand without decoys that
         are traded for random ones, if the other operand has decoys.
       mask_energy: of the masks of full rank, over the tensors', 0 (none) to 1000; of tensors with
         a side of at most 256 it is 1.5 times as much.

@@ -248,14 +248,15 @@ def test_what_is_not_finite_stays_where_plain_has_it(scheme, batch):
 
 @SCHEMES
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_operands_that_are_nowhere_finite(scheme, value):
+def test_operands_that_are_nowhere_finite(scheme, value, monkeypatch):
+    # The same keys each time: an element of what is blinded may be 0 by chance.
+    monkeypatch.setattr(os, "urandom", bytes)
     x, w, g = operands(6)
     w[:] = value
     found, seen = family(scheme, x, w, g)
     for name, plain in products(x, w, g, wide=False).items():
         np.testing.assert_allclose(found[name], plain, rtol=1e-3, atol=2e-3)
-    # A sum may be 0 by chance.
-    assert all(np.isfinite(v).all() and (v != 0).mean() > 0.99 for v in seen.values())
+    assert all(np.isfinite(v).all() and np.abs(v).min(initial=1) > 0 for v in seen.values())
 
 
 @given(seed=st.integers(0, 2**32 - 1), order=st.sampled_from([-44, -38, -30, 0, 30, 37]))

@@ -122,7 +122,7 @@ def equilibrate(
     plain, (sizes, across) = x, _lengths(x)
     removed, zero = ~np.isfinite(sizes), sizes == 0
     if removed.any():
-        x = np.where(removed[..., None], x.dtype.type(0), x)
+        x = _without(x, 0, removed)
         sizes, across = _lengths(x)
     _choose(x, (sizes, across), scales, parities)
     scaled = _times(x, scales, parities)
@@ -131,11 +131,11 @@ def equilibrate(
     far = _far(sizes)
     if far.any():
         removed |= far
-        x = np.where(far[..., None], x.dtype.type(0), x)
+        x = _without(x, 0, far)
         sizes, across = _lengths(x)
     far_across = _far(across)
     if far_across.any():
-        x = np.where(far_across[..., None, :], x.dtype.type(0), x)
+        x = _without(x, 1, far_across)
     zero_across = across == 0
     if zero_across.any() and x is not plain:
         # What a scale took below the smallest number is not nothing.
@@ -259,8 +259,7 @@ def _choose(
         # What will be removed has no say in what becomes of the rest.
         far = _far(lengths[fixed])
         if far.any():
-            x = np.where(np.expand_dims(far, -2 if fixed else -1), x.dtype.type(0), x)
-            known = False
+            x, known = _without(x, fixed, far), False
     orders = {axis: np.zeros((scales[axis].copies, x.shape[axis - 2]), np.int64) for axis in free}
     for _ in range(SWEEPS):
         changed = False
@@ -322,8 +321,17 @@ def _along(
     if (factors == 1).all():
         return x
     factors = factors if x.ndim > 2 else factors[0]
-    factors = np.expand_dims(factors, -2 if axis else -1).astype(x.dtype)
-    return np.multiply(x, factors, out=out)
+    return np.multiply(x, _lines(factors, axis).astype(x.dtype), out=out)
+
+
+def _without(x: np.ndarray, axis: int, lines: np.ndarray) -> np.ndarray:
+    """A copy of x with zeros in some of its rows, axis 0, or columns."""
+    return np.where(_lines(lines, axis), x.dtype.type(0), x)
+
+
+def _lines(values: np.ndarray, axis: int) -> np.ndarray:
+    """One value for each row, axis 0, or column, as it meets the elements of these."""
+    return np.expand_dims(values, -2 if axis else -1)
 
 
 def _far(sizes: np.ndarray) -> np.ndarray:

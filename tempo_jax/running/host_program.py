@@ -35,8 +35,9 @@ from tempo_jax.jaxprs.products import contracted_axes, is_product
 from tempo_jax.jaxprs.types import JaxprEqn, Literal, Var
 from tempo_jax.planning.mesh import is_elementwise, local_shape
 from tempo_jax.planning.plan import Plan, offloaded
-from tempo_jax.planning.segments import HostEquation, TrustedSegment
+from tempo_jax.planning.segments import HostEquation
 from tempo_jax.running import integers
+from tempo_jax.running.served import fetched_together
 
 _MET = jax.ShapeDtypeStruct((), jnp.int32)  # what a token is
 
@@ -126,18 +127,6 @@ class _Part(NamedTuple):
     axis: int
 
 
-def _fetched(segments: Sequence[TrustedSegment]) -> dict[int, tuple[Var, ...]]:
-    """What is fetched at each segment that the host waits for."""
-    found: dict[int, tuple[Var, ...]] = {}
-    ahead: tuple[Var, ...] = ()
-    for index, segment in enumerate(segments):
-        if segment.ahead:
-            ahead += segment.downloads
-        elif not segment.beside:
-            found[index], ahead = (*ahead, *segment.downloads), ()
-    return found
-
-
 class _HostProgram:
     def __init__(self, plan: Plan, visits: Visits, mesh: Mesh | None, observe: bool):
         self.plan = plan
@@ -146,7 +135,10 @@ class _HostProgram:
         self.workers = 1 if mesh is None else mesh.size
         self.resident = [plan.jaxpr.invars[i] for i in sorted(plan.placement.resident)]
         self._observed = dict(offloaded(plan)) if observe else {}
-        self.fetched = _fetched(plan.cut.segments)
+        self.fetched = {
+            index: tuple(v for i in together for v in plan.cut.segments[i].downloads)
+            for index, together in fetched_together(plan.program).items()
+        }
         self.revealed = [plan.jaxpr.outvars[i] for i in plan.revealed]
         self.on_devices = [
             plan.jaxpr.outvars[i]
@@ -206,7 +198,7 @@ class _HostProgram:
         evaluate = functools.partial(self._equations, values, received, observed)
         segments = plan.cut.segments
         for index, segment in enumerate(segments):
-            if index not in self.fetched:
+            if segment.beside or segment.ahead:
                 continue  # brought with the one before, or fetched with the next
             ready = [e for e in pending if plan.cut.levels[e.eqn.outvars[0]] <= index]
             pending = [e for e in pending if plan.cut.levels[e.eqn.outvars[0]] > index]

@@ -134,16 +134,8 @@ class Served:
 
     @functools.cached_property
     def fetched(self) -> dict[int, tuple[int, ...]]:
-        """For each segment that is waited for, whose downloads are fetched with its own: in order.
-
-        Those that went ahead of it, and itself.
-        """
-        found, waiting = {}, ()
-        for index in range(len(self.program.segments)):
-            waiting = (*waiting, index)
-            if index not in self.program.ahead:
-                found[index], waiting = waiting, ()
-        return found
+        """See `fetched_together`."""
+        return fetched_together(self.program)
 
     def ahead(self, index: int) -> int | None:
         """The segment that the enclave runs when a segment's downloads are fetched, if any does."""
@@ -156,6 +148,19 @@ class Served:
         """What a worker gets of a segment's downloads when the run has failed."""
         segments = (self.program.segments[i] for i in self.fetched[index])
         return [_poison(self.local(c)) for s in segments for c in s.downloads]
+
+
+def fetched_together(program: Program) -> dict[int, tuple[int, ...]]:
+    """For each segment that is waited for, whose downloads are fetched with its own: in order.
+
+    Those that went ahead of it, and itself.
+    """
+    found, waiting = {}, ()
+    for index in range(len(program.segments)):
+        waiting = (*waiting, index)
+        if index not in program.ahead:
+            found[index], waiting = waiting, ()
+    return found
 
 
 def _poison(array: ArrayType) -> np.ndarray:

@@ -169,6 +169,7 @@ class BeginRequest:
       devices: where the workers are processes of memory of their own, how many devices each has;
         each of them has to `JOIN`.
       sharded: then the key classes whose axes are split over the devices.
+      name: which the host gives the run, to abort it by before it has heard its number.
     """
 
     program: Integer
@@ -178,6 +179,7 @@ class BeginRequest:
     blind_at: Integers
     devices: Integers = ()
     sharded: Integers = ()
+    name: Text | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,9 +268,15 @@ class CommitRequest:
 
 @dataclasses.dataclass(frozen=True)
 class AbortRequest:
-    """End a run and keep nothing; one that has ended does nothing."""
+    """End a run and keep nothing; one that has ended does nothing.
 
-    run: Integer
+    Attributes:
+      run: its number, where the host has heard it.
+      name: else the name that came with `BEGIN`; one that has not begun yet will not.
+    """
+
+    run: Integer | None = None
+    name: Text | None = None
 
 
 @dataclasses.dataclass(frozen=True)

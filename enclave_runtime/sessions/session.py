@@ -8,14 +8,13 @@ shapes and numbers of the program, never values; the detail goes to the enclave'
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,8 +63,9 @@ from enclave_runtime.sessions.attempts import Attempts
 from enclave_runtime.sessions.cargo import Cargo
 from enclave_runtime.sessions.checkpointing import Checkpointing
 from enclave_runtime.sessions.lanes import Lanes, Presence
+from enclave_runtime.sessions.open_runs import OpenRuns
 from enclave_runtime.sessions.programs import Programs, Provisioned
-from enclave_runtime.sessions.run import Run, RunError
+from enclave_runtime.sessions.run import Run
 from enclave_runtime.sessions.store import Blinded, Resident, Store
 from enclave_runtime.sessions.value_reader import ValueReader
 from enclave_runtime.verifying import follower, integrity, ring
@@ -86,9 +86,9 @@ class Session:
         self._costs: dict[str, Any] | None = None
         self._measuring = threading.Lock()
         self._arenas: dict[str, Arena] = {}
-        self._runs: dict[int, Run] = {}
         self._run_numbers = itertools.count(1)
         self._attempts = Attempts()
+        self._runs = OpenRuns(self._attempts)
         self._values = ValueReader(keys, identity, self._store, self._attempts)
         self._checkpoints = Checkpointing(self._store, self._arena, self._values)
         self._lock = threading.Lock()
@@ -283,12 +283,11 @@ class Session:
         for index, value in blind:
             run.blind(program.inputs[index], value, asked.blind_at[index])
         run.awaiting = set(upload)
-        self._admit(number, run)
+        self._runs.admit(number, run, asked.name)
         return {"run": number, "upload": upload, "download": [index for index, _ in blind]}
 
     def _join(self, asked: JoinRequest, _: bytes) -> dict[str, Any]:
-        run = self._run(asked.run)
-        with self._failing(asked.run, run):
+        with self._runs.failing(asked.run) as run:
             run.join(asked.worker, None if asked.arena is None else self._arena(asked.arena))
         return {}
 
@@ -345,20 +344,13 @@ class Session:
         with self._adopting:
             return run.adopt(port, entry)
 
-    def _run(self, number: int) -> Run:
-        run = self._runs.get(number)
-        if run is None:
-            raise RunError("no such run: it was committed, failed or was aborted")
-        return run
-
     def _settle(self, asked: SettleRequest, _: bytes) -> dict[str, Any]:
         """Takes inputs that lie on the devices from the arena, blinding again where wanted.
 
         The reply's `download` lists those that were blinded again.
         """
-        run = self._run(asked.run)
         download = []
-        with self._failing(asked.run, run):
+        with self._runs.failing(asked.run) as run:
             for index, offset in asked.offsets.items():
                 if self._settled(run, index, offset, asked.blind_at.get(index)):
                     download.append(index)
@@ -382,43 +374,15 @@ class Session:
 
     def _segment(self, asked: SegmentRequest, cargo: Cargo) -> dict[str, Any]:
         cargo.announce(Label(asked.run, asked.segment, asked.worker), asked.carried)
-        run = self._run(asked.run)
-        with self._failing(asked.run, run):
+        with self._runs.failing(asked.run) as run:
             if run.program.verify:
                 self._attempts.refuse_after_lies()
             seconds = run.segment(asked.segment, asked.worker, asked.timed == 1, cargo)
         # Nothing new to the host: it sees when shared memory is read, and when it is written.
         return {"seconds": seconds} if asked.timed else {}
 
-    @contextlib.contextmanager
-    def _failing(self, number: int, run: Run) -> Iterator[None]:
-        """Ends the run if what is inside fails."""
-        try:
-            yield
-        except BaseException as error:
-            if run.fail(error):
-                self._end(number, run)
-            raise
-
-    def _admit(self, number: int, run: Run) -> None:
-        """Opens a run; see `Attempts.begin_run`."""
-        if run.program.verify:
-            self._attempts.begin_run()
-        with self._lock:
-            self._runs[number] = run
-
-    def _end(self, number: int, run: Run) -> None:
-        """Forgets a run. A wrong product counts once, whichever request ends its run first."""
-        with self._lock:
-            known = self._runs.pop(number, None) is not None
-            lied, run.lied = run.lied, False
-            if lied:
-                self._attempts.count()
-            if known and run.program.verify:
-                self._attempts.end_run()
-
     def _commit(self, asked: CommitRequest, _: bytes) -> dict[str, Any]:
-        run = self._run(asked.run)
+        run = self._runs[asked.run]
         if not all(0 <= index < len(run.handles) for index in asked.donate):
             raise RequestError("a commit donates inputs by their positions")
         if run.program.verify:
@@ -430,18 +394,16 @@ class Session:
             handle = run.handles[index]
             if handle is not None:
                 self._store.free(handle)
-        self._end(asked.run, run)
+        self._runs.end(asked.run, run)
         with self._lock:
             self._busy_seconds += run.busy_seconds
             self._blindings += run.blindings
         return {"handles": handles, "busy_seconds": run.busy_seconds}
 
     def _abort(self, asked: AbortRequest, _: bytes) -> dict[str, Any]:
-        run = self._runs.get(asked.run)
-        if run is not None:
-            # A check that is going on counts first; only then is the run's place free.
-            if run.fail(RunError("the host aborted the run")):
-                self._end(asked.run, run)
+        if asked.run is None and asked.name is None:
+            raise RequestError("an abort names its run")
+        self._runs.abort(asked.run, asked.name)
         return {}
 
     # Values

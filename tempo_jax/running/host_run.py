@@ -24,6 +24,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +45,7 @@ from tempo_jax.transport.loopback import Calls, Shipment
 # Gives the contents of the inputs at some positions whole, one after another.
 Contents = Callable[[Sequence[int]], contextlib.AbstractContextManager[Iterator[np.ndarray]]]
 
-ABORT_SECONDS = 0.3  # what an enclave that may be stopped gets to hear of an abort
+ABORT_SECONDS = 0.6  # how long an abort waits until the enclave, which may be stopped, has heard it
 
 
 class HostRun:
@@ -76,6 +77,7 @@ class HostRun:
         self._reserved: tuple[str | None, Arena] | None = served.lines.reserve(served.memory)
         self.arena = self._reserved[1]
         self._calls = Calls()
+        self._name = secrets.token_hex(8)  # by which it is aborted while its number is unknown
         self._committing = False
         self._lock = threading.Lock()
         self._brought: dict[int, set[int]] = {}
@@ -120,7 +122,8 @@ class HostRun:
             published = is_sealed(x) and x.form == PUBLISHED
             given.append({"published" if published else "offset": offsets[-1]})
         # The workers of one process meet here, so that the enclave serves one.
-        fields: dict[str, Any] = {"program": served.number, "arena": name, "workers": 1}
+        fields: dict[str, Any] = {"program": served.number, "name": self._name}
+        fields |= {"arena": name, "workers": 1}
         if served.shares is not None:
             devices = list(served.shares.devices)
             fields |= {"workers": len(devices), "devices": devices}
@@ -384,7 +387,7 @@ class HostRun:
         """Ends the run at once, whatever the enclave is doing; nothing is committed.
 
         Visits that wait for the enclave are woken. The shared memory is not used again: a worker
-        may be writing to it.
+        may be writing to it. An enclave that does not hear of it soon is told in the background.
         """
         with self._lock:
             if self.failure is not None:
@@ -393,13 +396,21 @@ class HostRun:
             reserved, self._reserved = self._reserved, None
         watchdog.unwatch(self)
         self._calls.cancel()
+        try:
+            args = (reserved,)
+            telling = threading.Thread(target=self._tell_of_abort, args=args, daemon=True)
+            telling.start()
+            telling.join(ABORT_SECONDS)
+        finally:
+            self.failed.set_result(None)
+
+    def _tell_of_abort(self, reserved: tuple[str | None, Arena] | None) -> None:
+        """Tells the enclave until it has heard: a run left open keeps its values and its place."""
         lines = self.served.lines
         with contextlib.suppress(TempoError):
-            if self.number:
-                lines.request(Kind.ABORT, {"run": self.number}, seconds=ABORT_SECONDS)
+            lines.insist(Kind.ABORT, {"run": self.number} if self.number else {"name": self._name})
         if reserved is not None:
-            lines.discard(reserved, seconds=ABORT_SECONDS)
-        self.failed.set_result(None)
+            lines.discard(reserved)
 
 
 @contextlib.contextmanager

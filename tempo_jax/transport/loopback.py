@@ -45,6 +45,7 @@ from tempo_jax.transport.ownership import Owned
 
 PATIENCE_SECONDS = 10.0  # of waiting for a reply before the enclave is asked whether it answers
 ANSWER_SECONDS = 20.0  # within which a busy enclave answers that
+INSIST_SECONDS = 600.0  # of asking an enclave that answers nothing for what must not be left undone
 HERE = "127.0.0.1"
 
 _ERRORS: dict[ErrorCode, type[TempoError]] = {
@@ -287,6 +288,16 @@ class Loopback(Owned):
             raise self._died() from error
         return fields_of(reply)
 
+    def insist(self, kind: Kind, fields: dict[str, Any]) -> Any:
+        """As `request`, and asks a silent enclave again for some minutes: it may be stopped."""
+        end = time.monotonic() + INSIST_SECONDS
+        while True:
+            try:
+                return self.request(kind, fields)
+            except EnclaveTimeoutError:
+                if time.monotonic() > end:
+                    raise
+
     def _why_silent(self) -> str:
         here = self.host == HERE
         return "" if here else " It is on another machine: that one or the link may be down."
@@ -339,19 +350,21 @@ class Loopback(Owned):
             arena.unlink()
         return name, arena
 
-    def _unmap(self, name: str | None, seconds: float | None = None) -> None:
+    def _unmap(self, name: str | None) -> None:
         if name is not None:
-            self.request(Kind.UNMAP, {"name": name}, seconds=seconds)
+            self.request(Kind.UNMAP, {"name": name})
 
     def give_back(self, reserved: tuple[str | None, Arena]) -> None:
         """Keeps memory for a later run."""
         with self._lock:
             self._arenas.append(reserved)
 
-    def discard(self, reserved: tuple[str | None, Arena], seconds: float | None = None) -> None:
+    def discard(self, reserved: tuple[str | None, Arena]) -> None:
         """Forgets memory that a failed run may still be using."""
+        name, _ = reserved
         with contextlib.suppress(TempoError):
-            self._unmap(reserved[0], seconds)
+            if name is not None:
+                self.insist(Kind.UNMAP, {"name": name})
 
     def check_open(self) -> None:
         """Refuses use after `close`.

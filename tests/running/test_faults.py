@@ -32,7 +32,7 @@ from tempo_jax.errors import (
 )
 from tests.support.boundary import mappings
 from tests.support.chain import CHAIN, V, W, chain
-from tests.support.faults import at_visit, fail, promptly
+from tests.support.faults import at_visit, fail, promptly, runs_ended
 from tests.support.interpreter import plan
 from tests.support.processes import is_running, nothing_left_behind
 from tests.support.steps import MOMENTUM_BATCH, assert_close, shield_all
@@ -104,7 +104,7 @@ def test_failed_visit_keeps_the_state(enclave, train, state, monkeypatch, visit)
         with promptly(), pytest.raises(OSError, match="planted"):
             train(state, X, Y)
     assert held(enclave) == handles
-    assert enclave.statistics()["runs"] == 0
+    assert runs_ended(enclave)
     state, _ = train(state, X, Y)
     assert_close(enclave.open(state), plain_state(2))
 
@@ -125,7 +125,7 @@ def test_failed_request_keeps_the_state(enclave, train, state, monkeypatch, kind
         with promptly(), pytest.raises(EnclaveError, match="planted"):
             train(state, X, Y)
     assert held(enclave) == handles
-    assert enclave.statistics()["runs"] == 0
+    assert runs_ended(enclave)
     state, _ = train(state, X, Y)
     assert_close(enclave.open(state), plain_state(2))
 
@@ -171,7 +171,7 @@ def test_failed_step_in_jit_keeps_the_state(enclave, train, state, monkeypatch, 
                 at_visit(patched, what, fail)
             with promptly(20), pytest.raises(Exception, match="planted"):
                 jax.block_until_ready(step(state, *batch))
-    assert enclave.statistics()["runs"] == 0, "the run was not aborted"
+    assert runs_ended(enclave), "the run was not aborted"
     gc.collect()
     assert mapped(enclave) <= before + 1, "shared memory of failed runs stays mapped"
     state, _ = step(state, *batch)
@@ -309,7 +309,7 @@ def test_memory_that_changes_while_a_leaf_is_read(monkeypatch, layout):
     tag = Tag(NOWHERE, Origin.new(), 0)
     entry = Blinded(port.array, tag, SignedPermutation(), blinded, keys, {}, {})
     run.handles[index], run.awaiting = session._store.put(entry), {index}
-    session._runs[1] = run
+    session._runs.admit(1, run)
     memory.change(monkeypatch)
     fields = {"run": 1, "offsets": {str(index): 0}, "blind_at": {}}
     session.handle(Frame(Kind.SETTLE, 1, fields))

@@ -286,6 +286,23 @@ def test_aborted_run_wakes_its_workers(provisioned):
                 future.result()
 
 
+def test_run_whose_number_was_not_heard_is_aborted_by_its_name(provisioned):
+    run = provisioned.begin(name="heard of")
+    provisioned.request(Kind.ABORT, name="another")
+    provisioned.segment(run, 0)
+    provisioned.request(Kind.ABORT, name="heard of")
+    refused(provisioned, "no such run", Kind.SEGMENT, run=run, segment=1, worker=0)
+
+
+def test_run_that_was_given_up_does_not_begin(provisioned):
+    open_runs = provisioned.enclave.statistics()["runs"]
+    provisioned.request(Kind.ABORT, name="given up")
+    with pytest.raises(EnclaveError, match="aborted the run before it began"):
+        provisioned.begin(name="given up")
+    assert provisioned.enclave.statistics()["runs"] == open_runs
+    provisioned.segment(provisioned.begin(name="not given up"), 0)
+
+
 def test_input_on_the_devices_is_taken_over_once(enclave, train, state):
     # Under new keys the enclave blinds it again; asking twice with other bytes would map one key
     # to the other, element by element.

@@ -12,9 +12,16 @@ from jax import lax
 import tempo_jax as tempo
 from tempo_jax.errors import EnclaveTimeoutError
 from tempo_jax.transport import loopback
-from tests.support.faults import at_visit, fail, interrupt, promptly
+from tests.support.faults import at_visit, fail, interrupt, promptly, runs_ended
 from tests.support.processes import is_stopped, wait_until
-from tests.support.steps import MOMENTUM_BATCH, assert_close, uniform
+from tests.support.steps import (
+    MOMENTUM_BATCH,
+    assert_close,
+    momentum_state,
+    momentum_step,
+    shield_all,
+    uniform,
+)
 from tests.support.steps import momentum_after as plain_state
 
 X, Y = MOMENTUM_BATCH
@@ -30,7 +37,7 @@ def test_interrupted_step_keeps_the_state(enclave, train, state, monkeypatch, vi
         at_visit(patched, visit, interrupt_and_wait)
         with promptly(), pytest.raises(KeyboardInterrupt):
             train(state, X, Y)
-    assert enclave.statistics()["runs"] == 0
+    assert runs_ended(enclave)
     state, _ = train(state, X, Y)
     assert_close(enclave.open(state), plain_state(2))
 
@@ -108,9 +115,33 @@ def test_stopped_enclave_holds_nobody(monkeypatch):
                 double(X)
         finally:
             process.send_signal(signal.SIGCONT)
+        assert runs_ended(enclave)  # those too that it has begun only now
         # Slow is not dead: what it held is still there.
         assert_close(enclave.open(kept), 2 * X)
         assert_close(enclave.open(double(X)), 2 * X)
+
+
+def test_stopped_enclave_hears_of_an_abort_later(monkeypatch):
+    with tempo.Enclave.launch() as enclave:
+        train = shield_all(momentum_step, enclave=enclave, donate=False)
+        state = enclave.seal(momentum_state())
+        train(state, X, Y)
+        process = enclave.connection.process
+
+        def stop_and_fail() -> None:
+            process.send_signal(signal.SIGSTOP)
+            assert wait_until(lambda: is_stopped(process.pid))
+            fail()
+
+        try:
+            with monkeypatch.context() as patched:
+                at_visit(patched, 1, stop_and_fail)
+                with promptly(), pytest.raises(OSError, match="planted"):
+                    train(state, X, Y)
+        finally:
+            process.send_signal(signal.SIGCONT)
+        assert runs_ended(enclave)
+        assert_close(enclave.open(train(state, X, Y)[0]), plain_state(1))
 
 
 def test_original_errors_come_out_of_jit(enclave, train, state, monkeypatch):

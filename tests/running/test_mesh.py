@@ -25,7 +25,7 @@ from tempo_jax.jaxprs import types as jaxpr_types
 from tempo_jax.planning.mesh import choose_sharded, local_shape
 from tempo_jax.running.call import Runtime
 from tempo_jax.running.host_run import HostRun
-from tests.support.faults import interrupt
+from tests.support.faults import interrupt, runs_ended
 from tests.support.steps import assert_close, shield_all
 from tests.support.workers import (
     ADAMW,
@@ -260,7 +260,7 @@ def test_failing_worker_ends_all(fragile, mlp, monkeypatch, worker, segment):
             patched.setattr(Runtime, "_bring", failing)
             with pytest.raises(OSError, match="planted"):
                 shielded(state, *mlp.batch)
-        assert enclave.statistics()["runs"] == 0
+        assert runs_ended(enclave)
         state, losses = train(shielded, state, mlp.batch)
     assert_close((enclave.open(state), losses), mlp.result)
 
@@ -293,7 +293,7 @@ def test_failure_inside_jit_ends_all(enclave, mlp, monkeypatch, owner, name, wor
             patched.setattr(owner, name, failing)
             with pytest.raises(OSError, match="planted"), tempo.errors.original_errors():
                 jax.block_until_ready(rest(state, batch))
-        assert enclave.statistics()["runs"] == 0
+        assert runs_ended(enclave)
         state, losses = rest(state, batch)
     assert_close((enclave.open(state), [first, *losses]), mlp.result)
 
@@ -326,7 +326,7 @@ def test_interrupt_ends_all_workers(fragile, mlp, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 shielded(state, *mlp.batch)
                 threading.Event().wait(1)  # the signal may come when the step has just ended
-        assert enclave.statistics()["runs"] == 0
+        assert runs_ended(enclave)
 
 
 def test_killed_enclave_ends_all_workers(fragile, mlp, monkeypatch):

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+import tempo_jax as tempo
 from tempo_jax.running.call import Runtime
+from tests.support.processes import wait_until
 
 
 def at_visit(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], Any]) -> None:
@@ -42,3 +44,8 @@ def interrupt() -> None:
     main = threading.main_thread().ident
     assert main is not None
     signal.pthread_kill(main, signal.SIGINT)
+
+
+def runs_ended(enclave: tempo.Enclave) -> bool:
+    """Whether no run is open soon: nobody waits for a segment that is at work to end."""
+    return wait_until(lambda: enclave.statistics()["runs"] == 0)

@@ -44,7 +44,7 @@ def opened(session: Session, workers: int = 1) -> tuple[int, Run]:
     run = Run(program, scheme, {}, memory, workers, 1, SCHEDULE, Executables({}, ()), claim)
     run._next, run._tensors = 1, collections.defaultdict(lambda: None)
     number = next(session._run_numbers)
-    session._admit(number, run)
+    session._runs.admit(number, run)
     return number, run
 
 
@@ -78,10 +78,10 @@ def test_too_many_lies_end_what_verifies(session):
         with pytest.raises(WrongProductError, match=refused):
             request()
     # What was refused is not a wrong product, and the run has ended.
-    assert session._attempts.wrong == integrity.MAX_WRONG_PRODUCTS and not session._runs
+    assert session._attempts.wrong == integrity.MAX_WRONG_PRODUCTS and not len(session._runs)
     unverified = dataclasses.replace(run.program, verify=False)
     run.program = unverified
-    session._admit(number, run)
+    session._runs.admit(number, run)
 
 
 def test_open_runs_are_no_more_than_lies_that_are_left(session):
@@ -106,7 +106,7 @@ def test_a_lie_counts_once_for_all_workers(session, monkeypatch):
         for request in [pool.submit(bring, session, number, worker) for worker in range(2)]:
             with pytest.raises(WrongProductError, match="wrong"):
                 request.result(30)
-    assert session._attempts.wrong == 1 and not session._runs
+    assert session._attempts.wrong == 1 and not len(session._runs)
 
 
 def test_an_abort_does_not_hide_a_lie(session, monkeypatch):
@@ -131,7 +131,7 @@ def test_an_abort_does_not_hide_a_lie(session, monkeypatch):
         pool.submit(abort, session, number).result(30)
         with pytest.raises(WrongProductError, match="wrong"):
             lie.result(30)
-    assert session._attempts.wrong == 1 and not session._runs
+    assert session._attempts.wrong == 1 and not len(session._runs)
 
 
 def test_other_bytes_at_a_repeat_are_not_compared_and_end_the_run(session, monkeypatch):
@@ -147,7 +147,7 @@ def test_other_bytes_at_a_repeat_are_not_compared_and_end_the_run(session, monke
     with pytest.raises(RunError, match="failed or was aborted"):
         run.segment(1, 0)  # the run itself refuses, before the session forgets it
     abort(session, number)
-    assert session._attempts.wrong == 0 and not session._runs
+    assert session._attempts.wrong == 0 and not len(session._runs)
 
 
 def leaf_with_a_checksum() -> Any:
@@ -205,6 +205,6 @@ def test_a_wrong_leaf_ends_the_run_that_it_was_brought_for(session):
     run.awaiting = {0}
     with pytest.raises(RequestError, match="does not lie on the devices"):
         session.handle(Frame(Kind.SETTLE, 1, {"run": number, "offsets": {"0": 0}, "blind_at": {}}))
-    assert not session._runs
+    assert not len(session._runs)
     with pytest.raises(RunError, match="has failed"):
         run.segment(1, 0)

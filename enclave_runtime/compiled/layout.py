@@ -4,6 +4,7 @@ import enum
 
 TILE_BYTES = 64  # of a row of a tile: one cache line
 STRIPS = 4  # side by side, copied together: far rows cost less in runs of 256 bytes
+STAGED = 8  # strips that a tile program takes from far rows, or brings there, at a time
 WORDS = 13  # of a step of a tile program
 FACTORS = 256  # rows of a tile's width that a program may keep of the factors of a product
 

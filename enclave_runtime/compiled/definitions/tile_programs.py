@@ -27,7 +27,7 @@ from enclave_runtime.compiled.definitions.vectors import (
     transposed,
 )
 from enclave_runtime.compiled.kernel import compiled
-from enclave_runtime.compiled.layout import FACTORS, TileStep
+from enclave_runtime.compiled.layout import FACTORS, STAGED, TileStep
 
 
 class _Places(NamedTuple):
@@ -43,16 +43,15 @@ _LOAD, _ADD, _STORE = int(TileStep.LOAD), int(TileStep.ADD), int(TileStep.STORE)
 _UNIT, _ZERO, _MAP = int(TileStep.UNIT), int(TileStep.ZERO), int(TileStep.MAP)
 _SUBTRACT, _OUTER, _INNER = int(TileStep.SUBTRACT), int(TileStep.OUTER), int(TileStep.INNER)
 _READ, _WRITE = int(TileStep.READ), int(TileStep.WRITE)
+_AHEAD = 8  # rows that are fetched before they are read
 
 
 @compiled
-def _load_across(source, stride, tile, count, width, add, ahead):
+def _load_across(source, stride, tile, count, width, add):
     """Rows of a tile from rows of the source, `stride` elements apart."""
     lanes = lane_count(tile)
     if width == lanes:
         for i in range(count):
-            if ahead:
-                prefetch(source, i * stride + lanes)
             for v in range(0, lanes, VECTOR):
                 vectors = load(source, i * stride + v, lanes, 1)
                 if add:
@@ -65,6 +64,36 @@ def _load_across(source, stride, tile, count, width, add, ahead):
             if add:
                 element += tile[i * lanes + v]
             tile[i * lanes + v] = element
+
+
+@compiled
+def _stage(source, stride, staged, count, width):
+    """Strips side by side, one after the other: a far row costs about as much as its first line."""
+    lanes = lane_count(staged)
+    strips = width // lanes
+    for i in range(count):
+        for u in range(strips):
+            prefetch(source, (i + _AHEAD) * stride + u * lanes)
+        for u in range(strips):
+            for v in range(0, lanes, VECTOR):
+                vectors = load(source, i * stride + u * lanes + v, lanes, 1)
+                store(staged, (u * count + i) * lanes + v, lanes, vectors)
+        for v in range(width - strips * lanes):
+            staged[(strips * count + i) * lanes + v] = source[i * stride + strips * lanes + v]
+
+
+@compiled
+def _unstage(staged, target, stride, count, width):
+    """Strips that lie one after the other, side by side."""
+    lanes = lane_count(staged)
+    strips = width // lanes
+    for i in range(count):
+        for u in range(strips):
+            for v in range(0, lanes, VECTOR):
+                vectors = load(staged, (u * count + i) * lanes + v, lanes, 1)
+                store(target, i * stride + u * lanes + v, lanes, vectors)
+        for v in range(width - strips * lanes):
+            target[i * stride + strips * lanes + v] = staged[(strips * count + i) * lanes + v]
 
 
 @compiled
@@ -212,6 +241,10 @@ def run_program(program, scratch, start, stop):
     for task in range(start, stop):
         index, group = task // groups, task % groups
         width = min(lanes, lines - group * lanes)
+        # The strips that lie staged with this one's are this range's and this copy's.
+        nearest = max(start, task - group % STAGED)
+        last = min(stop, task - group % STAGED + STAGED, (index + 1) * groups) - 1
+        together = min((last + 1 - nearest) * lanes, lines - nearest % groups * lanes)
         for number in range(1, len(program)):
             step = program[number]
             kind = step[0]
@@ -222,9 +255,16 @@ def run_program(program, scratch, start, stop):
                 # Blocks are whole: what lies beyond an array in them is nobody's.
                 wide = lanes if step[9] else width
                 part = shifted(tile, step[10] * lanes)
+                staged = shifted(memory, step[11])
+                own = shifted(staged, (task - nearest) * step[8] * lanes)
                 if kind == _STORE:
                     if step[7]:
                         _store_along(part, place, step[5], step[6], step[8], wide)
+                    elif step[11]:
+                        _store_across(part, own, lanes, step[8], lanes)
+                        if task == last:
+                            first = shifted(place, (nearest - task) * lanes)
+                            _unstage(staged, first, step[5], step[8], together)
                     else:
                         _store_across(part, place, step[5], step[8], wide)
                 else:
@@ -232,9 +272,12 @@ def run_program(program, scratch, start, stop):
                         _clear(part, 0, step[8])
                     if step[7]:
                         _load_along(place, step[5], step[6], part, step[8], wide, kind == _ADD)
+                    elif step[11]:
+                        if task == nearest:
+                            _stage(place, step[5], staged, step[8], together)
+                        _load_across(own, lanes, part, step[8], wide, kind == _ADD)
                     else:
-                        ahead = step[5] != lanes and (group + 2) * lanes <= lines
-                        _load_across(place, step[5], part, step[8], wide, kind == _ADD, ahead)
+                        _load_across(place, step[5], part, step[8], wide, kind == _ADD)
             elif kind == _MAP:
                 _map(step, index, tile, spare, block)
             elif kind == _ZERO:

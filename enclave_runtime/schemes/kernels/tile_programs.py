@@ -16,12 +16,14 @@ from typing import NamedTuple
 import numpy as np
 
 from enclave_runtime.compiled.kernel import Kernel
-from enclave_runtime.compiled.layout import FACTORS, TILE_BYTES, WORDS, TileStep
+from enclave_runtime.compiled.layout import FACTORS, STAGED, TILE_BYTES, WORDS, TileStep
 from enclave_runtime.schemes.kernels.axis_map import BLOCK, AxisMap
 from enclave_runtime.schemes.kernels.passes import aligned_empty, blocks_of
 from enclave_runtime.schemes.kernels.threads import in_parallel
 
 run_program = Kernel("enclave_runtime.compiled.definitions.tile_programs", "run_program")
+
+_STAGED_AT = 11  # the word of a step that says where in the scratch its strips are staged
 
 
 class TiledMatrix(NamedTuple):
@@ -68,7 +70,10 @@ class TileProgram:
         """An empty program for the tiles of matrices with so many lines."""
         self._dtype, self._copies, self._lines = dtype, copies, lines
         self._lanes = TILE_BYTES // dtype.itemsize
-        self._steps: list[tuple[int, ...]] = []
+        self._steps: list[list[int]] = []
+        self._far: list[
+            tuple[int, int]
+        ] = []  # steps that move strips of far rows, and how many rows
         self._held: list[np.ndarray] = []
         self._span = 0
 
@@ -81,7 +86,7 @@ class TileProgram:
 
     def _add(self, step: TileStep, *words: int) -> None:
         assert len(words) < WORDS
-        self._steps.append((int(step), *words, *[0] * (WORDS - 1 - len(words))))
+        self._steps.append([int(step), *words, *[0] * (WORDS - 1 - len(words))])
 
     def _move(
         self, step: TileStep, tile: int, array: np.ndarray | TiledMatrix, axis: int, at: int = 0
@@ -106,6 +111,8 @@ class TileProgram:
         step_on, stride, block, runs, whole = place
         address = self._address(held)
         self._span = max(self._span, at + count)
+        if not runs and not whole and self._lines > lanes:
+            self._far.append((len(self._steps), count))
         self._add(step, tile, address, outer, step_on, stride, block, runs, count, whole, at)
 
     def load(self, tile: int, array: np.ndarray | TiledMatrix, axis: int, at: int = 0) -> None:
@@ -180,8 +187,11 @@ class TileProgram:
         span = -(-self._span // 8) * 8
         groups = -(-self._lines // self._lanes)
         header = (groups, span, self._lines, *[0] * (WORDS - 3))
-        program = np.array([header, *self._steps], np.int64)
         size = (3 * span + BLOCK + 2 * FACTORS) * self._lanes
+        for number, count in self._far:
+            self._steps[number][_STAGED_AT] = size
+            size += STAGED * count * self._lanes
+        program = np.array([header, *self._steps], np.int64)
 
         def run(start: int, stop: int) -> None:
             run_program(program, _scratch(size, self._dtype), start, stop)

@@ -22,21 +22,19 @@ it takes, and in nothing else.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 
 from enclave_runtime.crypto.encryption import refuse_pickling
+from enclave_runtime.schemes.kernels.lines import Factors, Lengths, lengths, scaled
 from enclave_runtime.schemes.kernels.threads import in_parallel
 
 LEAST_SCALE = 2  # binary orders of magnitude; sizes closer to the usual one are left alone
 LARGEST_SCALE = 60  # those of two axes together stay within float32's range
-SAFE_SCALE = 20  # orders by which usual numbers may go up and down again in float32
 REMOVED = 3  # binary orders of magnitude above most others, and more
 MOST = 0.75  # of the lines: examples that are not yet learned, say, may be few
 SWEEPS = 4  # over rows and columns; after one, a row has the size of what may have been one element
-_CACHED = 1 << 16  # elements that are gone through twice while they are in the cache
 DROWNED = 8.0  # times the rounding of a product whose rows and columns are all of one size
 
 
@@ -119,26 +117,32 @@ def equilibrate(
       scales: of its last two axes; chosen here where they are not yet.
       parities: 1 where the axis is under the key, 0 where it is under its inverse transpose.
     """
-    plain, (sizes, across) = x, _lengths(x)
-    removed, zero = ~np.isfinite(sizes), sizes == 0
+    plain = x
+    found = lengths(x, _factors(x, scales, parities))
+    removed = ~np.isfinite(found.rows)
     if removed.any():
         x = _without(x, 0, removed)
-        sizes, across = _lengths(x)
-    _choose(x, (sizes, across), scales, parities)
-    scaled = _times(x, scales, parities)
-    if scaled is not x:
-        x, (sizes, across) = scaled, _lengths(scaled)
+        found = lengths(x, _factors(x, scales, parities))
+    _choose(x, found, scales, parities)
+    factors = _factors(x, scales, parities)
+    if not factors.none:
+        x, found = scaled(x, factors)
+    sizes, zero = found.rows, (found.rows == 0) & ~removed
+    if zero.any() and x is not plain:
+        # What a scale took below the smallest number is not nothing.
+        zero[zero] = ~plain[zero].astype(bool).any(-1)
     far = _far(sizes)
     if far.any():
         removed |= far
         x = _without(x, 0, far)
-        sizes, across = _lengths(x)
+        found = lengths(x)
+        sizes = found.rows
+    across = found.columns
     far_across = _far(across)
     if far_across.any():
         x = _without(x, 1, far_across)
     zero_across = across == 0
     if zero_across.any() and x is not plain:
-        # What a scale took below the smallest number is not nothing.
         zero_across &= ~(plain.astype(bool) & ~removed[..., None]).any(-2)
     across = np.where(far_across, 0, across)
     rows = Lines(removed, zero, _shares(sizes))
@@ -151,7 +155,8 @@ def unscale(
     product: np.ndarray, scales: tuple[AxisScales, AxisScales], parities: tuple[int, int]
 ) -> np.ndarray:
     """Takes the scales off a product (…, m, p); inverse to what they are to an operand."""
-    return _times(product, scales, (1 - parities[0], 1 - parities[1]))
+    factors = _factors(product, scales, (1 - parities[0], 1 - parities[1]))
+    return product if factors.none else scaled(product, factors)[0]
 
 
 @np.errstate(all="ignore")
@@ -200,38 +205,6 @@ def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return out
 
 
-def _lengths(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lengths of rows and columns, float64 (…, m) and (…, n), by going through x once.
-
-    They are not finite where elements are not.
-    """
-    *batch, m, n = x.shape
-    rows, parts = np.empty((*batch, m)), [np.zeros((*batch, n))]
-    step = max(_CACHED // max(math.prod(batch) * n, 1), 1)
-
-    def run(start: int, stop: int) -> None:
-        with np.errstate(all="ignore"):
-            columns = np.zeros((*batch, n))
-            for first in range(start, stop, step):
-                few = x[..., first : min(first + step, stop), :]
-                rows[..., first : first + few.shape[-2]] = np.einsum("...ij,...ij->...i", few, few)
-                columns += np.einsum("...ij,...ij->...j", few, few)
-        parts.append(columns)
-
-    in_parallel(run, m, x.size)
-    return _roots(rows, x), _roots(np.sum(parts, axis=0), x.swapaxes(-1, -2))
-
-
-def _roots(sums: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The lengths of x's rows from their sums of squares, which in float32 may be wrong."""
-    # They may have overflowed, or lost digits.
-    unsure = ~((sums > 1e-25) & (sums < np.inf))
-    if unsure.any():
-        few = x[unsure].astype(np.float64)
-        sums[unsure] = np.einsum("ij,ij->i", few, few)
-    return np.sqrt(sums)
-
-
 def _quantile(sizes: np.ndarray, share: float) -> np.ndarray:
     """What a share of those that are not 0 does not exceed, (…, 1), or 0 where all are."""
     counted = np.where(sizes > 0, sizes, np.inf)
@@ -242,37 +215,34 @@ def _quantile(sizes: np.ndarray, share: float) -> np.ndarray:
 
 def _choose(
     x: np.ndarray,
-    lengths: tuple[np.ndarray, np.ndarray],
+    found: Lengths,
     scales: tuple[AxisScales, AxisScales],
     parities: tuple[int, int],
 ) -> None:
-    """Chooses the scales that are not yet, from x and the lengths of its rows and columns."""
+    """Chooses the scales that are not yet, from x and the lengths that the chosen ones leave it."""
     free = [axis for axis in (0, 1) if scales[axis].exponents is None]
-    if not free:
-        return
-    plain, known = x, True  # whether the lengths are those of x
+    factors, sizes = list(_factors(x, scales, parities)), list(found)
+    known = [True, True]  # whether lengths are those that the factors leave
     if len(free) == 1:
         fixed = 1 - free[0]
-        x = _along(x, fixed, axis_factors(scales[fixed], parities[fixed]))
-        if x is not plain:
-            lengths = _lengths(x)
         # What will be removed has no say in what becomes of the rest.
-        far = _far(lengths[fixed])
+        far = _far(sizes[fixed])
         if far.any():
-            x, known = _without(x, fixed, far), False
+            x, known = _without(x, fixed, far), [False, False]
     orders = {axis: np.zeros((scales[axis].copies, x.shape[axis - 2]), np.int64) for axis in free}
     for _ in range(SWEEPS):
         changed = False
         for axis in free:
-            if not known:
-                lengths, known = _lengths(x), True
-            more = _orders(lengths[axis], scales[axis].copies)
+            if not known[axis]:
+                sizes, known = list(lengths(x, Factors(*factors))), [True, True]
+            more = _orders(sizes[axis], scales[axis].copies)
             total = np.clip(orders[axis] + more, -LARGEST_SCALE, LARGEST_SCALE)
             more, orders[axis] = total - orders[axis], total
             if more.any():
-                changed, known = True, False
-                out = None if x is plain else x
-                x = _along(x, axis, np.ldexp(1.0, -more), out)
+                changed, known[1 - axis] = True, False
+                factors[axis] = np.ldexp(1.0, -total)
+                less = np.ldexp(1.0, -more)
+                sizes[axis] = sizes[axis] * (less if x.ndim > 2 else less[0])
         if not changed:
             break
     for axis in free:
@@ -297,31 +267,16 @@ def axis_factors(scales: AxisScales, parity: int) -> np.ndarray:
     return np.ldexp(1.0, scales.exponents if parity else -scales.exponents)
 
 
-def _times(
+def _factors(
     x: np.ndarray, scales: tuple[AxisScales, AxisScales], parities: tuple[int, int]
-) -> np.ndarray:
-    """A tensor with the scales of both axes, in an array of its own; itself if all are 1."""
-    rows, columns = (axis_factors(scales[axis], parities[axis]) for axis in (0, 1))
-    # What goes up by one axis may come down by the other, and must not leave the range meanwhile.
-    wide = x if min(map(_spread, (rows, columns))) <= SAFE_SCALE else x.astype(np.float64)
-    by_rows = _along(wide, 0, rows)
-    by_both = _along(by_rows, 1, columns, None if by_rows is x else by_rows)
-    return by_both.astype(x.dtype, copy=False)
-
-
-def _spread(factors: np.ndarray) -> float:
-    """The largest binary order of magnitude, up or down."""
-    return float(np.abs(np.log2(factors)).max(initial=0))
-
-
-def _along(
-    x: np.ndarray, axis: int, factors: np.ndarray, out: np.ndarray | None = None
-) -> np.ndarray:
-    """Times factors (copies, size) of the rows of x, axis 0, or columns; x itself if all are 1."""
-    if (factors == 1).all():
-        return x
-    factors = factors if x.ndim > 2 else factors[0]
-    return np.multiply(x, _lines(factors, axis).astype(x.dtype), out=out)
+) -> Factors:
+    """What a tensor of these parities is multiplied by; 1 where nothing is chosen yet."""
+    return Factors(
+        *(
+            np.ones((1, size)) if of.exponents is None else axis_factors(of, parity)
+            for of, parity, size in zip(scales, parities, x.shape[-2:], strict=True)
+        )
+    )
 
 
 def _without(x: np.ndarray, axis: int, lines: np.ndarray) -> np.ndarray:

@@ -197,6 +197,18 @@ def minus(_, vectors, others):
 
 
 @_intrinsic
+def times(_, vectors, others):
+    """The products of two tuples of vectors, element by element."""
+
+    def emit(context, builder, signature, arguments):
+        pairs = zip(*(cgutils.unpack_tuple(builder, many) for many in arguments), strict=True)
+        products = [builder.fmul(x, y) for x, y in pairs]
+        return context.make_tuple(builder, signature.return_type, products)
+
+    return vectors(vectors, others), emit
+
+
+@_intrinsic
 def plus_multiples(_, vectors, factors, at, stride, vector):
     """To each of a tuple of vectors ``factors[at + i * stride] * vector[0]`` is added."""
 

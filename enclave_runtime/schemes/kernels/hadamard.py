@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from enclave_runtime.crypto.keys import KeyStream
-from enclave_runtime.schemes.kernels import passes, tile_programs
+from enclave_runtime.schemes.kernels import lines, passes, tile_programs
 from enclave_runtime.schemes.kernels.axis_map import AxisMap as AxisMap
 from enclave_runtime.schemes.kernels.axis_map import block_size as block_size
 from enclave_runtime.schemes.kernels.axis_map import dense_transform as dense_transform
@@ -153,4 +153,5 @@ def warm_up() -> None:
         program = tile_programs.TileProgram(np.dtype(dtype), 1, 1)
         program.unit(0, 1)
         program.run()
+    lines.warm_up()
     KeyStream(bytes(32)).normal(1)

@@ -15,6 +15,7 @@ from enclave_runtime.crypto.keys import KeyStream
 from enclave_runtime.gramine import staging
 from enclave_runtime.schemes.kernels import hadamard
 from enclave_runtime.schemes.kernels.hadamard import draw, mix, unmix
+from enclave_runtime.schemes.kernels.lines import Factors, scaled
 
 KEY = bytes(range(32))
 NUMBA = Path("none")  # where no library is
@@ -51,6 +52,9 @@ def results() -> list[np.ndarray]:
             mixed = mix(x, maps, extra=extra)
             inverses = {i: axis_map.inverse() for i, axis_map in maps.items()}
             out += [mixed, unmix(mixed, inverses, keep=rows), mix(mixed, {1: maps[1]})]
+            factors = Factors(np.ldexp(1.0, [np.arange(rows) % 7]), np.full((1, width), 0.5))
+            larger, lengths = scaled(x, factors)
+            out += [larger, *lengths]
     return out
 
 

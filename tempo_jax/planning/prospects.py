@@ -105,23 +105,29 @@ def _leaving(
 ) -> int:
     """Floating-point operations that would leave under a scheme that blinds a value once.
 
-    Each operand serves a product and a gradient, if there is one; no weight is taken to lie on the
-    devices, which would only spare more.
+    Each operand serves a product and a gradient, if there is one that leaves as well; no weight is
+    taken to lie on the devices, which would only spare more.
     """
     scheme, leaving = plan.request.scheme, 0
     for family in families:
         rows, inner, columns = growth.sizes(*family.sizes)
         sizes = {"x": rows * inner, "w": inner * columns, "g": rows * columns}
         results = {FORWARD: "g", TO_INPUT: "x", TO_WEIGHT: "w"}
-        kinds = [(member.left, member.right) for member in family.members.values()]
-        for number, kind in zip(family.members, kinds, strict=True):
-            eqn = jaxpr.eqns[number]
-            itemsize = eqn.outvars[0].aval.dtype.itemsize
-            outside = costs.latency
-            for name in (*kind, results[kind]):
-                uses = 1 if name == results[kind] else sum(name in other for other in kinds)
-                count = sizes[name] * family.copies
-                outside += costs.tensor(count, itemsize, scheme) / uses
-            if costs.worthwhile(costs.inside(eqn) * growth.arithmetic, outside):
-                leaving += work(eqn)
+        sent = {number: (member.left, member.right) for number, member in family.members.items()}
+        settled = False
+        while not settled:
+            kept = {}
+            for number, kind in sent.items():
+                eqn = jaxpr.eqns[number]
+                itemsize = eqn.outvars[0].aval.dtype.itemsize
+                outside = costs.latency
+                for name in (*kind, results[kind]):
+                    uses = 1 if name == results[kind] else sum(name in k for k in sent.values())
+                    count = sizes[name] * family.copies
+                    outside += costs.tensor(count, itemsize, scheme) / uses
+                if costs.worthwhile(costs.inside(eqn) * growth.arithmetic, outside):
+                    kept[number] = kind
+            # One that stays no longer shares the price of its operands.
+            settled, sent = kept == sent, kept
+        leaving += sum(work(jaxpr.eqns[number]) for number in sent)
     return leaving

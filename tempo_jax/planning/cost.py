@@ -35,7 +35,7 @@ class CostModel:
       checking: nanoseconds for each element of operands and result to check a product, beside
         the arithmetic; 0 where products are not checked.
       margin: a product goes out only where the enclave saves by this factor: what is measured once,
-        in warm caches, takes up to half as long again in the middle of a step.
+        in warm caches, may take up to half as long again in the middle of a step.
       measured_at: seconds since 1970 at which it was measured; 0 if that is not known.
       stale: whether runs took so much more or less that it is to be measured anew.
       confirmed: whether it was measured anew for that reason, and came out alike.
@@ -47,7 +47,7 @@ class CostModel:
     latency: float = 1e-4
     schemes: Mapping[str, SchemeCost] = dataclasses.field(default_factory=dict)
     checking: float = 0.0
-    margin: float = 1.6
+    margin: float = 1.5
     measured_at: int = dataclasses.field(default=0, compare=False)
     stale: bool = dataclasses.field(default=False, compare=False)
     confirmed: bool = dataclasses.field(default=False, compare=False)

@@ -317,7 +317,7 @@ def test_report_runs_nothing(enclave):
 
 def test_a_product_that_stays_makes_those_that_shared_its_operand_dearer(enclave):
     # Half an operand is cheap enough to send for dW alone, but nobody shares it any more.
-    rows, width = 2048, 440
+    rows, width = 2048, 412
 
     def loss(weights, x):
         for weight in weights:

@@ -71,9 +71,8 @@ class TileProgram:
         self._dtype, self._copies, self._lines = dtype, copies, lines
         self._lanes = TILE_BYTES // dtype.itemsize
         self._steps: list[list[int]] = []
-        self._far: list[
-            tuple[int, int]
-        ] = []  # steps that move strips of far rows, and how many rows
+        # Steps that move strips of far rows, and how many rows.
+        self._far: list[tuple[int, int]] = []
         self._held: list[np.ndarray] = []
         self._span = 0
 

@@ -264,13 +264,16 @@ class Shielded(Generic[P, R]):
                     # What is only kept may be computed after the answer, where nobody times it.
                     return figures.busy_seconds if plan.revealed else None
 
+                mesh, doubt = self._options.mesh, self._enclave.doubt_costs
+                device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+                shared = device.platform == "cpu"
                 program.runtime = Runtime(
                     plan,
                     self._enclave,
-                    self._options.mesh,
+                    mesh,
                     labels,
                     self._rules(program),
-                    Expectation(self._name, expected, self._enclave.doubt_costs),
+                    Expectation(self._name, expected, doubt, shared=shared),
                 )
                 given = program.runtime.provisioned
                 tell_of_signature(

@@ -12,7 +12,7 @@ from tempo_jax.running import expectation
 from tempo_jax.running.expectation import FIRST, RUNS, Expectation
 
 
-def told(caplog, expected, *runs):
+def told(caplog, expected, *runs, shared=False):
     """What is logged when an estimate meets runs of so many seconds."""
     doubts = []
 
@@ -22,7 +22,7 @@ def told(caplog, expected, *runs):
 
     caplog.clear()
     with caplog.at_level(logging.INFO, "tempo_jax"):
-        checked = Expectation("step", lambda: expected, doubt)
+        checked = Expectation("step", lambda: expected, doubt, shared=shared)
         for seconds in runs:
             checked.ran(seconds)
     assert len(doubts) == len(caplog.records)
@@ -41,6 +41,12 @@ def test_far_off_runs_are_told_of_once(caplog, busy):
 @pytest.mark.parametrize("busy", [0.149, 0.1, 0.067])
 def test_other_runs_are_not(caplog, busy):
     assert told(caplog, 0.1, *[9.0] * FIRST, *[busy] * 2 * RUNS) == []
+
+
+def test_devices_on_the_enclaves_processors_take_half_of_them(caplog):
+    assert told(caplog, 0.1, *[0.29] * 2 * RUNS, shared=True) == []
+    assert len(told(caplog, 0.1, *[0.31] * 2 * RUNS, shared=True)) == 1
+    assert len(told(caplog, 0.1, *[0.066] * 2 * RUNS, shared=True)) == 1
 
 
 def test_one_quick_run_tells_that_the_others_were_disturbed(caplog):

@@ -218,12 +218,19 @@ class Loopback(Owned):
             raise
         return connection
 
+    def _unused(self) -> socket.socket | None:
+        """A connection that waits for a request, if there is one."""
+        while True:
+            with self._lock:
+                connection = self._idle.pop() if self._idle else None
+            if connection is None or _is_silent(connection):
+                return connection
+            connection.close()  # its last request was given up just as the reply came
+
     @contextlib.contextmanager
     def _borrowed(self, seconds: float | None) -> Iterator[socket.socket]:
         """A connection for one request; one that was interrupted is not used again."""
-        with self._lock:
-            connection = self._idle.pop() if self._idle else None
-        connection = connection or self._connect(seconds)
+        connection = self._unused() or self._connect(seconds)
         try:
             yield connection
         except BaseException:
@@ -385,6 +392,17 @@ class Loopback(Owned):
                 connection.close()
             self._idle.clear()
             self._arenas.clear()
+
+
+def _is_silent(connection: socket.socket) -> bool:
+    """Whether a connection is open, and nobody says anything."""
+    try:
+        connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def greet(connection: socket.socket, key: bytes) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Calls:
 
     @contextlib.contextmanager
     def on(self, connection: socket.socket) -> Iterator[None]:
-        """While this lasts, `cancel` breaks the connection."""
+        """While this lasts, `cancel` breaks the connection, which is closed then in any case."""
         with self._lock:
             if self.cancelled:
                 raise ConnectionAbortedError
@@ -103,6 +103,8 @@ class Calls:
         finally:
             with self._lock:
                 self._connections.discard(connection)
+                if self.cancelled:  # perhaps just as the reply came
+                    connection.close()
 
     def cancel(self) -> None:
         """Breaks the connections of all requests under way, and of those that come later."""
@@ -218,26 +220,20 @@ class Loopback(Owned):
             raise
         return connection
 
-    def _unused(self) -> socket.socket | None:
-        """A connection that waits for a request, if there is one."""
-        while True:
-            with self._lock:
-                connection = self._idle.pop() if self._idle else None
-            if connection is None or _is_silent(connection):
-                return connection
-            connection.close()  # its last request was given up just as the reply came
-
     @contextlib.contextmanager
     def _borrowed(self, seconds: float | None) -> Iterator[socket.socket]:
         """A connection for one request; one that was interrupted is not used again."""
-        connection = self._unused() or self._connect(seconds)
+        with self._lock:
+            connection = self._idle.pop() if self._idle else None
+        connection = connection or self._connect(seconds)
         try:
             yield connection
         except BaseException:
             connection.close()
             raise
-        with self._lock:
-            self._idle.append(connection)
+        if connection.fileno() >= 0:  # else its request was given up
+            with self._lock:
+                self._idle.append(connection)
 
     def request(
         self,
@@ -392,17 +388,6 @@ class Loopback(Owned):
                 connection.close()
             self._idle.clear()
             self._arenas.clear()
-
-
-def _is_silent(connection: socket.socket) -> bool:
-    """Whether a connection is open, and nobody says anything."""
-    try:
-        connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def greet(connection: socket.socket, key: bytes) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Connections that wait for a request: none that is broken is used for one."""
 
-import select
-
 import pytest
 
 from enclave_runtime.protocol import wire
@@ -27,13 +25,3 @@ def test_request_given_up_just_as_its_reply_came_breaks_no_other(enclave, monkey
         assert "runs" in lines.request(Kind.STATISTICS, {})
     with pytest.raises(EnclaveError, match="the request was given up"):
         lines.request(Kind.STATISTICS, {}, calls=calls)
-
-
-def test_connection_that_the_enclave_has_closed_is_not_used(enclave):
-    lines = enclave.connection
-    lines.request(Kind.STATISTICS, {})
-    process = enclave.statistics()["process"]
-    for connection in lines._idle:
-        wire.send(connection, wire.Frame(Kind.STATISTICS, 0, {}))  # numbers rise: it closes
-        assert select.select([connection], [], [], 10)[0]
-    assert enclave.statistics()["process"] == process

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from enclave_runtime.compiled.definitions.tiles import _Rounds, _Table, all_rounds
+from enclave_runtime.compiled.definitions.tiles import (
+    _Rounds,
+    _Strips,
+    _Table,
+    all_rounds,
+    copy_rows,
+)
 from enclave_runtime.compiled.definitions.vectors import (
     VECTOR,
     address_of,
@@ -21,7 +27,6 @@ from enclave_runtime.compiled.definitions.vectors import (
     plus,
     plus_multiples,
     pointer_like,
-    prefetch,
     shifted,
     store,
     transposed,
@@ -43,7 +48,6 @@ _LOAD, _ADD, _STORE = int(TileStep.LOAD), int(TileStep.ADD), int(TileStep.STORE)
 _UNIT, _ZERO, _MAP = int(TileStep.UNIT), int(TileStep.ZERO), int(TileStep.MAP)
 _SUBTRACT, _OUTER, _INNER = int(TileStep.SUBTRACT), int(TileStep.OUTER), int(TileStep.INNER)
 _READ, _WRITE = int(TileStep.READ), int(TileStep.WRITE)
-_AHEAD = 8  # rows that are fetched before they are read
 
 
 @compiled
@@ -64,36 +68,6 @@ def _load_across(source, stride, tile, count, width, add):
             if add:
                 element += tile[i * lanes + v]
             tile[i * lanes + v] = element
-
-
-@compiled
-def _stage(source, stride, staged, count, width):
-    """Strips side by side, one after the other: a far row costs about as much as its first line."""
-    lanes = lane_count(staged)
-    strips = width // lanes
-    for i in range(count):
-        for u in range(strips):
-            prefetch(source, (i + _AHEAD) * stride + u * lanes)
-        for u in range(strips):
-            for v in range(0, lanes, VECTOR):
-                vectors = load(source, i * stride + u * lanes + v, lanes, 1)
-                store(staged, (u * count + i) * lanes + v, lanes, vectors)
-        for v in range(width - strips * lanes):
-            staged[(strips * count + i) * lanes + v] = source[i * stride + strips * lanes + v]
-
-
-@compiled
-def _unstage(staged, target, stride, count, width):
-    """Strips that lie one after the other, side by side."""
-    lanes = lane_count(staged)
-    strips = width // lanes
-    for i in range(count):
-        for u in range(strips):
-            for v in range(0, lanes, VECTOR):
-                vectors = load(staged, (u * count + i) * lanes + v, lanes, 1)
-                store(target, i * stride + u * lanes + v, lanes, vectors)
-        for v in range(width - strips * lanes):
-            target[i * stride + strips * lanes + v] = staged[(strips * count + i) * lanes + v]
 
 
 @compiled
@@ -264,7 +238,9 @@ def run_program(program, scratch, start, stop):
                         _store_across(part, own, lanes, step[8], lanes)
                         if task == last:
                             first = shifted(place, (nearest - task) * lanes)
-                            _unstage(staged, first, step[5], step[8], together)
+                            side_by_side = _Strips(first, step[5], lanes)
+                            apart = _Strips(staged, lanes, step[8] * lanes)
+                            copy_rows(apart, side_by_side, step[8], together)
                     else:
                         _store_across(part, place, step[5], step[8], wide)
                 else:
@@ -274,7 +250,9 @@ def run_program(program, scratch, start, stop):
                         _load_along(place, step[5], step[6], part, step[8], wide, kind == _ADD)
                     elif step[11]:
                         if task == nearest:
-                            _stage(place, step[5], staged, step[8], together)
+                            side_by_side = _Strips(place, step[5], lanes)
+                            apart = _Strips(staged, lanes, step[8] * lanes)
+                            copy_rows(side_by_side, apart, step[8], together)
                         _load_across(own, lanes, part, step[8], wide, kind == _ADD)
                     else:
                         _load_across(place, step[5], part, step[8], wide, kind == _ADD)

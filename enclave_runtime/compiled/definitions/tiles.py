@@ -15,12 +15,15 @@ from enclave_runtime.compiled.definitions.vectors import (
     gather,
     lane_count,
     load,
+    prefetch,
     shifted,
     store,
     transposed,
 )
 from enclave_runtime.compiled.kernel import compiled
 from enclave_runtime.compiled.layout import STRIPS
+
+_AHEAD = 8  # rows that are fetched before they are read
 
 
 class _Table(NamedTuple):
@@ -118,11 +121,13 @@ def all_rounds(rounds, count, tile, table, first, second):
 
 
 @compiled
-def _copy_rows(source, target, count, width):
+def copy_rows(source, target, count, width):
     """Copies `count` rows of `width` elements between two `_Strips`."""
     lanes = lane_count(source.address)
     whole = width // lanes
     for i in range(count):
+        for u in range(whole):
+            prefetch(source.address, (i + _AHEAD) * source.row + u * source.strip)
         for u in range(whole):
             for v in range(0, lanes, VECTOR):
                 vectors = load(source.address, i * source.row + u * source.strip + v, lanes, 1)
@@ -154,9 +159,9 @@ def mix_strips(plan, scratch, start, stop):
         index, column = task // groups, task % groups * group
         width = min(group, inner - column)
         place = shifted(source, index * rows * inner + column)
-        _copy_rows(_Strips(place, inner, lanes), _Strips(tiles, lanes, apart), rows, width)
+        copy_rows(_Strips(place, inner, lanes), _Strips(tiles, lanes, apart), rows, width)
         place, below = shifted(extra, index * more * inner + column), shifted(tiles, rows * lanes)
-        _copy_rows(_Strips(place, inner, lanes), _Strips(below, lanes, apart), more, width)
+        copy_rows(_Strips(place, inner, lanes), _Strips(below, lanes, apart), more, width)
         own = _moved(tables, index * copies // plan.outer * gathers * size)
         for strip in range(0, width, lanes):
             tile = shifted(tiles, strip * size)
@@ -166,7 +171,7 @@ def mix_strips(plan, scratch, start, stop):
                     vectors = gather(mixed, v, table.order, table.scale, i, 1)
                     store(tile, i * lanes + v, lanes, vectors)
         place = shifted(target, index * kept * inner + column)
-        _copy_rows(_Strips(tiles, lanes, apart), _Strips(place, inner, lanes), kept, width)
+        copy_rows(_Strips(tiles, lanes, apart), _Strips(place, inner, lanes), kept, width)
 
 
 @compiled

@@ -172,40 +172,33 @@ def gather(_, tile, lane, order, scale, first, count):
     return result(tile, types.intp, order, scale, types.intp, count), emit
 
 
-@_intrinsic
-def plus(_, vectors, others):
-    """The sums of two tuples of vectors."""
+def _elementwise(vectors: Any, others: Any, combine: str) -> Any:
+    """An intrinsic that combines two tuples of vectors by one instruction of the builder."""
 
     def emit(context, builder, signature, arguments):
         pairs = zip(*(cgutils.unpack_tuple(builder, many) for many in arguments), strict=True)
-        sums = [builder.fadd(x, y) for x, y in pairs]
-        return context.make_tuple(builder, signature.return_type, sums)
+        results = [getattr(builder, combine)(x, y) for x, y in pairs]
+        return context.make_tuple(builder, signature.return_type, results)
 
     return vectors(vectors, others), emit
+
+
+@_intrinsic
+def plus(_, vectors, others):
+    """The sums of two tuples of vectors."""
+    return _elementwise(vectors, others, "fadd")
 
 
 @_intrinsic
 def minus(_, vectors, others):
     """The differences of two tuples of vectors."""
-
-    def emit(context, builder, signature, arguments):
-        pairs = zip(*(cgutils.unpack_tuple(builder, many) for many in arguments), strict=True)
-        differences = [builder.fsub(x, y) for x, y in pairs]
-        return context.make_tuple(builder, signature.return_type, differences)
-
-    return vectors(vectors, others), emit
+    return _elementwise(vectors, others, "fsub")
 
 
 @_intrinsic
 def times(_, vectors, others):
     """The products of two tuples of vectors, element by element."""
-
-    def emit(context, builder, signature, arguments):
-        pairs = zip(*(cgutils.unpack_tuple(builder, many) for many in arguments), strict=True)
-        products = [builder.fmul(x, y) for x, y in pairs]
-        return context.make_tuple(builder, signature.return_type, products)
-
-    return vectors(vectors, others), emit
+    return _elementwise(vectors, others, "fmul")
 
 
 @_intrinsic

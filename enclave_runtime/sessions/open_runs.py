@@ -23,7 +23,7 @@ class OpenRuns:
     def __init__(self, attempts: Attempts) -> None:
         self._attempts = attempts
         self._runs: dict[int, Run] = {}
-        self._named: dict[str, int] = {}
+        self._names: dict[int, str] = {}
         self._given_up: collections.deque[str] = collections.deque(maxlen=_MAX_GIVEN_UP)
         self._lock = threading.Lock()
 
@@ -54,13 +54,13 @@ class OpenRuns:
                 self._attempts.begin_run()
             self._runs[number] = run
             if name is not None:
-                self._named[name] = number
+                self._names[number] = name
 
     def end(self, number: int, run: Run) -> None:
         """Forgets a run. A wrong product counts once, whichever request ends its run first."""
         with self._lock:
             known = self._runs.pop(number, None) is not None
-            self._named = {name: of for name, of in self._named.items() if of != number}
+            self._names.pop(number, None)
             lied, run.lied = run.lied, False
             if lied:
                 self._attempts.count()
@@ -71,7 +71,7 @@ class OpenRuns:
         """Ends the run of a number or a name, at once or when it begins."""
         with self._lock:
             if number is None and name is not None:
-                number = self._named.get(name)
+                number = next((n for n, of in self._names.items() if of == name), None)
                 if number is None:
                     self._given_up.append(name)
             run = None if number is None else self._runs.get(number)

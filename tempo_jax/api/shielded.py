@@ -37,7 +37,7 @@ from tempo_jax.planning.request import Request
 from tempo_jax.reporting.figures import Figures
 from tempo_jax.reporting.notices import tell_of_signature, warn_of
 from tempo_jax.reporting.report import Report
-from tempo_jax.running.call import Runtime, Traffic
+from tempo_jax.running.call import Runtime, Traffic, first_device
 from tempo_jax.running.expectation import Expectation
 from tempo_jax.running.observation import active_views
 from tempo_jax.running.transformed import (
@@ -265,8 +265,7 @@ class Shielded(Generic[P, R]):
                     return figures.busy_seconds if plan.revealed else None
 
                 mesh, doubt = self._options.mesh, self._enclave.doubt_costs
-                device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-                shared = device.platform == "cpu"
+                shared = first_device(mesh).platform == "cpu"
                 program.runtime = Runtime(
                     plan,
                     self._enclave,

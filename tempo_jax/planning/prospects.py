@@ -7,7 +7,7 @@ and where neither suffices both together, without tracing the program again. Unt
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tempo_jax.families.finder import FORWARD, TO_INPUT, TO_WEIGHT, Family, find_families
 from tempo_jax.jaxprs.products import is_product, products_above, work
@@ -17,6 +17,7 @@ from tempo_jax.planning.matrix_form import Growth, data_variables, work_outside
 from tempo_jax.planning.plan import Plan, flatten_calls
 
 ENOUGH = 0.5  # share of the arithmetic outside from which a larger program is worth naming
+_RESULTS = {FORWARD: "g", TO_INPUT: "x", TO_WEIGHT: "w"}
 _ROWS = tuple(Growth(rows=2**n) for n in range(1, 8))
 _WIDTHS = tuple(Growth(width=2**n) for n in range(1, 6))
 # The least arithmetic first.
@@ -103,31 +104,35 @@ def _work(jaxpr: Jaxpr, family: Family) -> int:
 def _leaving(
     jaxpr: Jaxpr, families: Sequence[Family], plan: Plan, costs: CostModel, growth: Growth
 ) -> int:
-    """Floating-point operations that would leave under a scheme that blinds a value once.
+    """Floating-point operations that would leave under a scheme that blinds a value once."""
+    leaving = (_members_leaving(jaxpr, family, plan, costs, growth) for family in families)
+    return sum(work(jaxpr.eqns[number]) for numbers in leaving for number in numbers)
+
+
+def _members_leaving(
+    jaxpr: Jaxpr, family: Family, plan: Plan, costs: CostModel, growth: Growth
+) -> Collection[int]:
+    """The equations of a family that would leave.
 
     Each operand serves a product and a gradient, if there is one that leaves as well; no weight is
     taken to lie on the devices, which would only spare more.
     """
-    scheme, leaving = plan.request.scheme, 0
-    for family in families:
-        rows, inner, columns = growth.sizes(*family.sizes)
-        sizes = {"x": rows * inner, "w": inner * columns, "g": rows * columns}
-        results = {FORWARD: "g", TO_INPUT: "x", TO_WEIGHT: "w"}
-        sent = {number: (member.left, member.right) for number, member in family.members.items()}
-        settled = False
-        while not settled:
-            kept = {}
-            for number, kind in sent.items():
-                eqn = jaxpr.eqns[number]
-                itemsize = eqn.outvars[0].aval.dtype.itemsize
-                outside = costs.latency
-                for name in (*kind, results[kind]):
-                    uses = 1 if name == results[kind] else sum(name in k for k in sent.values())
-                    count = sizes[name] * family.copies
-                    outside += costs.tensor(count, itemsize, scheme) / uses
-                if costs.worthwhile(costs.inside(eqn) * growth.arithmetic, outside):
-                    kept[number] = kind
-            # One that stays no longer shares the price of its operands.
-            settled, sent = kept == sent, kept
-        leaving += sum(work(jaxpr.eqns[number]) for number in sent)
-    return leaving
+    rows, inner, columns = growth.sizes(*family.sizes)
+    sizes = {"x": rows * inner, "w": inner * columns, "g": rows * columns}
+
+    def pays(number: int, kind: tuple[str, str], sent: Collection[tuple[str, str]]) -> bool:
+        eqn, result = jaxpr.eqns[number], _RESULTS[kind]
+        itemsize = eqn.outvars[0].aval.dtype.itemsize
+        outside = costs.latency
+        for name in (*kind, result):
+            uses = 1 if name == result else sum(name in other for other in sent)
+            count = sizes[name] * family.copies
+            outside += costs.tensor(count, itemsize, plan.request.scheme) / uses
+        return costs.worthwhile(costs.inside(eqn) * growth.arithmetic, outside)
+
+    before = None
+    sent = {number: (member.left, member.right) for number, member in family.members.items()}
+    while sent != before:  # one that stays no longer shares the price of its operands
+        before = sent
+        sent = {n: kind for n, kind in before.items() if pays(n, kind, before.values())}
+    return sent

@@ -82,7 +82,7 @@ class Runtime:
         self.plan = plan
         self._enclave = enclave
         self._mesh = mesh
-        self._device = _default_device() if mesh is None else mesh.devices.flat[0]
+        self._device = first_device(mesh)
         self._runs: dict[int, HostRun] = {}
         self._compiled: dict[bool, Any] = {}
         self._lock = threading.Lock()
@@ -563,6 +563,9 @@ class _Raising:
             return self._runtime._fetch(known, worker, index)
 
 
-def _default_device() -> Any:
+def first_device(mesh: Mesh | None) -> Any:
+    """The device that visits come from, or the first of a mesh."""
+    if mesh is not None:
+        return mesh.devices.flat[0]
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]

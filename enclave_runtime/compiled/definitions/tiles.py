@@ -126,8 +126,9 @@ def copy_rows(source, target, count, width):
     lanes = lane_count(source.address)
     whole = width // lanes
     for i in range(count):
-        for u in range(whole):
-            prefetch(source.address, (i + _AHEAD) * source.row + u * source.strip)
+        if source.row != lanes:  # rows in a row come by themselves
+            for u in range(whole):
+                prefetch(source.address, (i + _AHEAD) * source.row + u * source.strip)
         for u in range(whole):
             for v in range(0, lanes, VECTOR):
                 vectors = load(source.address, i * source.row + u * source.strip + v, lanes, 1)

@@ -7,8 +7,9 @@ different numbers of elements, with C channels in and out and m places::
     rows      X (m, 3 C)   W (3 C, 3 C)   Y (m, 3 C)    12 m C, three parts of Y added up shifted
     shifts    X (m, C)     W (C, 9 C)     Y (m, 9 C)    20 m C, nine of them
 
-`shield` uses patches. Keys and scheme are the enclave's own, what the devices would bring is left
-out, and nothing is asserted. A layer counts forward and backward: Y, dX and dW.
+`shield` takes the cheapest for each layer. The forms are the planner's, keys and scheme the
+enclave's own; what the devices would bring is left out, and nothing is asserted. A layer counts
+forward and backward: Y, dX and dW.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,11 +28,12 @@ from jax import lax
 from benchmarks.machine import describe, environment
 from enclave_runtime.crypto.keys import KeySchedule
 from enclave_runtime.protocol.program import KeyClass, Layout
+from tempo_jax.families.convolutions import Window
 from tempo_jax.schemes import Mixing
 
 CHANNELS, IMAGES, BATCHES = (64, 128, 256, 512), (8, 16, 32), (64, 256)
 MOST = 90_000_000  # elements of the patches that are measured; more take gigabytes
-FORMS = {"patches": (3, 3), "rows": (1, 3), "shifts": (1, 1)}  # what of the window X unfolds
+FORMS = {"patches": (), "rows": (0,), "shifts": (0, 1)}  # axes of the window left for Y
 _NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -40,41 +42,22 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_NUMBERS)
 
 
-def _unfolded(x: jax.Array, window: tuple[int, int]) -> jax.Array:
-    """X as a matrix of parts of its windows, (places, positions × channels)."""
-    n, height, width, channels = x.shape
-    margins = [(0, 0), *((size // 2, size // 2) for size in window), (0, 0)]
-    x = jnp.pad(x, margins)
-    taps = [
-        x[:, i : i + height, j : j + width]
-        for i, j in itertools.product(*(range(size) for size in window))
-    ]
-    return jnp.concatenate(taps, -1).reshape(n * height * width, len(taps) * channels)
-
-
 class Form:
     """One way, for one layer: what the enclave does, without waiting for devices."""
 
-    def __init__(self, channels: int, image: int, batch: int, window: tuple[int, int]):
+    def __init__(self, channels: int, image: int, batch: int, left: Sequence[int]):
         """Makes up a layer's tensors."""
         rng = np.random.default_rng(0)
-        shape = (batch, image, image, channels)
+        shape, kernel = (batch, image, image, channels), (3, 3, channels, channels)
         self.x, self.g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
-        self.window = window
-        # The rest of the window is added up, so G is unfolded along it.
-        self.rest = (3 // window[0], 3 // window[1])
-        taps, others = window[0] * window[1], self.rest[0] * self.rest[1]
-        self.sizes = (batch * image * image, taps * channels, others * channels)
-        w = rng.normal(size=self.sizes[1:]) / np.sqrt(9 * channels)
-        self.w = jnp.asarray(w, jnp.float32)
-        self.unfold = jax.jit(_unfolded, static_argnames="window")
-
-        def folded(matrix: jax.Array, window: tuple[int, int]) -> jax.Array:
-            aval = jax.ShapeDtypeStruct(shape, jnp.float32)
-            (image,) = jax.linear_transpose(lambda x: _unfolded(x, window), aval)(matrix)
-            return image
-
-        self.fold = jax.jit(folded, static_argnames="window")
+        w = rng.normal(size=kernel) / np.sqrt(9 * channels)
+        avals = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, kernel)]
+        (eqn,) = jax.make_jaxpr(convolve)(*avals).eqns
+        forms = Window(eqn).forms(frozenset(left))
+        self.sizes = (forms.x.rows, forms.x.columns, forms.w.columns)
+        self.w = forms.w.matrix(jnp.asarray(w, jnp.float32))
+        self.unfold_x, self.unfold_g = jax.jit(forms.x.matrix), jax.jit(forms.out.matrix)
+        self.fold_x, self.fold_y = jax.jit(forms.x.array), jax.jit(forms.out.array)
         self._schedule, self._uses = KeySchedule(), itertools.count()
 
     def work(self) -> None:
@@ -95,11 +78,11 @@ class Form:
             blinded = np.ones([self.sizes[c] for c in classes], np.float32)
             return scheme.unblind(blinded, Layout(classes, parities), keys, (first, second))
 
-        _, x = blind(self.unfold(self.x, self.window), (0, 1), (1, 1))
+        _, x = blind(self.unfold_x(self.x), (0, 1), (1, 1))
         _, w = blind(self.w, (1, 2), (0, 1))
-        self.fold(unblind(x, w, (0, 2), (1, 1)), self.rest).block_until_ready()
-        _, g = blind(self.unfold(self.g, self.rest), (0, 2), (0, 0))
-        self.fold(unblind(g, w, (0, 1), (0, 0)), self.window).block_until_ready()
+        self.fold_y(unblind(x, w, (0, 2), (1, 1))).block_until_ready()
+        _, g = blind(self.unfold_g(self.g), (0, 2), (0, 0))
+        self.fold_x(unblind(g, w, (0, 1), (0, 0))).block_until_ready()
         unblind(x, g, (1, 2), (1, 0)).block_until_ready()
 
 
@@ -117,7 +100,7 @@ def inside(form: Form, channels: int) -> Callable[[], None]:
 
 def measure(channels: int, image: int, batch: int, rounds: int) -> dict[str, float]:
     """Each form's seconds over those of computing inside: the least of each, taken in turn."""
-    forms = {name: Form(channels, image, batch, window) for name, window in FORMS.items()}
+    forms = {name: Form(channels, image, batch, left) for name, left in FORMS.items()}
     works = {name: form.work for name, form in forms.items()}
     works["inside"] = inside(forms["rows"], channels)
     seconds = dict.fromkeys(works, float("inf"))

@@ -35,6 +35,7 @@ Run = Callable[[Trace, np.random.Generator], list[Measurement]]
 
 MLPS = ("mlp", "mlp_bn", "mlp_ln")
 ALL = (*MLPS, "cnn", "transformer")
+ROWS = "cnn_rows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,8 @@ def all_plans(*, quick: bool) -> list[Plan]:
     large = Setting(2 if quick else 4, batch=1024)
     repeated = Setting(2 if quick else 4, batch=1024, repeat=True)
     some = ("mlp",) if quick else ALL
+    # Its layers' outputs are sums of what was multiplied, so it has no adjacent columns to link.
+    unlinked = () if quick else (ROWS,)
     mlps = ("mlp",) if quick else MLPS
     wider = ("transformer",) if quick else ("cnn", "transformer")
     dense = ("mlp",) if quick else (*MLPS, "mlp_large")
@@ -174,13 +177,14 @@ def all_plans(*, quick: bool) -> list[Plan]:
         Plan(
             "S4",
             coordinates.scored_twice(steps.attack),
-            some,
+            (*some, *unlinked),
             few,
             (
                 ("fresh_orthogonal", "mlp", "w directions linked by rank", 30),
                 ("fresh_orthogonal", "mlp", "w subspace", 0.99),
                 ("fresh_orthogonal", "cnn", "w directions linked by rank", 30),
                 ("fresh_orthogonal", "cnn", "gram directions linked by rank", 2),
+                ("fresh_orthogonal", ROWS, "w directions linked by rank", 30),
                 ("fresh_orthogonal", "transformer", "w directions linked by rank", 30),
                 ("fresh_orthogonal", "transformer", "attention w subspace", 0.6),
             ),
@@ -202,14 +206,14 @@ def all_plans(*, quick: bool) -> list[Plan]:
         Plan(
             "S4",
             structure.attack,
-            some,
+            (*some, *unlinked),
             dataclasses.replace(few, simulate=True),
             (("mixing_two_rounds", "mlp", "blocks of row keys", 0.9),),
         ),
         Plan(
             "S5",
             coordinates.scored_twice(checkpoint.attack),
-            some,
+            (*some, *unlinked),
             few,
             (
                 *(
@@ -221,6 +225,8 @@ def all_plans(*, quick: bool) -> list[Plan]:
                         ("fresh_orthogonal", victim, "key directions with signs, 0%", 120),
                     )
                 ),
+                ("fresh_orthogonal", ROWS, "w directions by rank, 0%", 30),
+                ("fresh_orthogonal", ROWS, "key directions with signs, 0%", 120),
                 ("fresh_orthogonal", "transformer", "dual directions by rank, 0%", 2),
                 ("direct_convolution", "cnn", "taps", 0.95),
             ),
@@ -272,13 +278,13 @@ def all_plans(*, quick: bool) -> list[Plan]:
                     *(
                         ("fresh_orthogonal", victim, "missing row", 0.95)
                         for victim in controlled
-                        if victim != "cnn"
+                        if victim not in ("cnn", ROWS)
                     ),
                 ),
             )
             for victims, setting, controlled in (
                 (mlps, many, ("mlp",)),
-                (() if quick else wider, several, ("cnn", "transformer")),
+                (() if quick else (*wider, ROWS), several, ("cnn", ROWS, "transformer")),
             )
         ),
         Plan(
@@ -378,29 +384,33 @@ def _telling_wider(several: Setting) -> list[Plan]:
         Plan(
             "S11",
             functools.partial(candidates.attack, draws=150),
-            ("cnn",),
+            ("cnn", ROWS),
             several,
-            ((old, "cnn", "batch from G, T = 1", 0.9), (old, "cnn", "batch from X, T = 100", 0.85)),
+            tuple(
+                (old, victim, metric, least)
+                for victim in ("cnn", ROWS)
+                for metric, least in (("batch from G, T = 1", 0.9), ("batch from X, T = 100", 0.85))
+            ),
         ),
         Plan(
             "S12",
             candidates.attack_ranks,
-            ("cnn", "transformer"),
+            ("cnn", ROWS, "transformer"),
             several,
             tuple(
                 (old, victim, f"ranks told: {what}", 0.75)
-                for victim in ("cnn", "transformer")
+                for victim in ("cnn", ROWS, "transformer")
                 for what in ("rows that are no", "columns that")
             ),
         ),
         Plan(
             "S13",
             functools.partial(candidates.attack_weights, draws=150, count=2),
-            ("cnn", "transformer"),
+            ("cnn", ROWS, "transformer"),
             several,
             tuple(
                 ("fresh_orthogonal", victim, "weights told from a tenth off, T = 1", 0.95)
-                for victim in ("cnn", "transformer")
+                for victim in ("cnn", ROWS, "transformer")
             ),
         ),
     ]

@@ -19,7 +19,7 @@ from jax.extend.core import primitives
 import tempo_jax as tempo
 from benchmarks.attacks import audit, traces
 from benchmarks.attacks.traces import ProductTruth, ProductView, Trace
-from benchmarks.attacks.victims import VICTIMS, Plain
+from benchmarks.attacks.victims import VICTIMS, Patched, Plain
 from tempo_jax.testing import Product
 
 
@@ -257,9 +257,11 @@ def record(
     optimizer, state = traces.start(chosen, seed, drawn, linear=linear)
     optimizer = tempo.cheap_update(optimizer)
 
+    products = Patched() if scheme.keys_per_product else Plain()
+
     def step(state, inputs, labels):
         parameters, moments = state
-        gradients = jax.grad(chosen.loss)(parameters, inputs, labels, Plain())
+        gradients = jax.grad(chosen.loss)(parameters, inputs, labels, products)
         updates, moments = optimizer.update(gradients, moments, parameters)
         return optax.apply_updates(parameters, updates), moments
 

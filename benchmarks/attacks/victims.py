@@ -65,6 +65,43 @@ class Plain:
         return x @ w
 
 
+def unfolded(x: jax.Array, window: tuple[int, int]) -> jax.Array:
+    """(N, H, W, n) as (N H W, taps n): what stands in this window about each pixel, 0 outside."""
+    count, height, width, channels = x.shape
+    above, before = (size // 2 for size in window)
+    x = jnp.pad(x, ((0, 0), (above, above), (before, before), (0, 0)))
+    shifts = [
+        x[:, i : i + height, j : j + width] for i in range(window[0]) for j in range(window[1])
+    ]
+    return jnp.concatenate(shifts, -1).reshape(count * height * width, -1)
+
+
+class Patched(Plain):
+    """Convolutions as products of patches: one of two ways in which `Mixing` sends them."""
+
+    def convolve(self, name: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        """See `Products`."""
+        y = unfolded(x, (3, 3)) @ w.reshape(-1, w.shape[-1])
+        return y.reshape(*x.shape[:3], -1)
+
+
+class _InRows:
+    """Convolutions as products of rows of the image, the other way: Y's three parts added up."""
+
+    def __init__(self, products: Products):
+        self.dense, self.attend = products.dense, products.attend
+
+    def convolve(self, name: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        """See `Products`."""
+        count, height, width, _ = x.shape
+        _, _, n, p = w.shape
+        kernel = w.transpose(1, 2, 0, 3).reshape(3 * n, 3 * p)
+        y = self.dense(name, unfolded(x, (1, 3)), kernel).reshape(count, height, width, 3, p)
+        y = jnp.pad(y, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+        parts = (y[:, k : k + height, :, k] for k in range(3))
+        return functools.reduce(jnp.add, parts)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Data:
     """Labelled examples: digits as (n, 64) in [0, 1], or windows of tokens.
@@ -205,6 +242,10 @@ def _apply_cnn(parameters: Parameters, x: jax.Array, products: Products) -> jax.
     return products.dense("head", x.mean((1, 2)), parameters["head"]) + parameters["head.bias"]
 
 
+def _apply_cnn_in_rows(parameters: Parameters, x: jax.Array, products: Products) -> jax.Array:
+    return _apply_cnn(parameters, x, _InRows(products))
+
+
 def _initialize_transformer(rng: np.random.Generator) -> Parameters:
     shapes = {"qkv": (WIDTH, 3 * WIDTH), "proj": (WIDTH, WIDTH), "up": (WIDTH, 2 * WIDTH)}
     shapes |= {"down": (2 * WIDTH, WIDTH), "head": (WIDTH, VOCABULARY)}
@@ -272,6 +313,9 @@ CNN = Victim(
     links=(("conv1", "conv2"),),
 )
 
+# The same network; what lies between adjacent products is no longer a function of single pixels.
+CNN_ROWS = dataclasses.replace(CNN, name="cnn_rows", apply=_apply_cnn_in_rows, links=())
+
 TRANSFORMER = Victim(
     name="transformer",
     initialize=_initialize_transformer,
@@ -304,6 +348,7 @@ VICTIMS = {
             for width in WIDER
         ),
         CNN,
+        CNN_ROWS,
         TRANSFORMER,
     )
 }

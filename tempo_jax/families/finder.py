@@ -4,30 +4,31 @@ A scheme with keys per product blinds matrices. For ``Y = X W`` with ``dX = G W�
 this module finds the three equations in a flat program and says how each operand is read as a
 matrix (Form), so that X and W are each blinded once and used twice, and G once for each of its
 products. Attention's products of activations are families as well, with a key for each index of
-their batch. A convolution becomes the product of its input's patches with its kernel: sent as it
-is, all positions of its window would share two keys, which one public checkpoint gives away.
-Untrusted and pure.
+their batch. A convolution becomes a product of matrices: sent as it is, all positions of its window
+would share two keys, which one public checkpoint gives away. There are several such products
+(`families.convolutions`), and which is the cheapest is not decided here. Untrusted and pure.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 from jax.extend.core import primitives as prims
 
-from tempo_jax.families.matrices import Form, GroupedAxes, Patches
+from tempo_jax.families.convolutions import (
+    MAX_TAPS,
+    ConvolutionForms,
+    Window,
+    reference_gradients,
+)
+from tempo_jax.families.matrices import Form, GroupedAxes
 from tempo_jax.jaxprs.primitives import conv_p, dot_general_p
 from tempo_jax.jaxprs.products import is_product
-from tempo_jax.jaxprs.trace import trace
 from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn, Var
-
-MAX_TAPS = 64  # a window with more positions has no worthwhile patches
 
 
 class MatrixOperand(NamedTuple):
@@ -65,10 +66,12 @@ class Family:
       members: every equation's form, by its number; the forward equation is the first.
       operands: "x" (rows × contracted), "w" (contracted × columns) and, if there is a backward
         product, "g" (rows × columns).
+      others: the same equations as products of other matrices.
     """
 
     members: dict[int, Member]
     operands: dict[str, MatrixOperand]
+    others: tuple[Family, ...] = ()
 
     @property
     def primary(self) -> int:
@@ -295,38 +298,15 @@ class _Finder:
         if not all(isinstance(v, Var) for v in eqn.invars):
             return None
         x, w = eqn.invars
-        numbers = params["dimension_numbers"]
-        rhs_out, rhs_in, *rhs_space = numbers.rhs_spec
-        out_batch, out_feature, *out_space = numbers.out_spec
         shape = tuple(eqn.outvars[0].aval.shape)
-        window = tuple(w.aval.shape[i] for i in rhs_space)
-        if math.prod(window) > MAX_TAPS or 0 in x.aval.shape or 0 in w.aval.shape or 0 in shape:
+        window = Window(eqn)
+        if window.taps > MAX_TAPS or 0 in x.aval.shape or 0 in w.aval.shape or 0 in shape:
             return None
-        patches = Patches(
-            tuple(x.aval.shape),
-            x.aval.dtype,
-            tuple(numbers.lhs_spec),
-            tuple(shape[i] for i in out_space),
-            window,
-            tuple(params["window_strides"]),
-            tuple(map(tuple, params["padding"])),
-            tuple(params["lhs_dilation"]),
-            tuple(params["rhs_dilation"]),
+        gradients = self._convolution_gradients(number)
+        first, *others = (
+            _convolution(number, x, w, window.forms(left), gradients) for left in window.choices()
         )
-        kernel = GroupedAxes(tuple(w.aval.shape), (), (*rhs_space, rhs_in), (rhs_out,))
-        out = GroupedAxes(shape, (), (out_batch, *out_space), (out_feature,))
-        operands = {"x": MatrixOperand(x, patches), "w": MatrixOperand(w, kernel)}
-        members = {number: Member(*FORWARD, out)}
-        to_x, to_w = self._convolution_gradients(number)
-        chosen = to_w if to_w is not None else to_x
-        if chosen is not None:
-            equation, g = chosen
-            operands["g"] = MatrixOperand(g, out)
-            if to_x is not None and to_x[1] is g:
-                members[to_x[0]] = Member(*TO_INPUT, patches)
-            if to_w is not None:
-                members[to_w[0]] = Member(*TO_WEIGHT, kernel)
-        return Family(members, operands)
+        return dataclasses.replace(first, others=tuple(others))
 
     def _convolution_gradients(
         self, number: int
@@ -334,7 +314,7 @@ class _Finder:
         """Numbers of dX's and dW's equations with their G, found by what JAX would trace."""
         eqn = self.eqns[number]
         x, w = eqn.invars
-        to_x, to_w = _reference_gradients(eqn)
+        to_x, to_w = reference_gradients(eqn)
         found: list[tuple[int, Var] | None] = [None, None]
         # dW first: its operand X names this convolution, and G then names dX among W's uses.
         for place, reference, known in ((1, to_w, x), (0, to_x, w)):
@@ -365,52 +345,26 @@ class _Finder:
         return found[0], found[1]
 
 
-class _Reference(NamedTuple):
-    """A gradient of a convolution as JAX traces it.
-
-    Attributes:
-      position: which operand of its convolution is the forward operand (the other is G).
-      reversed_axes: axes along which that operand is reversed first, or None.
-      params: the equation's parameters.
-      shape: of its result.
-    """
-
-    position: int
-    reversed_axes: tuple[int, ...] | None
-    params: dict[str, Any]
-    shape: tuple[int, ...]
-
-
-def _reference_gradients(eqn: JaxprEqn) -> tuple[_Reference | None, _Reference | None]:
-    """How JAX computes the gradients of a convolution by its input and by its kernel."""
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-    out = jax.ShapeDtypeStruct(eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype)
-    references: list[_Reference | None] = []
-    for place in (0, 1):
-
-        def gradient(x: Any, w: Any, g: Any, place: int = place) -> Any:
-            fixed = (x, w)[1 - place]
-            arguments = (lambda v: (v, fixed)) if place == 0 else (lambda v: (fixed, v))
-            convolve = functools.partial(eqn.primitive.bind, **eqn.params)
-            (result,) = jax.linear_transpose(lambda v: convolve(*arguments(v)), avals[place])(g)
-            return result
-
-        references.append(_read_reference(trace(gradient, [*avals, out]).jaxpr, 1 - place))
-    return references[0], references[1]
-
-
-def _read_reference(jaxpr: Jaxpr, fixed: int) -> _Reference | None:
-    operand, g = jaxpr.invars[fixed], jaxpr.invars[2]
-    reversed_axes = None
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is prims.rev_p and eqn.invars[0] is operand:
-            operand, reversed_axes = eqn.outvars[0], tuple(eqn.params["dimensions"])
-        elif eqn.primitive is conv_p and eqn.outvars[0] is jaxpr.outvars[0]:
-            for position in (0, 1):
-                if eqn.invars[position] is operand and eqn.invars[1 - position] is g:
-                    shape = tuple(eqn.outvars[0].aval.shape)
-                    return _Reference(position, reversed_axes, eqn.params, shape)
-    return None
+def _convolution(
+    number: int,
+    x: Var,
+    w: Var,
+    forms: ConvolutionForms,
+    gradients: tuple[tuple[int, Var] | None, tuple[int, Var] | None],
+) -> Family:
+    """A convolution's family with these forms, and with dX's and dW's equations and their G."""
+    operands = {"x": MatrixOperand(x, forms.x), "w": MatrixOperand(w, forms.w)}
+    members = {number: Member(*FORWARD, forms.out)}
+    to_x, to_w = gradients
+    chosen = to_w if to_w is not None else to_x
+    if chosen is not None:
+        g = chosen[1]
+        operands["g"] = MatrixOperand(g, forms.out)
+        if to_x is not None and to_x[1] is g:
+            members[to_x[0]] = Member(*TO_INPUT, forms.x)
+        if to_w is not None:
+            members[to_w[0]] = Member(*TO_WEIGHT, forms.w)
+    return Family(members, operands)
 
 
 # Axes of `dot_general`

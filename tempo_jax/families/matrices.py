@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,9 +98,11 @@ class GroupedAxes(Form):
 class Patches(Form):
     """The windows of a convolution's input: (batch × places, window × channels).
 
+    A result's gradient is read so as well where a product yields, for each place of the input, what
+    it adds to each place of the result: `array` then adds those parts up.
+
     Attributes:
       shape: the input's.
-      dtype: the input's.
       lhs_spec: its batch axis, channel axis and spatial axes.
       places: sizes of the convolution's output space.
       window: sizes of its window.
@@ -109,10 +110,10 @@ class Patches(Form):
       padding: pairs, for each spatial axis.
       lhs_dilation: of the input.
       rhs_dilation: of the window.
+      backwards: whether a window is read from its end, as a result's is by the input.
     """
 
     shape: tuple[int, ...]
-    dtype: Any
     lhs_spec: tuple[int, ...]
     places: tuple[int, ...]
     window: tuple[int, ...]
@@ -120,6 +121,7 @@ class Patches(Form):
     padding: tuple[tuple[int, int], ...]
     lhs_dilation: tuple[int, ...]
     rhs_dilation: tuple[int, ...]
+    backwards: bool = False
     copies = 0
 
     @property
@@ -141,7 +143,8 @@ class Patches(Form):
             config.append((low, high, dilation - 1))
         x = lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
         taps = []
-        for offsets in itertools.product(*(range(n) for n in self.window)):
+        step = -1 if self.backwards else 1
+        for offsets in itertools.product(*(range(n)[::step] for n in self.window)):
             starts = [k * d for k, d in zip(offsets, self.rhs_dilation, strict=True)]
             ends = [
                 s + (n - 1) * stride + 1
@@ -157,6 +160,6 @@ class Patches(Form):
 
     def array(self, matrix: jax.Array) -> jax.Array:
         """See `Form`."""
-        aval = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        (back,) = jax.linear_transpose(self.matrix, aval)(matrix.astype(self.dtype))
+        aval = jax.ShapeDtypeStruct(self.shape, matrix.dtype)
+        (back,) = jax.linear_transpose(self.matrix, aval)(matrix)
         return back

@@ -209,7 +209,7 @@ class _Policy:
         for family in self.families:
             why = self._of_its_place(family)
             if why is None:
-                allowed.append(family)
+                allowed.append(self._cheapest(family, growth))
             else:
                 stays.update(dict.fromkeys(family.members, why))
         out = []
@@ -273,6 +273,21 @@ class _Policy:
     def _is_first(self, family: Family) -> bool:
         return not self._bits(self.jaxpr.eqns[family.primary])
 
+    def _cheapest(self, family: Family, growth: Growth) -> Family:
+        """The product of matrices that a convolution is sent as."""
+        forms = [dataclasses.replace(family, others=()), *family.others]
+
+        def price(form: Family) -> tuple[bool, float]:
+            fused = Fused((form,))
+            sizes = growth.sizes(*fused.sizes)
+            if self.costs is None:
+                seconds = sum(o.form.size for o in form.operands.values())
+            else:
+                seconds = self._outside(fused, self.costs, *sizes)
+            return self._too_thin(fused, *sizes) is not None, seconds
+
+        return min(forms, key=price) if family.others else family
+
     def _outside(
         self, fused: Fused, costs: CostModel, rows: int, inner: int, columns: int
     ) -> float:
@@ -335,7 +350,8 @@ def _rewrite(closed: ClosedJaxpr, sequence: Sequence[tuple[int, Fused | None]]) 
                 left, right = (matrix(fused, name, kind) for name in kind)
                 batch = (0,) if left.ndim == 3 else ()
                 dtype = eqn.outvars[0].aval.dtype
-                # A result still holds its decoys, which 16 bits would round away with it.
+                # A result still holds its decoys, which 16 bits would round away with it; and parts
+                # of it may have to be added up.
                 wide = jnp.float32 if dtype.itemsize == 2 else dtype
                 product = lax.dot_general(
                     left,
@@ -343,9 +359,9 @@ def _rewrite(closed: ClosedJaxpr, sequence: Sequence[tuple[int, Fused | None]]) 
                     (contracted(kind, left.ndim), (batch, batch)),
                     precision=eqn.params["precision"],
                     preferred_element_type=wide,
-                ).astype(dtype)
+                )
                 for n, result in fused.results(kind, product).items():
-                    env[jaxpr.eqns[n].outvars[0]] = result
+                    env[jaxpr.eqns[n].outvars[0]] = result.astype(dtype)
         return [_read(v, env) for v in jaxpr.outvars]
 
     return trace.trace(run, types.avals_of(closed))

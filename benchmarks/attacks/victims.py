@@ -85,10 +85,11 @@ class Patched(Plain):
         return y.reshape(*x.shape[:3], -1)
 
 
-class _InRows:
+class InRows:
     """Convolutions as products of rows of the image, the other way: Y's three parts added up."""
 
     def __init__(self, products: Products):
+        """Multiplies by `products`."""
         self.dense, self.attend = products.dense, products.attend
 
     def convolve(self, name: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -243,7 +244,7 @@ def _apply_cnn(parameters: Parameters, x: jax.Array, products: Products) -> jax.
 
 
 def _apply_cnn_in_rows(parameters: Parameters, x: jax.Array, products: Products) -> jax.Array:
-    return _apply_cnn(parameters, x, _InRows(products))
+    return _apply_cnn(parameters, x, InRows(products))
 
 
 def _initialize_transformer(rng: np.random.Generator) -> Parameters:

@@ -27,8 +27,10 @@ from benchmarks.attacks import (
     store,
     structure,
     traces,
+    victims,
 )
 from enclave_runtime.crypto.keys import KeySchedule
+from tempo_jax.families import convolutions
 from tests.support.traces import STEPS, history, trace
 
 pytestmark = pytest.mark.slow
@@ -154,6 +156,31 @@ def test_patches_multiply_as_a_convolution():
     expected = traces.Plain().convolve("", jax.numpy.asarray(x), jax.numpy.asarray(w))
     actual = traces.patches(x) @ w.reshape(-1, 7)
     np.testing.assert_allclose(actual.reshape(expected.shape), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("left", [frozenset(), frozenset({0})], ids=["patches", "rows"])
+def test_convolutions_are_attacked_as_the_library_sends_them(left):
+    """The suite's matrices are the planner's."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, 5, 4, 3)), rng.normal(size=(3, 3, 3, 7))
+
+    class Kept(traces.Plain):
+        def dense(self, name, x, w):
+            kept.append((x, w))
+            return x @ w
+
+    kept: list[Any] = []
+    (eqn,) = jax.make_jaxpr(functools.partial(traces.Plain().convolve, ""))(x, w).eqns
+    forms = convolutions.Window(eqn).forms(left)
+    if left:
+        y = victims.InRows(Kept()).convolve("", jax.numpy.asarray(x), jax.numpy.asarray(w))
+    else:
+        kept = [(traces.patches(x), w.reshape(-1, 7))]
+        y = victims.Patched().convolve("", jax.numpy.asarray(x), jax.numpy.asarray(w))
+    np.testing.assert_array_equal(kept[0][0], forms.x.matrix(jax.numpy.asarray(x)))
+    np.testing.assert_array_equal(kept[0][1], forms.w.matrix(jax.numpy.asarray(w)))
+    expected = traces.Plain().convolve("", jax.numpy.asarray(x), jax.numpy.asarray(w))
+    np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_recorded_operands_give_the_weights_gradients():

@@ -104,6 +104,45 @@ def inference() -> None:
             np.testing.assert_allclose(found, jax.jit(logits_of)(weights, x), rtol=RTOL, atol=ATOL)
 
 
+def convolutions() -> None:
+    """Two layers, sent as rows of their images; the classifier stays inside."""
+    rng = np.random.default_rng(2)
+
+    def drawn(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(0, np.prod(shape[:-1]) ** -0.5, shape), jnp.float32)
+
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def step(weights: Any, x: jax.Array, labels: jax.Array) -> tuple[Any, jax.Array]:
+        def loss_of(weights: Any) -> jax.Array:
+            y = jax.nn.gelu(convolve(x, weights["first"]))
+            y = jax.nn.gelu(convolve(y, weights["second"])).mean((1, 2)) @ weights["last"]
+            return optax.softmax_cross_entropy_with_integer_labels(y, labels).mean()
+
+        loss, gradients = jax.value_and_grad(loss_of)(weights)
+        weights = jax.tree.map(lambda w, g: w - 0.1 * g, weights, gradients)
+        return weights, tempo.reveal(loss)
+
+    weights = {"first": drawn(3, 3, 64, 64), "second": drawn(3, 3, 64, 96), "last": drawn(96, 10)}
+    x = jnp.asarray(rng.normal(size=(32, 8, 8, 64)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, CLASSES, 32))
+    expected, loss = jax.jit(step)(weights, x, labels)
+    with tempo.Enclave.launch() as enclave:
+        shielded = tempo.shield(step, enclave=enclave, offload="all", verify=True)
+        with tempo.testing.host_view() as seen:
+            found, revealed = shielded(enclave.seal(weights), x, labels)
+        operands = {operand.shape for product in seen.products for operand in product.operands}
+        assert {(32 * 8 * 8, 3 * 64), (3 * 64, 3 * 96)} <= operands
+        np.testing.assert_allclose(revealed, loss, rtol=RTOL)
+        for ours, theirs in zip(
+            *map(jax.tree.leaves, (enclave.open(found), expected)), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=RTOL, atol=ATOL)
+
+
 def over_a_mesh() -> None:
     mesh = Mesh(np.array(jax.devices()), ("workers",))
     with tempo.Enclave.launch() as enclave:
@@ -140,10 +179,10 @@ def resumed_in_another_enclave() -> None:
     ("programs", "devices"),
     [
         ((with_every_scheme, verified), 1),
-        ((inference, resumed_in_another_enclave), 1),
+        ((inference, convolutions, resumed_in_another_enclave), 1),
         ((over_a_mesh,), 4),
     ],
-    ids=["schemes and verification", "inference and checkpoints", "mesh"],
+    ids=["schemes and verification", "inference, convolutions and checkpoints", "mesh"],
 )
 def test_users_programs(programs, devices):
     run_fresh(*programs, devices=devices)

@@ -15,6 +15,7 @@ from typing import IO
 
 from benchmarks.namespaces import Machine
 from tests.support.fresh import ROOT, environment
+from tests.support.quick import FLAGS
 
 # Processes compute what tests compare with sums in another order.
 _START = """
@@ -55,10 +56,7 @@ def cluster(
         calls.append(f"from {module} import {function.__name__} as run; run()")
     port = free_port()
     variables = environment() | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-    variables["XLA_FLAGS"] = (
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-        f"--xla_force_host_platform_device_count={devices}"
-    )
+    variables["XLA_FLAGS"] = " ".join((*FLAGS, f"--xla_force_host_platform_device_count={devices}"))
     with contextlib.ExitStack() as stack:
         started = []
         for index in range(processes):

@@ -278,7 +278,7 @@ def _taps(trace: Trace, name: str) -> list[Measurement]:
     """Takes patches for nine matrices sharing keys, with the checkpoint itself."""
     view, truth = trace.views[0][name], trace.truth[0][name]
     n, p = truth.w.shape
-    if not trace.victim.startswith("cnn") or n % TAPS:
+    if trace.victim != "cnn" or n % TAPS:
         return []
     assert view.w is not None and truth.b is not None
     taps, public = (w.reshape(TAPS, n // TAPS, p) for w in (view.w, truth.w))

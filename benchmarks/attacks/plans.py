@@ -91,8 +91,8 @@ def all_plans(*, quick: bool) -> list[Plan]:
     large = Setting(2 if quick else 4, batch=1024)
     repeated = Setting(2 if quick else 4, batch=1024, repeat=True)
     some = ("mlp",) if quick else ALL
-    # Its layers' outputs are sums of what was multiplied, so it has no adjacent columns to link.
-    unlinked = () if quick else (ROWS,)
+    # Its layers' outputs are sums of what was multiplied, so that nothing links adjacent columns.
+    in_rows = () if quick else (ROWS,)
     mlps = ("mlp",) if quick else MLPS
     wider = ("transformer",) if quick else ("cnn", "transformer")
     dense = ("mlp",) if quick else (*MLPS, "mlp_large")
@@ -177,7 +177,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
         Plan(
             "S4",
             coordinates.scored_twice(steps.attack),
-            (*some, *unlinked),
+            (*some, *in_rows),
             few,
             (
                 ("fresh_orthogonal", "mlp", "w directions linked by rank", 30),
@@ -206,14 +206,14 @@ def all_plans(*, quick: bool) -> list[Plan]:
         Plan(
             "S4",
             structure.attack,
-            (*some, *unlinked),
+            (*some, *in_rows),
             dataclasses.replace(few, simulate=True),
             (("mixing_two_rounds", "mlp", "blocks of row keys", 0.9),),
         ),
         Plan(
             "S5",
             coordinates.scored_twice(checkpoint.attack),
-            (*some, *unlinked),
+            (*some, *in_rows),
             few,
             (
                 *(
@@ -234,7 +234,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
         Plan(
             "S6",
             coordinates.scored_twice(inputs.attack),
-            some,
+            (*some, *in_rows),
             few,
             (
                 ("signed_permutation", "mlp", "columns matched, dense1", 0.9),
@@ -250,7 +250,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
         Plan(
             "S7",
             coordinates.evened_out(labels.attack),
-            some,
+            (*some, *in_rows),
             few,
             (
                 ("signed_permutation", "mlp", "labels", 0.4),
@@ -306,7 +306,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
         Plan(
             "information",
             coordinates.evened_out(information.attack),
-            some,
+            (*some, *in_rows),
             few,
             tuple(
                 (scheme, victim, "bits, sorted columns", 3) for victim, scheme in permuted.items()

@@ -19,7 +19,7 @@ from jax.extend.core import primitives
 import tempo_jax as tempo
 from benchmarks.attacks import audit, traces
 from benchmarks.attacks.traces import ProductTruth, ProductView, Trace
-from benchmarks.attacks.victims import VICTIMS, Patched, Plain
+from benchmarks.attacks.victims import VICTIMS, Patched, Plain, unfolded
 from tempo_jax.testing import Product
 
 
@@ -208,7 +208,7 @@ def _match_convolution(
         result = np.transpose(m.source.result, [numbers.out_spec[i] for i in (0, 2, 3, 1)])
         image, kernel, result = (np.asarray(v, np.float64) for v in (image, kernel, result))
         view = ProductView(
-            traces.patches(image),
+            unfolded(image, (3, 3)),
             kernel.reshape(w.shape),
             result.reshape(-1, w.shape[1]),
             None,

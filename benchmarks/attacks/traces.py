@@ -22,7 +22,7 @@ import optax
 
 from benchmarks.attacks import blinding
 from benchmarks.attacks.blinding import Blinding, Key
-from benchmarks.attacks.victims import VICTIMS, Parameters, Plain, Victim
+from benchmarks.attacks.victims import VICTIMS, Parameters, Plain, Victim, unfolded
 
 CACHE = pathlib.Path.home() / ".cache" / "tempo_jax" / "attacks"
 VERSION = 1  # raise it when a change here changes what is recorded
@@ -197,14 +197,6 @@ class History:
     labels: list[np.ndarray]
 
 
-def patches(x: np.ndarray) -> np.ndarray:
-    """Unfolds (N, H, W, n) into (N H W, 9 n), the nine shifts of 3×3 one after the other."""
-    height, width = x.shape[1:3]
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifts = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return np.concatenate(shifts, -1).reshape(-1, 9 * x.shape[-1])
-
-
 class _Tape:
     """Products that keep their operands, and add a zero to whose gradient is that of y."""
 
@@ -238,7 +230,7 @@ def unfold(
     if w.shape[:2] == x.shape[:2]:
         indices = np.ndindex(*x.shape[:2])
         return {f"{name}.{i}.{j}": (x[i, j], w[i, j], g[i, j]) for i, j in indices}
-    return {name: (patches(x), w.reshape(-1, w.shape[-1]), g.reshape(-1, g.shape[-1]))}
+    return {name: (unfolded(x, (3, 3)), w.reshape(-1, w.shape[-1]), g.reshape(-1, g.shape[-1]))}
 
 
 def batches(victim: Victim, seed: int, count: int, batch: int, *, repeat: bool) -> list[np.ndarray]:

@@ -65,15 +65,16 @@ class Plain:
         return x @ w
 
 
-def unfolded(x: jax.Array, window: tuple[int, int]) -> jax.Array:
+def unfolded(x: Any, window: tuple[int, int]) -> Any:
     """(N, H, W, n) as (N H W, taps n): what stands in this window about each pixel, 0 outside."""
+    numpy = jnp if isinstance(x, jax.Array) else np
     count, height, width, channels = x.shape
     above, before = (size // 2 for size in window)
-    x = jnp.pad(x, ((0, 0), (above, above), (before, before), (0, 0)))
+    x = numpy.pad(x, ((0, 0), (above, above), (before, before), (0, 0)))
     shifts = [
         x[:, i : i + height, j : j + width] for i in range(window[0]) for j in range(window[1])
     ]
-    return jnp.concatenate(shifts, -1).reshape(count * height * width, -1)
+    return numpy.concatenate(shifts, -1).reshape(count * height * width, -1)
 
 
 class Patched(Plain):

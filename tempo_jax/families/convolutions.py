@@ -2,8 +2,9 @@
 
 With all of a 3×3 window unfolded in the input, patches meet the kernel, and X has nine times its
 elements. An axis of the window can be left for the result instead: rows of the image meet the
-kernel's three rows side by side, and three parts of Y, shifted, are added up; with the gradients 12
-elements then cross where patches have 20. Untrusted and pure.
+kernel's three rows side by side, and Y is the sum of three parts, shifted. With the gradients, for
+which G is blinded twice, 15 elements then cross where patches have 21. To leave both axes for the
+result takes 29. Untrusted and pure.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tempo_jax.jaxprs.primitives import conv_p
 from tempo_jax.jaxprs.trace import trace
 from tempo_jax.jaxprs.types import Jaxpr, JaxprEqn
 
-MAX_TAPS = 64  # a window with more positions has no worthwhile patches
+MAX_TAPS = 64  # of a window; to unfold more is not worthwhile
 
 
 class ConvolutionForms(NamedTuple):
@@ -61,20 +62,26 @@ class Window:
         return math.prod(self.sizes)
 
     def choices(self) -> list[frozenset[int]]:
-        """Spatial axes that can be left for the result; first none.
+        """Sets of spatial axes along which the result may be a sum of shifted parts; first none.
 
-        Along an axis with strides most parts of the result would be for nothing.
+        One axis at least is unfolded in the input. Along those that are not, the image keeps its
+        size, and G unfolded holds zeros for its margins alone.
         """
-        able = [
-            axis
-            for axis, size in enumerate(self.sizes)
-            if size > 1 and self.strides[axis] == self.lhs_dilation[axis] == 1
-        ]
-        counts = range(len(able) + 1)
+        axes = [axis for axis, size in enumerate(self.sizes) if size > 1]
+        able = [axis for axis in axes if self._keeps_size(axis)]
+        counts = range(min(len(able), len(axes) - 1) + 1) if axes else range(1)
         return [frozenset(c) for count in counts for c in itertools.combinations(able, count)]
 
-    def forms(self, left: frozenset[int]) -> ConvolutionForms:
-        """The forms with these axes left for the result."""
+    def _keeps_size(self, axis: int) -> bool:
+        """Whether an image has as many places as before along an axis, far more than margins."""
+        before = self.input[self.numbers.lhs_spec[2:][axis]]
+        after = self.result[self.numbers.out_spec[2:][axis]]
+        span = (self.sizes[axis] - 1) * self.rhs_dilation[axis] + 1
+        even = self.strides[axis] == self.lhs_dilation[axis] == 1
+        return even and before == after >= 2 * span
+
+    def forms(self, shifted: frozenset[int]) -> ConvolutionForms:
+        """The forms for one of `choices`."""
         numbers, axes = self.numbers, range(len(self.sizes))
         space = [self.input[i] for i in numbers.lhs_spec[2:]]
         places = [self.result[i] for i in numbers.out_spec[2:]]
@@ -82,10 +89,10 @@ class Window:
         unfolded = Patches(
             self.input,
             tuple(numbers.lhs_spec),
-            tuple(space[i] if i in left else places[i] for i in axes),
-            tuple(1 if i in left else self.sizes[i] for i in axes),
+            tuple(space[i] if i in shifted else places[i] for i in axes),
+            tuple(1 if i in shifted else self.sizes[i] for i in axes),
             self.strides,
-            tuple(whole if i in left else self.padding[i] for i in axes),
+            tuple(whole if i in shifted else self.padding[i] for i in axes),
             self.lhs_dilation,
             self.rhs_dilation,
         )
@@ -93,23 +100,25 @@ class Window:
         kernel = GroupedAxes(
             self.kernel,
             (),
-            (*(self.space[i] for i in axes if i not in left), rhs_in),
-            (*(self.space[i] for i in axes if i in left), rhs_out),
+            (*(self.space[i] for i in axes if i not in shifted), rhs_in),
+            (*(self.space[i] for i in axes if i in shifted), rhs_out),
         )
         batch, feature, *out_space = numbers.out_spec
-        if not left:
+        if not shifted:
             return ConvolutionForms(
                 unfolded, kernel, GroupedAxes(self.result, (), (batch, *out_space), (feature,))
             )
         margins = []
         for i in axes:
             low = (self.sizes[i] - 1) * self.rhs_dilation[i] - self.padding[i][0]
-            margins.append((low, space[i] - places[i] + self.padding[i][0]) if i in left else whole)
+            margins.append(
+                (low, space[i] - places[i] + self.padding[i][0]) if i in shifted else whole
+            )
         added_up = Patches(
             self.result,
             tuple(numbers.out_spec),
             unfolded.places,
-            tuple(self.sizes[i] if i in left else 1 for i in axes),
+            tuple(self.sizes[i] if i in shifted else 1 for i in axes),
             (1,) * len(axes),
             tuple(margins),
             (1,) * len(axes),

@@ -304,7 +304,8 @@ class _Finder:
             return None
         gradients = self._convolution_gradients(number)
         first, *others = (
-            _convolution(number, x, w, window.forms(left), gradients) for left in window.choices()
+            _convolution(number, x, w, window.forms(shifted), gradients)
+            for shifted in window.choices()
         )
         return dataclasses.replace(first, others=tuple(others))
 

@@ -41,6 +41,11 @@ class Fused:
     parts: tuple[Family, ...]
 
     @property
+    def others(self) -> list[Fused]:
+        """The same equations as products of other matrices; parts share the form of their X."""
+        return [Fused(parts) for parts in zip(*(f.others for f in self.parts), strict=True)]
+
+    @property
     def primary(self) -> int:
         """Number of the first forward equation."""
         return self.parts[0].primary

@@ -209,17 +209,19 @@ class _Policy:
         for family in self.families:
             why = self._of_its_place(family)
             if why is None:
-                allowed.append(self._cheapest(family, growth))
+                allowed.append(family)
             else:
                 stays.update(dict.fromkeys(family.members, why))
         out = []
         for fused in fuse(self.jaxpr, allowed, self.above):
-            sizes = growth.sizes(*fused.sizes)
-            why = self._too_thin(fused, *sizes)
+            # Patches say whether a convolution mixes enough, and so does any other form of it.
+            why = self._too_thin(fused, *growth.sizes(*fused.sizes))
+            if why is None:
+                fused = self._cheapest(fused, growth)
             if why is None and self.costs is not None:
                 inside = sum(self.costs.inside(self.jaxpr.eqns[n]) for n in fused.numbers)
                 inside *= growth.arithmetic
-                outside = self._outside(fused, self.costs, *sizes)
+                outside = self._outside(fused, self.costs, *growth.sizes(*fused.sizes))
                 if not self.costs.worthwhile(inside, outside):
                     why = self.costs.too_cheap(inside, outside)
             if why is None:
@@ -273,20 +275,15 @@ class _Policy:
     def _is_first(self, family: Family) -> bool:
         return not self._bits(self.jaxpr.eqns[family.primary])
 
-    def _cheapest(self, family: Family, growth: Growth) -> Family:
-        """The product of matrices that a convolution is sent as."""
-        forms = [dataclasses.replace(family, others=()), *family.others]
+    def _cheapest(self, fused: Fused, growth: Growth) -> Fused:
+        """The products of matrices that convolutions are sent as."""
+        costs = self.costs or CostModel()
 
-        def price(form: Family) -> tuple[bool, float]:
-            fused = Fused((form,))
-            sizes = growth.sizes(*fused.sizes)
-            if self.costs is None:
-                seconds = sum(o.form.size for o in form.operands.values())
-            else:
-                seconds = self._outside(fused, self.costs, *sizes)
-            return self._too_thin(fused, *sizes) is not None, seconds
+        def seconds(other: Fused) -> float:
+            return self._outside(other, costs, *growth.sizes(*other.sizes))
 
-        return min(forms, key=price) if family.others else family
+        others = [f for f in fused.others if not self._too_thin(f, *growth.sizes(*f.sizes))]
+        return min([fused, *others], key=seconds) if others else fused
 
     def _outside(
         self, fused: Fused, costs: CostModel, rows: int, inner: int, columns: int

@@ -150,37 +150,39 @@ def test_keys_live_as_long_as_the_scheme_says():
     assert not np.array_equal(*rows)
 
 
-def test_patches_multiply_as_a_convolution():
-    rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(2, 5, 4, 3)), rng.normal(size=(3, 3, 3, 7))
-    expected = traces.Plain().convolve("", jax.numpy.asarray(x), jax.numpy.asarray(w))
-    actual = traces.patches(x) @ w.reshape(-1, 7)
-    np.testing.assert_allclose(actual.reshape(expected.shape), expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("left", [frozenset(), frozenset({0})], ids=["patches", "rows"])
-def test_convolutions_are_attacked_as_the_library_sends_them(left):
+@pytest.mark.parametrize("form", ["patches", "rows"])
+def test_convolutions_are_attacked_as_the_library_sends_them(form):
     """The suite's matrices are the planner's."""
     rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(2, 5, 4, 3)), rng.normal(size=(3, 3, 3, 7))
-
-    class Kept(traces.Plain):
-        def dense(self, name, x, w):
-            kept.append((x, w))
-            return x @ w
-
-    kept: list[Any] = []
+    x, w, g = (
+        jax.numpy.asarray(rng.normal(size=s)) for s in ((2, 6, 6, 3), (3, 3, 3, 7), (2, 6, 6, 7))
+    )
     (eqn,) = jax.make_jaxpr(functools.partial(traces.Plain().convolve, ""))(x, w).eqns
-    forms = convolutions.Window(eqn).forms(left)
-    if left:
-        y = victims.InRows(Kept()).convolve("", jax.numpy.asarray(x), jax.numpy.asarray(w))
+    window = convolutions.Window(eqn)
+    if form == "patches":
+        forms, multiply = window.forms(frozenset()), victims.Patched().convolve
+        y = multiply("", x, w)
+        ((_, matrices),) = traces.unfold("", *map(np.asarray, (x, w, g))).items()
     else:
-        kept = [(traces.patches(x), w.reshape(-1, 7))]
-        y = victims.Patched().convolve("", jax.numpy.asarray(x), jax.numpy.asarray(w))
-    np.testing.assert_array_equal(kept[0][0], forms.x.matrix(jax.numpy.asarray(x)))
-    np.testing.assert_array_equal(kept[0][1], forms.w.matrix(jax.numpy.asarray(w)))
-    expected = traces.Plain().convolve("", jax.numpy.asarray(x), jax.numpy.asarray(w))
-    np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-10)
+        forms = window.forms(frozenset({0}))
+        tape: list[Any] = []
+
+        class Kept(traces.Plain):
+            def dense(self, name, x, w):
+                tape.append((x, w))
+                return x @ w + tape[0]
+
+        def product(probe):
+            tape.append(probe)
+            return victims.InRows(Kept()).convolve("", x, w)
+
+        y, pullback = jax.vjp(product, jax.numpy.zeros((forms.x.rows, forms.w.columns)))
+        matrices = (*tape[1], *pullback(g))
+    np.testing.assert_allclose(y, traces.Plain().convolve("", x, w), rtol=1e-10, atol=1e-10)
+    for ours, theirs in zip(
+        matrices, (forms.x.matrix(x), forms.w.matrix(w), forms.out.matrix(g)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_recorded_operands_give_the_weights_gradients():

@@ -12,7 +12,7 @@ from jax import lax
 
 from tempo_jax.families.finder import FORWARD, TO_INPUT, TO_WEIGHT, Family, find_families
 from tempo_jax.jaxprs import equations
-from tempo_jax.jaxprs.products import products_above
+from tempo_jax.jaxprs.products import is_product, products_above
 from tempo_jax.jaxprs.trace import trace
 from tempo_jax.planning import matrix_form as matrix_form_module
 from tempo_jax.planning.cost import CostModel
@@ -23,15 +23,20 @@ from tests.support.steps import assert_close, uniform
 
 @st.composite
 def convolutions(draw):
-    """A convolution of one to three axes with its operands, one that has a result."""
+    """A convolution of one to three axes and its operands; most axes keep the image's size."""
     axes = draw(st.integers(1, 3))
 
     def each(values):
         return [draw(values) for _ in range(axes)]
 
-    sizes, window = each(st.integers(3, 6)), each(st.integers(1, 3))
-    strides, of_input, of_window = (each(st.sampled_from([1, 1, 2])) for _ in range(3))
-    margins = [(draw(st.integers(-1, 3)), draw(st.integers(-1, 3))) for _ in range(axes)]
+    sizes, window = each(st.integers(5, 7)), each(st.integers(1, 3))
+    strides, of_input, of_window = (each(st.sampled_from([1, 1, 1, 2])) for _ in range(3))
+    margins = []
+    for size, taps, dilation in zip(sizes, window, of_window, strict=True):
+        span = (taps - 1) * dilation + 1
+        low = draw(st.integers(-1, span))
+        high = draw(st.sampled_from([span - 1 - low] * 3 + [span - size, 1]))
+        margins.append((low, max(high, span - size - low)))
     names = "XYZ"[:axes]
     last = ("N" + names + "C", names + "IO", "N" + names + "C")
     first = ("NC" + names, "OI" + names, "NC" + names)
@@ -48,12 +53,7 @@ def convolutions(draw):
         rhs_dilation=of_window,
         dimension_numbers=layout,
     )
-    dilated = [(n - 1) * d + 1 for n, d in zip(sizes, of_input, strict=True)]
-    spans = [(n - 1) * d + 1 for n, d in zip(window, of_window, strict=True)]
-    room = [
-        n + low + high - span for n, (low, high), span in zip(dilated, margins, spans, strict=True)
-    ]
-    return product if min(room) >= 0 else None, x, w
+    return product, x, w
 
 
 def family_of(product, x, w) -> Family:
@@ -72,8 +72,6 @@ def family_of(product, x, w) -> Family:
 @given(convolutions())
 def test_every_form_multiplies_as_the_convolution(drawn):
     product, x, w = drawn
-    if product is None:
-        return
     g = uniform(3, *jax.eval_shape(product, x, w).shape)
     family = family_of(product, x, w)
 
@@ -109,70 +107,97 @@ def convolve(x, w, **options):
 
 
 @pytest.mark.parametrize(
-    ("options", "count"),
+    ("image", "window", "options", "count"),
     [
-        ({}, 4),
-        ({"window_strides": (2, 1)}, 2),
-        ({"window_strides": (2, 2)}, 1),
-        ({"lhs_dilation": (1, 2), "padding": ((1, 1), (1, 1))}, 2),
-        ({"rhs_dilation": (2, 2)}, 4),
+        ((6, 6), (3, 3), {}, 3),
+        ((6, 6), (3, 1), {}, 1),
+        ((5, 6), (3, 3), {}, 2),
+        ((6, 6), (3, 3), {"padding": "VALID"}, 1),
+        ((6, 6), (3, 3), {"window_strides": (2, 1)}, 2),
+        ((6, 6), (3, 3), {"lhs_dilation": (1, 2), "padding": ((1, 1), (1, 1))}, 2),
+        ((6, 10), (3, 3), {"rhs_dilation": (2, 2)}, 2),
     ],
 )
-def test_axes_with_strides_are_not_left_for_the_result(options, count):
-    x, w = uniform(1, 2, 6, 6, 2), uniform(2, 3, 3, 2, 3)
+def test_only_axes_that_keep_their_size_are_left_for_the_result(image, window, options, count):
+    x, w = uniform(1, 2, *image, 2), uniform(2, *window, 2, 3)
     assert 1 + len(family_of(functools.partial(convolve, **options), x, w).others) == count
 
 
-def sent(channels, out, costs, image=8, batch=32) -> set[tuple[int, ...]]:
-    """Shapes of what a layer's products multiply outside, in a program that has two layers."""
-
-    def loss(w, x):
-        x = convolve(jax.nn.relu(convolve(jax.nn.relu(x), w["first"])), w["second"])
-        return jnp.tanh(jax.nn.relu(x).mean((1, 2)) @ w["last"]).sum()
-
-    shapes = {"first": (3, 3, channels, out), "second": (3, 3, out, out), "last": (out, 10)}
-    w = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
-    x = jax.ShapeDtypeStruct((batch, image, image, channels), jnp.float32)
-    leaves, structure = jax.tree.flatten((w, x))
-    closed = trace(lambda *flat: jax.grad(loss)(*structure.unflatten(flat))["first"], leaves)
-    form = matrix_form(closed, Mixing(), costs, {})
-    return {
-        tuple(v.aval.shape)
-        for eqn, stays in zip(
-            [e for e in form.closed.jaxpr.eqns if e.primitive.name in PRODUCTS],
-            form.stays,
-            strict=True,
-        )
-        if stays is None
-        for v in eqn.invars
-    }
+def operands(function, costs, *shapes) -> set[tuple[int, ...]]:
+    """Shapes of what products multiply outside."""
+    avals = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    form = matrix_form(trace(function, avals), Mixing(), costs, {})
+    products = [eqn for eqn in form.closed.jaxpr.eqns if is_product(eqn)]
+    outside = [e for e, why in zip(products, form.stays, strict=True) if why is None]
+    return {tuple(v.aval.shape) for eqn in outside for v in eqn.invars}
 
 
-PRODUCTS = ("dot_general", "conv_general_dilated")
+def layer(*kernels, costs=None, image=8, batch=32, padding="SAME") -> set[tuple[int, ...]]:
+    """What is sent of a layer with its gradients, or of several on one input."""
+
+    def loss(x, last, *kernels):
+        x = jax.nn.relu(x)
+        parts = [convolve(x, kernel, padding=padding) for kernel in kernels]
+        return jnp.tanh(jax.nn.relu(jnp.concatenate(parts, -1)).mean((1, 2)) @ last).sum()
+
+    gradients = jax.grad(loss, range(2 + len(kernels)))
+    x = (batch, image, image, kernels[0][2])
+    return operands(gradients, costs, x, (sum(k[3] for k in kernels), 10), *kernels)
 
 
-def test_a_wide_layer_goes_out_as_rows_of_its_image():
-    rows = 32 * 8 * 8
-    shapes = sent(512, 512, CostModel())
-    assert (rows, 3 * 512) in shapes and (3 * 512, 3 * 512) in shapes
-    assert (rows, 9 * 512) not in shapes
-
-
-def test_a_layer_with_few_channels_goes_out_as_patches():
-    """Its rows would be narrower than what the scheme mixes well enough."""
-    assert 3 * 16 < Mixing.least_side <= 9 * 16
-    shapes = sent(16, 64, None, image=16)
-    assert (32 * 16 * 16, 9 * 16) in shapes
-
-
-def test_without_costs_the_fewest_elements_are_sent():
-    shapes = sent(64, 64, None)
-    assert (32 * 8 * 8, 3 * 64) in shapes and (32 * 8 * 8, 9 * 64) not in shapes
-
-
-def test_parts_are_added_up_before_they_are_rounded_to_16_bits(monkeypatch):
+@pytest.fixture
+def first_layer(monkeypatch):
+    """Lets a network's only layer out."""
     monkeypatch.setattr(Mixing, "first_layer_share", 0.0)
     monkeypatch.setattr(matrix_form_module, "last_products", lambda *_: {})
+
+
+ROWS = 32 * 8 * 8
+
+
+def test_a_wide_layer_goes_out_as_rows_of_its_image(first_layer):
+    shapes = layer((3, 3, 512, 512), costs=CostModel())
+    assert {(ROWS, 3 * 512), (3 * 512, 3 * 512)} <= shapes
+    assert (ROWS, 9 * 512) not in shapes
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sent"),
+    [
+        ((3, 3, 64, 64), (ROWS, 3 * 64)),
+        # Rows would be narrower than what the scheme mixes well enough.
+        ((3, 3, 16, 64), (ROWS, 9 * 16)),
+        # The result's parts would be more than what is saved.
+        ((3, 3, 64, 512), (ROWS, 9 * 64)),
+    ],
+)
+def test_what_costs_least_is_sent(kernel, sent, first_layer):
+    assert sent in layer(kernel)
+
+
+def test_results_count_in_a_forward_pass(first_layer):
+    def forward(x, w):
+        return jnp.tanh(convolve(x, w)).sum()
+
+    shapes = operands(forward, None, (32, 8, 8, 64), (3, 3, 64, 256))
+    assert shapes == {(ROWS, 9 * 64), (9 * 64, 256)}
+
+
+def test_no_form_sends_what_mixes_too_little(first_layer):
+    """Eight channels out, or as many places as images, are too few however they are laid out."""
+    assert not layer((3, 3, 64, 8))
+    assert not layer((3, 3, 64, 64), image=3, batch=16, padding="VALID")
+
+
+def test_layers_on_one_input_are_one_product_of_one_form(first_layer):
+    assert (ROWS, 9 * 16) in layer((3, 3, 16, 30), (3, 3, 16, 34))
+    shapes = layer((3, 3, 512, 512), (3, 3, 512, 1536), costs=CostModel())
+    inputs = {shape for shape in shapes if shape in [(ROWS, 3 * 512), (ROWS, 9 * 512)]}
+    assert len(inputs) == 1
+    assert shapes & {(3 * 512, 3 * 2048), (9 * 512, 2048)}
+
+
+def test_parts_are_added_up_before_they_are_rounded_to_16_bits(first_layer):
     x, w = uniform(1, 8, 8, 8, 64), uniform(2, 3, 3, 64, 64)
     x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
     closed = trace(convolve, [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (x, w)])

@@ -39,7 +39,7 @@ def heads(p: Any, x: jax.Array) -> jax.Array:
 
 
 def images(p: Any, x: jax.Array) -> jax.Array:
-    """Two convolutions, whose inputs are patches."""
+    """Two convolutions, which are sent as products of matrices."""
     x = x.reshape(2, 8, 8, 64)
     for name in "ab":
         kernel = p[name].reshape(1, 1, 64, 64) * jnp.ones((3, 3, 1, 1))

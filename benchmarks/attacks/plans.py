@@ -239,6 +239,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
             (
                 ("signed_permutation", "mlp", "columns matched, dense1", 0.9),
                 ("signed_patches", "cnn", "columns matched, conv1", 0.9),
+                ("signed_permutation", ROWS, "columns matched, conv1", 0.9),
                 ("signed_permutation", "transformer", "columns matched, qkv", 0.9),
                 ("signed_permutation", "mlp", "images by matching", 0.95),
                 ("signed_permutation", "mlp", "labels by nearest image", 0.9),
@@ -255,6 +256,7 @@ def all_plans(*, quick: bool) -> list[Plan]:
             (
                 ("signed_permutation", "mlp", "labels", 0.4),
                 ("signed_patches", "cnn", "labels", 0.9),
+                ("signed_permutation", ROWS, "labels", 0.9),
                 ("signed_permutation", "transformer", "labels", 0.6),
             ),
         ),
@@ -309,7 +311,8 @@ def all_plans(*, quick: bool) -> list[Plan]:
             (*some, *in_rows),
             few,
             tuple(
-                (scheme, victim, "bits, sorted columns", 3) for victim, scheme in permuted.items()
+                (scheme, victim, "bits, sorted columns", 3)
+                for victim, scheme in (permuted | {ROWS: "signed_permutation"}).items()
             ),
         ),
     ]

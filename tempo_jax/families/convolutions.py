@@ -83,44 +83,37 @@ class Window:
     def forms(self, shifted: frozenset[int]) -> ConvolutionForms:
         """The forms for one of `choices`."""
         numbers, axes = self.numbers, range(len(self.sizes))
-        space = [self.input[i] for i in numbers.lhs_spec[2:]]
-        places = [self.result[i] for i in numbers.out_spec[2:]]
-        whole = (0, 0)
+        batch, feature, *out_space = numbers.out_spec
+        rhs_out, rhs_in = numbers.rhs_spec[:2]
+        places = tuple(self.result[i] for i in out_space)
         unfolded = Patches(
             self.input,
             tuple(numbers.lhs_spec),
-            tuple(space[i] if i in shifted else places[i] for i in axes),
+            places,
             tuple(1 if i in shifted else self.sizes[i] for i in axes),
             self.strides,
-            tuple(whole if i in shifted else self.padding[i] for i in axes),
+            tuple((0, 0) if i in shifted else self.padding[i] for i in axes),
             self.lhs_dilation,
             self.rhs_dilation,
         )
-        rhs_out, rhs_in = numbers.rhs_spec[:2]
         kernel = GroupedAxes(
             self.kernel,
             (),
             (*(self.space[i] for i in axes if i not in shifted), rhs_in),
             (*(self.space[i] for i in axes if i in shifted), rhs_out),
         )
-        batch, feature, *out_space = numbers.out_spec
         if not shifted:
-            return ConvolutionForms(
-                unfolded, kernel, GroupedAxes(self.result, (), (batch, *out_space), (feature,))
-            )
-        margins = []
-        for i in axes:
-            low = (self.sizes[i] - 1) * self.rhs_dilation[i] - self.padding[i][0]
-            margins.append(
-                (low, space[i] - places[i] + self.padding[i][0]) if i in shifted else whole
-            )
+            out = GroupedAxes(self.result, (), (batch, *out_space), (feature,))
+            return ConvolutionForms(unfolded, kernel, out)
+        # What a place of the input adds to the result lies on its other side.
+        margins = tuple(self.padding[i][::-1] if i in shifted else (0, 0) for i in axes)
         added_up = Patches(
             self.result,
             tuple(numbers.out_spec),
-            unfolded.places,
+            places,
             tuple(self.sizes[i] if i in shifted else 1 for i in axes),
             (1,) * len(axes),
-            tuple(margins),
+            margins,
             (1,) * len(axes),
             self.rhs_dilation,
             backwards=True,

@@ -215,13 +215,13 @@ class _Policy:
         out = []
         for fused in fuse(self.jaxpr, allowed, self.above):
             # Patches say whether a convolution mixes enough, and so does any other form of it.
-            why = self._too_thin(fused, *growth.sizes(*fused.sizes))
+            why = self._too_thin(fused, growth)
             if why is None:
                 fused = self._cheapest(fused, growth)
             if why is None and self.costs is not None:
                 inside = sum(self.costs.inside(self.jaxpr.eqns[n]) for n in fused.numbers)
                 inside *= growth.arithmetic
-                outside = self._outside(fused, self.costs, *growth.sizes(*fused.sizes))
+                outside = self._outside(fused, self.costs, growth)
                 if not self.costs.worthwhile(inside, outside):
                     why = self.costs.too_cheap(inside, outside)
             if why is None:
@@ -258,7 +258,8 @@ class _Policy:
     def _work(self, family: Family) -> int:
         return sum(work(self.jaxpr.eqns[n]) for n in family.members)
 
-    def _too_thin(self, fused: Fused, rows: int, contracted: int, columns: int) -> str | None:
+    def _too_thin(self, fused: Fused, growth: Growth) -> str | None:
+        rows, contracted, columns = growth.sizes(*fused.sizes)
         least_rows, least_side = self.scheme.least_rows, self.scheme.least_side
         if fused.primary in self.per_example and contracted < least_side:
             return (
@@ -278,17 +279,12 @@ class _Policy:
     def _cheapest(self, fused: Fused, growth: Growth) -> Fused:
         """The products of matrices that convolutions are sent as."""
         costs = self.costs or CostModel()
+        others = [other for other in fused.others if not self._too_thin(other, growth)]
+        return min((fused, *others), key=lambda other: self._outside(other, costs, growth))
 
-        def seconds(other: Fused) -> float:
-            return self._outside(other, costs, *growth.sizes(*other.sizes))
-
-        others = [f for f in fused.others if not self._too_thin(f, *growth.sizes(*f.sizes))]
-        return min([fused, *others], key=seconds) if others else fused
-
-    def _outside(
-        self, fused: Fused, costs: CostModel, rows: int, inner: int, columns: int
-    ) -> float:
+    def _outside(self, fused: Fused, costs: CostModel, growth: Growth) -> float:
         """Seconds that the enclave works for what goes out."""
+        rows, inner, columns = growth.sizes(*fused.sizes)
         copies = fused.copies
         padded = rows + self.scheme.decoys(rows)
         lengths = {"x": padded * inner, "w": inner * columns, "g": padded * columns}

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import Mesh
 
 import tempo_jax as tempo
+from benchmarks.convolutions import convolve
 from tempo_jax.schemes import Mixing, Orthogonal, SignedPermutation, Tempo
 from tests.support.fresh import run_fresh
 
@@ -104,17 +105,12 @@ def inference() -> None:
             np.testing.assert_allclose(found, jax.jit(logits_of)(weights, x), rtol=RTOL, atol=ATOL)
 
 
-def convolutions() -> None:
+def convolutions(**options: Any) -> None:
     """Two layers, sent as rows of their images; the classifier stays inside."""
     rng = np.random.default_rng(2)
 
     def drawn(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(0, np.prod(shape[:-1]) ** -0.5, shape), jnp.float32)
-
-    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
 
     def step(weights: Any, x: jax.Array, labels: jax.Array) -> tuple[Any, jax.Array]:
         def loss_of(weights: Any) -> jax.Array:
@@ -131,7 +127,7 @@ def convolutions() -> None:
     labels = jnp.asarray(rng.integers(0, CLASSES, 32))
     expected, loss = jax.jit(step)(weights, x, labels)
     with tempo.Enclave.launch() as enclave:
-        shielded = tempo.shield(step, enclave=enclave, offload="all", verify=True)
+        shielded = tempo.shield(step, enclave=enclave, offload="all", **options)
         with tempo.testing.host_view() as seen:
             found, revealed = shielded(enclave.seal(weights), x, labels)
         operands = {operand.shape for product in seen.products for operand in product.operands}
@@ -141,6 +137,14 @@ def convolutions() -> None:
             *map(jax.tree.leaves, (enclave.open(found), expected)), strict=True
         ):
             np.testing.assert_allclose(ours, theirs, rtol=RTOL, atol=ATOL)
+
+
+def verified_convolutions() -> None:
+    convolutions(verify=True)
+
+
+def convolutions_over_a_mesh() -> None:
+    convolutions(mesh=Mesh(np.array(jax.devices()), ("workers",)))
 
 
 def over_a_mesh() -> None:
@@ -179,8 +183,8 @@ def resumed_in_another_enclave() -> None:
     ("programs", "devices"),
     [
         ((with_every_scheme, verified), 1),
-        ((inference, convolutions, resumed_in_another_enclave), 1),
-        ((over_a_mesh,), 4),
+        ((inference, verified_convolutions, resumed_in_another_enclave), 1),
+        ((over_a_mesh, convolutions_over_a_mesh), 4),
     ],
     ids=["schemes and verification", "inference, convolutions and checkpoints", "mesh"],
 )

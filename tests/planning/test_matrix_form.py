@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 
 import tempo_jax as tempo
 from tempo_jax.families.finder import TO_INPUT, TO_WEIGHT, find_families
-from tempo_jax.jaxprs import equations, flatten
+from tempo_jax.jaxprs import flatten
 from tempo_jax.jaxprs.flatten import Flattening
 from tempo_jax.jaxprs.products import KEPT, is_product, products_above
 from tempo_jax.planning import matrix_form as matrix_form_module
@@ -97,12 +98,7 @@ def test_product_of_matrices_gives_the_same(name, any_size):
     closed = flat(function, *arguments)
     form = matrix_form(closed, Mixing(), None, {})
     assert form.stays == (None, None, None)
-    result = equations.evaluate(
-        form.closed.jaxpr.eqns,
-        dict(zip(form.closed.jaxpr.invars, arguments, strict=True))
-        | dict(zip(form.closed.jaxpr.constvars, form.closed.consts, strict=True)),
-        form.closed.jaxpr.outvars,
-    )
+    result = jaxpr_as_fun(form.closed)(*arguments)
     assert_close(result, jax.tree.leaves(function(*arguments)))
 
 
